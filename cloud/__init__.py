@@ -1,0 +1,1 @@
+"""The controller: command line, API, rollouts, split planner and tail server."""

@@ -1,0 +1,1 @@
+"""The workshop: makes a trained model smaller and faster and proves what that cost."""

@@ -1,0 +1,1 @@
+"""The device: the daemon that fetches, verifies, probes and serves skills."""
