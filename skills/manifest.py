@@ -87,6 +87,7 @@ class Skill:
     stages: Annotated[tuple[Stage, ...], Limits(min=1, max_items=32)]
     probe: Probe = Probe()
     description: Annotated[str, Limits(max_items=500)] = ""
+    assets: Annotated[tuple[str, ...], Limits(max_items=64), Doc("further files that the code reads")] = ()
     recipe: Annotated[str | None, Doc("a program that rebuilds the models: python RECIPE --out FOLDER")] = None
     format: Literal["skill/v1"] = "skill/v1"
 
@@ -109,6 +110,7 @@ class Skill:
         """Yield every path that the manifest names (a split plan names further ones)."""
         yield from sorted({stage.code for stage in self.stages})
         yield self.probe.file
+        yield from self.assets
         if self.recipe is not None:
             yield self.recipe
         for model in self.models.values():
