@@ -158,6 +158,8 @@ def open_bundle(path: Path) -> BundleFile:
         raise FormatError(f"{path} is no bundle (made with: skerry skill build): {error}") from None
     for part in bundle.parts:
         unpack_part(part, objects[part.wire_sha256])
+        if chunk_hashes(objects[part.wire_sha256]) != part.chunks:
+            raise TrustError(f"part {part.path} has other chunks than the manifest states")
     return BundleFile(bundle, manifest_bytes, objects)
 
 
