@@ -189,7 +189,9 @@ def unpack_part(part: Part, wire: bytes) -> bytes:
         TrustError: wire form or content have another hash than the manifest states.
     """
     if (found := sha256_hex(wire)) != part.wire_sha256:
-        raise TrustError(f"part {part.path} arrived with sha256 {found[:12]}…, the signed manifest says {part.wire_sha256[:12]}…")
+        raise TrustError(
+            f"part {part.path} arrived with sha256 {found[:12]}…, the signed manifest says {part.wire_sha256[:12]}…"
+        )
     try:
         content = zstd.decompress(wire, part.size)
     except FormatError as error:

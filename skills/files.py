@@ -103,6 +103,6 @@ def xdg_cache(*parts: str) -> Path:
 
 def _xdg(variable: str, fallback: str, parts: tuple[str, ...]) -> Path:
     # A relative value is invalid by the specification and must be ignored.
-    home = os.environ.get(variable, "")
-    root = Path(home) if os.path.isabs(home) else Path.home() / fallback
+    home = Path(os.environ.get(variable, ""))
+    root = home if home.is_absolute() else Path.home() / fallback
     return root.joinpath("skerry", *parts)

@@ -39,7 +39,11 @@ class Variant:
     runtime: Runtime
     file: Annotated[str | None, Doc("the model file, relative to the skill's folder")] = None
     split: Annotated[str | None, Doc("instead of `file`: a split plan (split.yaml) with its segments beside it")] = None
-    runtime_min: Annotated[str | None, Doc("the least version of the runtime"), Limits(pattern=r"\d+(\.\d+){0,2}", hint="a version like 1.20")] = None
+    runtime_min: Annotated[
+        str | None,
+        Doc("the least version of the runtime"),
+        Limits(pattern=r"\d+(\.\d+){0,2}", hint="a version like 1.20"),
+    ] = None
     arch: Annotated[tuple[str, ...], Doc("machine names as uname prints them; empty: any")] = ()
     isa: Annotated[tuple[str, ...], Doc("instruction sets, all of which the device must have")] = ()
     npu: Annotated[str | None, Doc("the accelerator that the device must have")] = None
@@ -97,7 +101,9 @@ class Skill:
                 raise FormatError(f"a model is called {name!r}, expected lower-case letters, digits and '-'")
         for stage in self.stages:
             if stage.model not in self.models:
-                raise FormatError(f"stage '{stage.name}' uses the model '{stage.model}', the skill has {', '.join(self.models)}")
+                raise FormatError(
+                    f"stage '{stage.name}' uses the model '{stage.model}', the skill has {', '.join(self.models)}"
+                )
         _unique("stage", [stage.name for stage in self.stages])
         for name, model in self.models.items():
             _unique(f"variant of model '{name}'", [variant.name for variant in model.variants])

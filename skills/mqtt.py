@@ -35,7 +35,13 @@ class Mqtt:
     """An `MqttClient` over paho. `dropped` counts arrivals that found the queue full."""
 
     def __init__(
-        self, url: str, client_id: str, *, tls: TlsFiles | None = None, will: Will | None = None, max_queue_bytes: int = DEFAULT_QUEUE_BYTES
+        self,
+        url: str,
+        client_id: str,
+        *,
+        tls: TlsFiles | None = None,
+        will: Will | None = None,
+        max_queue_bytes: int = DEFAULT_QUEUE_BYTES,
     ) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname:
@@ -110,7 +116,9 @@ class Mqtt:
             from paho.mqtt.enums import CallbackAPIVersion
         except ImportError:
             raise MissingExtra("paho-mqtt is not installed: pip install 'skerry[edge]' or 'skerry[cloud]'") from None
-        client = paho.Client(CallbackAPIVersion.VERSION2, client_id=self._client_id, protocol=paho.MQTTv311, clean_session=True)
+        client = paho.Client(
+            CallbackAPIVersion.VERSION2, client_id=self._client_id, protocol=paho.MQTTv311, clean_session=True
+        )
         client.max_inflight_messages_set(64)
         # paho doubles its waiting time without jitter: a fleet that lost its broker would come back in step.
         client.reconnect_delay_set(min_delay=1, max_delay=random.randint(RECONNECT_MAX_S // 2, RECONNECT_MAX_S))  # noqa: S311 - no secret

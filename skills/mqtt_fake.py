@@ -48,7 +48,9 @@ class FakeBroker:
             if not message.payload:
                 del self.retained[message.topic]
         for client in list(self._clients):
-            if any(matches(name, message.topic) for name in client.filters) and not self.lose(client.client_id, message):
+            if any(matches(name, message.topic) for name in client.filters) and not self.lose(
+                client.client_id, message
+            ):
                 client.put(message)
 
     def send_retained(self, client: "FakeMqtt", filters: tuple[str, ...]) -> None:

@@ -42,7 +42,7 @@ def release_target(skill: str, version: str) -> str:
     return f"skills/{skill}/{version}.json"
 
 
-# --- keys -----------------------------------------------------------------------------------------------------------------
+# --- keys -----------------------------------------------------------------------------------------
 
 
 def new_key() -> "Ed25519PrivateKey":
@@ -90,10 +90,12 @@ def public_pem(key: "Ed25519PrivateKey") -> bytes:
     return key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
-# --- writing --------------------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
-def new_root(root: "Ed25519PrivateKey", publisher: "Ed25519PrivateKey", online: "Ed25519PrivateKey", now: dt.datetime) -> bytes:
+def new_root(
+    root: "Ed25519PrivateKey", publisher: "Ed25519PrivateKey", online: "Ed25519PrivateKey", now: dt.datetime
+) -> bytes:
     """Return version 1 of the root: who may sign what, each role with a threshold of one."""
     api = _tuf()
     signed = api.Root(version=1, expires=_expires(now, ROOT_LIFETIME), consistent_snapshot=False)
@@ -108,7 +110,9 @@ def new_targets(publisher: "Ed25519PrivateKey", now: dt.datetime) -> bytes:
     return _sign(_tuf().Targets(version=1, expires=_expires(now, TARGETS_LIFETIME)), publisher)
 
 
-def add_release(targets: bytes, target: str, manifest: ObjectRef, publisher: "Ed25519PrivateKey", now: dt.datetime) -> bytes:
+def add_release(
+    targets: bytes, target: str, manifest: ObjectRef, publisher: "Ed25519PrivateKey", now: dt.datetime
+) -> bytes:
     """Return the next version of the list of releases, with one more in it.
 
     Raises:
@@ -133,7 +137,9 @@ def sign_online(targets: bytes, version: int, online: "Ed25519PrivateKey", now: 
     snapshot.meta["targets.json"] = api.MetaFile(version=_parse(targets, api.Targets).signed.version)
     snapshot_bytes = _sign(snapshot, online)
     meta = api.MetaFile.from_data(version, snapshot_bytes, ["sha256"])
-    return snapshot_bytes, _sign(api.Timestamp(version=version, expires=_expires(now, ONLINE_LIFETIME), snapshot_meta=meta), online)
+    return snapshot_bytes, _sign(
+        api.Timestamp(version=version, expires=_expires(now, ONLINE_LIFETIME), snapshot_meta=meta), online
+    )
 
 
 def pack_metadata(roots: Mapping[int, bytes], timestamp: bytes, snapshot: bytes, targets: bytes) -> bytes:
@@ -158,7 +164,7 @@ def unpack_metadata(data: bytes) -> MetadataSet:
     return decode_json(MetadataSet, data, "the metadata set", MAX_METADATA_SET_BYTES)
 
 
-# --- checking (controller; devices run python-tuf's client: edge_agent/trust.py) --------------------------------------------
+# --- checking (controller; devices run python-tuf's client: edge_agent/trust.py) ------------------
 
 
 def check_targets(root: bytes, targets: bytes, previous: bytes | None) -> dict[str, ObjectRef]:
@@ -180,7 +186,10 @@ def check_targets(root: bytes, targets: bytes, previous: bytes | None) -> dict[s
     if previous is not None:
         before = _parse(previous, api.Targets).signed
         if found.signed.version <= before.version:
-            raise TrustError(f"targets.json has version {found.signed.version}, the repository has {before.version}: fetch it again and sign anew")
+            raise TrustError(
+                f"targets.json has version {found.signed.version}, the repository has {before.version}: "
+                "fetch it again and sign anew"
+            )
         for target, ref in _releases(before).items():
             if releases.get(target) != ref:
                 raise TrustError(f"targets.json changes or drops {target}: a release never changes")
@@ -204,7 +213,9 @@ def metadata_expires(data: bytes) -> dt.datetime:
 
 
 def _releases(signed: Any) -> dict[str, ObjectRef]:
-    return {path: ObjectRef(str(file.hashes.get("sha256", "")), int(file.length)) for path, file in signed.targets.items()}
+    return {
+        path: ObjectRef(str(file.hashes.get("sha256", "")), int(file.length)) for path, file in signed.targets.items()
+    }
 
 
 def _parse(data: bytes, kind: Any) -> Any:
@@ -229,7 +240,7 @@ def _sign(signed: Any, key: "Ed25519PrivateKey") -> bytes:
 
 
 def _signer(key: "Ed25519PrivateKey") -> Any:
-    from securesystemslib.signer import CryptoSigner
+    from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]
 
     return CryptoSigner(key)
 

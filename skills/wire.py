@@ -57,7 +57,7 @@ def decode_json(cls: type[T], data: bytes | str, source: str, max_bytes: int = M
         raw = json.loads(data, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{source} is not JSON: {error}") from None
-    return cast(T, _decode(cls, raw, (), lambda path: source + (f" at {_dotted(path)}" if path else "")))
+    return cast("T", _decode(cls, raw, (), lambda path: source + (f" at {_dotted(path)}" if path else "")))
 
 
 def decode_yaml(cls: type[T], text: str, source: str) -> T:
@@ -82,12 +82,14 @@ def decode_yaml(cls: type[T], text: str, source: str) -> T:
     def where(path: tuple[str | int, ...]) -> str:
         return f"{source} line {_line_of(node, path)}"
 
-    return cast(T, _decode(cls, raw, (), where))
+    return cast("T", _decode(cls, raw, (), where))
 
 
 def encode_json(value: object) -> bytes:
     """Return the canonical bytes: sorted keys, no spaces, UTF-8; fields that hold their default are left out."""
-    return json.dumps(to_plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return json.dumps(
+        to_plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
 
 
 def encode_yaml(value: object, header: str = "") -> str:
@@ -121,7 +123,11 @@ def json_schema(cls: type) -> dict[str, Any]:
     root = _schema(cls, definitions)
     name = root["$ref"].rsplit("/", 1)[1]
     body = definitions.pop(name)
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **body, **({"$defs": definitions} if definitions else {})}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **body,
+        **({"$defs": definitions} if definitions else {}),
+    }
 
 
 def pack_frame(header: Mapping[str, object], body: bytes | memoryview = b"") -> bytes:
@@ -153,7 +159,7 @@ def unpack_frame(data: bytes | memoryview, max_bytes: int) -> tuple[dict[str, An
     return header, view[4 + length :]
 
 
-# --- decoding -------------------------------------------------------------------------------------------------------
+# --- decoding -------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -177,7 +183,9 @@ def _decode(kind: Any, raw: Any, path: tuple[str | int, ...], where: Where) -> A
     if origin is Literal:
         if raw not in get_args(kind) or isinstance(raw, bool) is not isinstance(get_args(kind)[0], bool):
             allowed = ", ".join(repr(item) for item in get_args(kind))
-            raise FormatError(f"{where(path)}: {_name(path)} is {_show(raw)}, expected one of {allowed}{_near(raw, get_args(kind))}")
+            raise FormatError(
+                f"{where(path)}: {_name(path)} is {_show(raw)}, expected one of {allowed}{_near(raw, get_args(kind))}"
+            )
         return raw
     if origin is tuple:
         return _decode_tuple(get_args(kind), raw, path, where)
@@ -186,7 +194,7 @@ def _decode(kind: Any, raw: Any, path: tuple[str | int, ...], where: Where) -> A
             raise FormatError(f"{where(path)}: {_name(path)} is {_show(raw)}, expected a mapping")
         return {key: _decode(get_args(kind)[1], item, (*path, key), where) for key, item in raw.items()}
     if dataclasses.is_dataclass(kind):
-        return _decode_dataclass(cast(type, kind), raw, path, where)
+        return _decode_dataclass(cast("type", kind), raw, path, where)
     return _decode_scalar(kind, raw, path, where)
 
 
@@ -209,16 +217,21 @@ def _decode_tuple(kinds: tuple[Any, ...], raw: Any, path: tuple[str | int, ...],
         return tuple(_decode(kinds[0], item, (*path, at), where) for at, item in enumerate(raw))
     if len(raw) != len(kinds):
         raise FormatError(f"{where(path)}: {_name(path)} has {len(raw)} entries, expected {len(kinds)}")
-    return tuple(_decode(kind, item, (*path, at), where) for at, (kind, item) in enumerate(zip(kinds, raw, strict=True)))
+    return tuple(
+        _decode(kind, item, (*path, at), where) for at, (kind, item) in enumerate(zip(kinds, raw, strict=True))
+    )
 
 
 def _decode_dataclass(cls: type, raw: Any, path: tuple[str | int, ...], where: Where) -> Any:
     if not isinstance(raw, dict):
-        raise FormatError(f"{where(path)}: {_name(path)} is {_show(raw)}, expected a mapping with the keys of {cls.__name__}")
+        raise FormatError(
+            f"{where(path)}: {_name(path)} is {_show(raw)}, expected a mapping with the keys of {cls.__name__}"
+        )
     fields = {field.name.rstrip("_"): field for field in dataclasses.fields(cls) if field.init}
     for key in raw:
         if key not in fields:
-            raise FormatError(f"{where((*path, key))}: unknown key {_show(key)}{_near(key, tuple(fields)) or ', expected one of ' + ', '.join(fields)}")
+            advice = _near(key, tuple(fields)) or f", expected one of {', '.join(fields)}"
+            raise FormatError(f"{where((*path, key))}: unknown key {_show(key)}{advice}")
     values = {}
     for key, field in fields.items():
         if key in raw:
@@ -291,7 +304,7 @@ def _is_default(field: "dataclasses.Field[Any]", value: object) -> bool:
     return field.default_factory is not dataclasses.MISSING and bool(value == field.default_factory())
 
 
-# --- YAML with lines --------------------------------------------------------------------------------------------------
+# --- YAML with lines ------------------------------------------------------------------------------
 
 
 def _safe_loader() -> Any:
@@ -318,7 +331,7 @@ def _plain(node: Any, source: str, depth: int = 0) -> Any:
     if isinstance(node, yaml.SequenceNode):
         return [_plain(item, source, depth + 1) for item in node.value]
     constructor = yaml.constructor.SafeConstructor()
-    value = constructor.construct_object(node)  # type: ignore[no-untyped-call]
+    value = constructor.construct_object(node)
     if value is not None and not isinstance(value, (str, int, float, bool)):
         return node.value  # a date or other YAML 1.1 speciality: keep the text as written
     return value
@@ -342,7 +355,7 @@ def _line_of(node: Any, path: tuple[str | int, ...]) -> int:
     return int(line)
 
 
-# --- JSON Schema --------------------------------------------------------------------------------------------------------
+# --- JSON Schema ----------------------------------------------------------------------------------
 
 
 def _schema(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
@@ -364,11 +377,16 @@ def _schema(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
         kinds = get_args(kind)
         if len(kinds) == 2 and kinds[1] is ...:
             return {"type": "array", "items": _schema(kinds[0], definitions)}
-        return {"type": "array", "prefixItems": [_schema(item, definitions) for item in kinds], "minItems": len(kinds), "maxItems": len(kinds)}
+        return {
+            "type": "array",
+            "prefixItems": [_schema(item, definitions) for item in kinds],
+            "minItems": len(kinds),
+            "maxItems": len(kinds),
+        }
     if origin is not None and issubclass(origin, Mapping):
         return {"type": "object", "additionalProperties": _schema(get_args(kind)[1], definitions)}
     if dataclasses.is_dataclass(kind):
-        return _schema_dataclass(cast(type, kind), definitions)
+        return _schema_dataclass(cast("type", kind), definitions)
     return {"type": _SCHEMA_TYPES[kind]} if kind in _SCHEMA_TYPES else {}
 
 
@@ -381,7 +399,9 @@ def _schema_dataclass(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
         definitions[cls.__name__] = body
         if cls.__doc__ and not cls.__doc__.startswith(cls.__name__ + "("):
             body["description"] = cls.__doc__.split("\n\n")[0].replace("\n", " ").strip()
-        body["properties"] = {f.name.rstrip("_"): _schema(_hints(cls)[f.name], definitions) for f in dataclasses.fields(cls) if f.init}
+        body["properties"] = {
+            f.name.rstrip("_"): _schema(_hints(cls)[f.name], definitions) for f in dataclasses.fields(cls) if f.init
+        }
         body["required"] = [
             f.name.rstrip("_")
             for f in dataclasses.fields(cls)
@@ -394,7 +414,9 @@ def _schema_limits(limits: Limits, kind: object) -> dict[str, Any]:
     schema: dict[str, Any] = {}
     if limits.pattern is not None:
         schema["pattern"] = f"^(?:{limits.pattern})$"
-    names = {"array": ("minItems", "maxItems"), "string": ("minLength", "maxLength")}.get(str(kind), ("minimum", "maximum"))
+    names = {"array": ("minItems", "maxItems"), "string": ("minLength", "maxLength")}.get(
+        str(kind), ("minimum", "maximum")
+    )
     if limits.min is not None:
         schema[names[0]] = limits.min
     if limits.max is not None:

@@ -2,7 +2,6 @@
 
 import os
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,7 +27,7 @@ def reference() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes the home of the person who runs it."""
     home = tmp_path / "home"
     home.mkdir()
@@ -36,7 +35,6 @@ def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     for name in ("XDG_DATA_HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "SKERRY_URL", "SKERRY_TOKEN", "SKERRY_CA"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "1")
-    yield
 
 
 @pytest.fixture

@@ -1,0 +1,43 @@
+"""Durable files."""
+
+import errno
+import os
+
+import pytest
+
+from skills import files
+from skills.errors import NotFound, StorageError
+
+
+@pytest.mark.parametrize("call", ["open", "fdopen", "fsync", "replace"])
+def test_a_full_disk_at_any_step_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, call) -> None:
+    path = tmp_path / "state"
+    files.write_atomic(path, b"old")
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, full)
+        with pytest.raises(StorageError, match="no space left to write"):
+            files.write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir() if p.name != "home"] == ["state"]
+
+
+def test_a_missing_file_is_named_by_what_it_is(tmp_path) -> None:
+    with pytest.raises(NotFound, match="the key .*nothing does not exist"):
+        files.read_bytes(tmp_path / "nothing", "the key", 10)
+
+
+def test_a_file_over_its_limit_is_not_read_whole(tmp_path) -> None:
+    (tmp_path / "large").write_bytes(bytes(11))
+    with pytest.raises(StorageError, match="limit of 10"):
+        files.read_bytes(tmp_path / "large", "the file", 10)
+
+
+def test_directories_follow_xdg_and_ignore_relative_values(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    assert files.xdg_data("agent") == tmp_path / "skerry" / "agent"
+    monkeypatch.setenv("XDG_DATA_HOME", "relative")
+    assert files.xdg_data().parts[-3:] == (".local", "share", "skerry")
