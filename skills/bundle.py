@@ -7,6 +7,7 @@ in the manifest. A `.skb` file is a ZIP (stored) with `bundle.json` and `objects
 
 import dataclasses
 import io
+import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
@@ -27,6 +28,17 @@ MAX_PART_BYTES = 1 << 30
 MAX_PARTS = 1024
 MAX_BUNDLE_BYTES = 4 << 30
 WIRE_LEVEL = 19
+# All that zipfile raises on hostile bytes: it documents only the first.
+_ZIP_FAULTS = (
+    zipfile.BadZipFile,
+    KeyError,
+    EOFError,
+    OSError,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+    struct.error,
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -148,13 +160,15 @@ def open_bundle(path: Path) -> BundleFile:
     data = read_bytes(path, "the bundle", MAX_BUNDLE_BYTES)
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            names = archive.namelist()
-            if len(names) > MAX_PARTS + 1 or sum(info.file_size for info in archive.infolist()) > MAX_BUNDLE_BYTES:
+            entries = archive.infolist()
+            if len(entries) > MAX_PARTS + 1 or sum(entry.file_size for entry in entries) > MAX_BUNDLE_BYTES:
                 raise FormatError(f"{path} is larger than a bundle may be")
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise zipfile.BadZipFile("an entry is compressed")
             manifest_bytes = archive.read("bundle.json")
             bundle = decode_bundle(manifest_bytes, f"{path}: bundle.json")
             objects = {part.wire_sha256: archive.read(f"objects/{part.wire_sha256}") for part in bundle.parts}
-    except (zipfile.BadZipFile, KeyError, EOFError, OSError) as error:
+    except _ZIP_FAULTS as error:
         raise FormatError(f"{path} is no bundle (made with: skerry skill build): {error}") from None
     for part in bundle.parts:
         unpack_part(part, objects[part.wire_sha256])
