@@ -1,0 +1,406 @@
+"""The controller process: `python -m cloud.controller`. Builds the parts, hands them to each other, runs them in one loop.
+
+Order of a start: directory lock → ports → certificates → registry and database → broker child → connection to it → API →
+tail child → run.json. run.json is written last: who reads it finds everything ready.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import skills
+from cloud.authority import Authority
+from cloud.broker import Broker, bracket, choose_broker, loopback_of
+from cloud.children import Child
+from cloud.config import Ports, Run, Settings, add_options, choose_ports, hosts_of, make_directory, settings_from
+from cloud.database import Database, Release
+from cloud.delivery import Delivery
+from cloud.fleet import Fleet
+from cloud.journal import Journal, open_journal
+from cloud.orders import Orders
+from cloud.registry import Registry
+from skills.errors import SkerryError, StorageError, Unreachable
+from skills.files import read_bytes, write_atomic
+from skills.messaging import Connected, MqttClient
+from skills.mqtt import Mqtt, TlsFiles
+from skills.wire import encode_json
+
+BROKER_DEADLINE_S = 15.0
+REFRESH_EVERY_S = 600.0
+KICK_DEADLINE_S = 5.0
+DRAIN_S = 3
+
+
+class Controller:
+    """All parts of one controller; broker and tail server are reached through addresses only."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        ports: Ports,
+        broker: Broker,
+        authority: Authority,
+        mqtt: MqttClient,
+        journal: Journal,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        """Open what is on disk; nothing runs before `start`.
+
+        Raises:
+            StorageError: the data directory cannot be read or written.
+        """
+        self.settings, self.journal, self.authority, self.broker = settings, journal, authority, broker
+        host = bracket(hosts_of(settings.listen)[0])
+        self.url = f"https://{host}:{ports.api}"
+        self.tail_url = f"grpcs://{host}:{ports.tail}"
+        self.mqtt_url = broker.url if broker.kind == "external" else f"mqtts://{host}:{ports.mqtt}"
+        self.token = _load_or_make_token(settings.data / "token")
+        self.database = Database(settings.database_url)
+        self.fleet = Fleet(self.database, authority, journal, now)
+        self.registry = Registry(settings.data, self.database, journal, now)
+        self.orders = Orders(self.database, self.fleet, self.registry, now)
+        self.delivery = Delivery(mqtt, self.fleet, self.orders, self.registry, journal)
+        self.children: dict[str, Child] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._started = now()
+
+    async def start(self) -> None:
+        """Begin to serve devices."""
+        await self.delivery.start()
+        self._tasks.append(asyncio.create_task(self._keep_fresh(), name="keep metadata fresh"))
+        self.delivery.report()
+
+    async def stop(self) -> None:
+        """End in order."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.delivery.stop()
+        self.database.close()
+
+    # --- what the API asks for --------------------------------------------------------------------
+
+    def push(self, skill: str, version: str | None, selector: str, canary: str | None) -> dict[str, Any]:
+        """Start a rollout, tell the first devices, and return it as the API shows it."""
+        number, changed = self.orders.push(skill, version, selector, canary)
+        self.delivery.tell(changed)
+        return self.orders.rollout(number)
+
+    def rollback(self, skill: str, selector: str) -> dict[str, Any]:
+        """Start a rollback, tell the devices, and return it as the API shows it."""
+        number, changed = self.orders.rollback(skill, selector)
+        self.delivery.tell(changed)
+        return self.orders.rollout(number)
+
+    def accept(self, manifest_sha256: str, targets: bytes) -> Release:
+        """Take in a signed release."""
+        release = self.registry.accept(manifest_sha256, targets)
+        self.fleet.record(
+            "release.published", None, skill=release.skill, version=release.version, manifest=manifest_sha256
+        )
+        return release
+
+    async def remove(self, device: str) -> None:
+        """Remove a device: revoke its certificate, take its assignment back, and break its connection."""
+        self.fleet.remove(device)
+        with contextlib.suppress(Unreachable):
+            self.delivery.clear(device)
+        if (child := self.children.get("broker")) is not None:
+            child.signal(signal.SIGHUP)  # mosquitto and amqtt read the list of revoked certificates again
+        if self.broker.kind != "amqtt":
+            await self._kick(device)
+
+    async def _kick(self, device: str) -> None:
+        """Break a device's connection by connecting once under its name: MQTT ends the older one of two."""
+        folder = self.settings.data / "broker"
+        files = TlsFiles(self.authority.ca_file, folder / "kick.pem", folder / "kick.key")
+        try:
+            self.authority.impersonate(device, files.cert, files.key)
+            client = Mqtt(self.broker.url, device, tls=files)
+            await client.start()
+            try:
+                async with asyncio.timeout(KICK_DEADLINE_S):
+                    while not isinstance(await client.next(KICK_DEADLINE_S), Connected):
+                        pass
+            finally:
+                await client.stop()
+        except (SkerryError, TimeoutError) as error:
+            self.journal.warning("device.not_cut", device=device, error=error)
+        finally:
+            for path in (files.cert, files.key):
+                path.unlink(missing_ok=True)
+
+    def status(self) -> dict[str, Any]:
+        """Return how the controller is."""
+        devices = self.fleet.devices()
+        broker, tail = self.children.get("broker"), self.children.get("tail")
+        return {
+            "version": skills.__version__,
+            "pid": os.getpid(),
+            "started": self._started,
+            "url": self.url,
+            "data": str(self.settings.data),
+            "log": str(self.settings.log_file),
+            "broker": {
+                "kind": self.broker.kind,
+                "url": self.mqtt_url,
+                "connected": self.delivery.connected.is_set(),
+                "pid": broker.pid if broker else None,
+            },
+            "tail": {"url": self.tail_url, "pid": tail.pid if tail else None},
+            "devices": {"enrolled": len(devices), "online": sum(device.online for device in devices)},
+            "releases": len(self.registry.releases()),
+            "rollouts": {"open": sum(row["state"] in ("running", "paused") for row in self.orders.rollouts())},
+            "sent_bytes": self.delivery.sent_bytes,
+            "dropped_chunks": self.delivery.dropped_chunks,
+        }
+
+    async def _keep_fresh(self) -> None:
+        while True:
+            try:
+                if self.registry.refresh_due():
+                    self.registry.refresh()
+                    self.delivery.tell_all()
+                    self.journal.info("repository.refreshed", metadata=self.registry.metadata.sha256[:12])
+            except SkerryError as error:
+                self.journal.error("repository.stale", error=error)
+            await asyncio.sleep(REFRESH_EVERY_S)
+
+
+def _load_or_make_token(path: Path) -> str:
+    if path.exists():
+        return read_bytes(path, "the API's token", 4096).decode().strip()
+    token = secrets.token_urlsafe(24)
+    write_atomic(path, token.encode(), mode=0o600)
+    return token
+
+
+async def serve(settings: Settings, journal: Journal, stop: asyncio.Event) -> None:
+    """Run a controller until `stop`.
+
+    Raises:
+        Unreachable: a port is taken or the broker does not answer.
+        StorageError: the disk is full or refuses.
+    """
+    from cloud.api import create_app
+
+    ports = choose_ports(settings)
+    hosts = hosts_of(settings.listen)
+    broker_hosts = (_host(settings.broker),) if settings.broker else ()
+    authority = Authority(settings.data / "ca", (*hosts, *broker_hosts))
+    broker = choose_broker(
+        settings.broker,
+        settings.listen,
+        ports.mqtt,
+        authority,
+        settings.data / "broker",
+        embedded=settings.embedded_broker,
+    )
+    mqtt = Mqtt(
+        broker.url, "controller", tls=TlsFiles(authority.ca_file, authority.controller.cert, authority.controller.key)
+    )
+    controller = Controller(settings, ports, broker, authority, mqtt, journal)
+    try:
+        if broker.command:
+            child = controller.children["broker"] = Child("broker", broker.command, journal)
+            await child.start()
+            await child.ready(lambda: _answers(broker.host, broker.port), BROKER_DEADLINE_S)
+        await controller.start()
+        await _connected(controller, BROKER_DEADLINE_S)
+        async with _api(create_app(controller), settings.listen, ports.api, authority):
+            await _start_tail(controller, settings, ports)
+            run = Run(
+                pid=os.getpid(),
+                started=time.time(),
+                url=controller.url,
+                mqtt_url=controller.mqtt_url,
+                tail_url=controller.tail_url,
+                broker=broker.kind,
+                ca=str(authority.ca_file),
+                log=str(settings.log_file),
+                version=skills.__version__,
+            )
+            write_atomic(settings.run_file, encode_json(dataclasses.asdict(run)), mode=0o600)
+            journal.info(
+                "controller.ready",
+                url=controller.url,
+                mqtt=controller.mqtt_url,
+                broker=broker.kind,
+                pid=run.pid,
+                data=settings.data,
+            )
+            await stop.wait()
+            journal.info("controller.stopping")
+            settings.run_file.unlink(missing_ok=True)
+    finally:
+        await controller.stop()
+        for name in ("tail", "broker"):
+            if name in controller.children:
+                await controller.children[name].stop()
+
+
+async def _connected(controller: Controller, deadline_s: float) -> None:
+    try:
+        async with asyncio.timeout(deadline_s):
+            await controller.delivery.connected.wait()
+    except TimeoutError:
+        raise Unreachable(
+            f"the broker {controller.broker.url} does not let the controller in: "
+            f"is it running, and does it trust {controller.authority.ca_file}?"
+        ) from None
+
+
+async def _start_tail(controller: Controller, settings: Settings, ports: Ports) -> None:
+    import importlib.util
+
+    if importlib.util.find_spec("cloud.tail") is None:
+        return
+    files = controller.authority
+    listen = f"{bracket(settings.listen)}:{ports.tail}"
+    port_file = settings.data / "tails" / ".port"
+    port_file.unlink(missing_ok=True)
+    command = [
+        sys.executable,
+        "-m",
+        "cloud.tail",
+        "--tails",
+        settings.data / "tails",
+        "--listen",
+        listen,
+        "--port-file",
+        port_file,
+    ]
+    command += ["--tls-ca", files.ca_file, "--tls-cert", files.server.cert, "--tls-key", files.server.key]
+    child = controller.children["tail"] = Child("tail server", [str(word) for word in command], controller.journal)
+    await child.start()
+    await child.ready(port_file.exists, BROKER_DEADLINE_S)
+
+
+@contextlib.asynccontextmanager
+async def _api(app: Any, listen: str, port: int, authority: Authority) -> Any:
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield  # signals belong to the process that holds all parts
+
+    try:
+        listener = socket.create_server((listen, port), family=socket.AF_INET6 if ":" in listen else socket.AF_INET)
+    except OSError as error:
+        raise Unreachable(f"cannot listen for the API on {bracket(listen)}:{port}: {error.strerror or error}") from None
+    config = uvicorn.Config(
+        app,
+        ssl_certfile=authority.server.cert,
+        ssl_keyfile=authority.server.key,
+        log_level="critical",
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=DRAIN_S,
+        limit_concurrency=200,
+        h11_max_incomplete_event_size=64 << 10,
+    )
+    server = Server(config)
+    task = asyncio.create_task(server.serve(sockets=[listener]), name="api")
+    try:
+        while not server.started and not task.done():  # noqa: ASYNC110 - uvicorn offers no event
+            await asyncio.sleep(0.01)
+        if task.done():
+            await task
+        yield
+    finally:
+        server.should_exit = True
+        await asyncio.gather(task, return_exceptions=True)
+        listener.close()
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((loopback_of(host), port), timeout=0.5).close()
+    except OSError:
+        return False
+    return True
+
+
+def _host(url: str) -> str:
+    from cloud.broker import external_broker
+
+    return external_broker(url).host
+
+
+@contextlib.contextmanager
+def only_one(data: Path) -> Iterator[None]:
+    """Hold the data directory for this process; the kernel lets go of it whatever happens.
+
+    Raises:
+        Unreachable: another controller runs on it.
+        StorageError: it cannot be written.
+    """
+    make_directory(data)
+    try:
+        descriptor = os.open(data / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StorageError(f"cannot write to the data directory {data}: {error.strerror or error}") from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            raise Unreachable(
+                f"another controller runs on {data}: stop it with skerry down, or give another --data"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+async def _run(settings: Settings, journal: Journal) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    work = asyncio.create_task(serve(settings, journal, stop))
+    waiting = asyncio.create_task(stop.wait())
+    await asyncio.wait((work, waiting), return_when=asyncio.FIRST_COMPLETED)
+    if not work.done() and not settings.run_file.exists():
+        work.cancel()  # told to stop before everything was ready
+        await asyncio.gather(work, return_exceptions=True)
+        return
+    await work
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the controller in the foreground; the exit code is that of the error tree."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cloud.controller", description="Run Skerry's controller in the foreground."
+    )
+    add_options(parser)
+    given = parser.parse_args(arguments)
+    journal = open_journal(None, screen=True)
+    try:
+        settings = settings_from(given)
+        with only_one(settings.data):
+            settings.run_file.unlink(missing_ok=True)
+            journal = open_journal(settings.log_file, level=settings.log_level, screen=True)
+            asyncio.run(_run(settings, journal))
+    except SkerryError as error:
+        journal.error("controller.failed", error=error)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

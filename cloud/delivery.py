@@ -1,0 +1,271 @@
+"""Delivery over MQTT: answers what devices ask for, tells them what to run, and relays questions to them.
+
+One task reads everything that devices say, one task sends chunks. The giver keeps no state of a transfer: a device asks for
+ranges of an object, and asks again for what did not come. Sending is bounded three ways: a byte rate for all together, a
+queue for each device (what does not fit is dropped and asked for again), and the client's own queue.
+"""
+
+import asyncio
+import collections
+import secrets
+from collections.abc import Callable
+
+from cloud.fleet import Fleet
+from cloud.journal import Journal
+from cloud.orders import Orders
+from cloud.registry import Registry
+from skills import topics
+from skills.errors import DeadlineExceeded, FormatError, NotFound, Refused, SkerryError, Unreachable, error_for
+from skills.messaging import Connected, Disconnected, Message, MqttClient
+from skills.report import CHUNK_BYTES, MAX_CHUNKS_A_NEED, Chunk, Need, encode_chunk
+from skills.wire import decode_json, pack_frame, unpack_frame
+
+BYTES_PER_S = 50 << 20
+BURST_BYTES = 1 << 20
+QUEUED_CHUNKS_A_DEVICE = 2 * MAX_CHUNKS_A_NEED
+MAX_RELAY_BYTES = 256 << 10
+MAX_PENDING_RELAYS = 256
+LISTEN_S = 5.0
+PUBLISH_DEADLINE_S = 5.0
+TELL_PAUSE_S = 0.05  # reports that come close together are looked at together
+
+Asked = tuple[int, str, int]  # transfer, sha256, index
+
+
+class Delivery:
+    """The controller's end of every device's topics."""
+
+    def __init__(self, mqtt: MqttClient, fleet: Fleet, orders: Orders, registry: Registry, journal: Journal) -> None:
+        self._mqtt, self._fleet, self._orders, self._registry, self._journal = mqtt, fleet, orders, registry, journal
+        self._queues: dict[str, collections.deque[Asked]] = {}
+        self._asked = asyncio.Event()
+        self._reported = asyncio.Event()
+        self._untold: set[str] = set()
+        self._relays: dict[str, tuple[str, asyncio.Future[tuple[dict[str, object], bytes]]]] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self.connected = asyncio.Event()
+        self.sent_bytes = 0
+        self.dropped_chunks = 0
+
+    async def start(self) -> None:
+        """Connect and begin to serve."""
+        self._mqtt.subscribe((topics.CONTROLLER_FILTER,))
+        await self._mqtt.start()
+        for work in (self._listen, self._send_chunks, self._follow):
+            self._tasks.append(asyncio.create_task(self._forever(work), name=f"delivery{work.__name__}"))
+
+    async def stop(self) -> None:
+        """Disconnect and end."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._mqtt.stop()
+
+    async def _forever(self, work: Callable[[], object]) -> None:
+        while True:
+            try:
+                await work()  # type: ignore[misc]
+            except asyncio.CancelledError:
+                raise
+            except SkerryError as error:
+                self._journal.error("delivery.failed", task=work.__name__, error=error)
+            except Exception:  # noqa: BLE001 - the outermost loop of this task: one bad message must not end deliveries
+                self._journal.exception("delivery.broke", task=work.__name__)
+            await asyncio.sleep(0.5)
+
+    # --- telling ----------------------------------------------------------------------------------
+
+    def tell(self, devices: set[str]) -> None:
+        """Publish the assignments of these devices; whoever cannot be told now is told after the next connect."""
+        self._untold |= devices
+        while self._untold and self.connected.is_set():
+            device = self._untold.pop()
+            try:
+                self._mqtt.publish(topics.down(device, "desired"), self._orders.assignment(device), qos=1, retain=True)
+            except NotFound:
+                continue
+            except Unreachable as error:
+                self._untold.add(device)
+                self._journal.debug("assignment.delayed", device=device, error=error)
+                return
+
+    def tell_all(self) -> None:
+        """Publish every assignment again: the broker may have forgotten them."""
+        self.tell({device.id for device in self._fleet.devices()})
+
+    def report(self) -> None:
+        """Have the rollouts looked at again soon."""
+        self._reported.set()
+
+    def clear(self, device: str) -> None:
+        """Take back the retained assignment of a device that was removed."""
+        self._untold.discard(device)
+        self._queues.pop(device, None)
+        if self.connected.is_set():
+            self._mqtt.publish(topics.down(device, "desired"), b"", qos=1, retain=True)
+
+    async def _follow(self) -> None:
+        while True:
+            await self._reported.wait()
+            self._reported.clear()
+            self.tell(self._orders.step())
+            await asyncio.sleep(TELL_PAUSE_S)
+
+    # --- listening --------------------------------------------------------------------------------
+
+    async def _listen(self) -> None:
+        while True:
+            try:
+                event = await self._mqtt.next(LISTEN_S)
+            except DeadlineExceeded:
+                if self._untold:
+                    self.tell(set())
+                continue
+            match event:
+                case Connected():
+                    self._journal.info("broker.connected")
+                    self.connected.set()
+                    self.tell_all()
+                case Disconnected(reason):
+                    if self.connected.is_set():
+                        self._journal.warning("broker.lost", reason=reason)
+                        self.connected.clear()
+                        self._fleet.broker_lost()
+                case Message():
+                    self._hear(event)
+
+    def _hear(self, message: Message) -> None:
+        device = None
+        try:
+            device, kind = topics.parse_up(message.topic)
+            match kind:
+                case "hello":
+                    self._fleet.heard_hello(device, message.payload)
+                    self.tell(self._orders.joined(device) | {device})
+                case "state" if not message.payload:
+                    self._fleet.heard_nothing(device)
+                case "state":
+                    self._fleet.heard_state(device, message.payload)
+                    self.report()
+                case "need":
+                    self._ask(device, decode_json(Need, message.payload, f"the need of {device}", 16 << 10))
+                case "res":
+                    self._answer(device, message.payload)
+                case "log":
+                    self._journal.debug(
+                        "device.said", device=device, text=message.payload[:500].decode(errors="replace")
+                    )
+        except (FormatError, NotFound) as error:
+            self._journal.warning("message.dropped", device=device, topic=message.topic, error=error)
+
+    # --- chunks -----------------------------------------------------------------------------------
+
+    def _ask(self, device: str, need: Need) -> None:
+        queue = self._queues.get(device)
+        if queue is None:
+            if not self._fleet.known(device):
+                raise NotFound(f"{device} is not enrolled")
+            queue = self._queues.setdefault(device, collections.deque())
+        waiting = set(queue)
+        for first, last in need.ranges:
+            for index in range(first, last):
+                if (need.transfer, need.sha256, index) in waiting:
+                    continue
+                if len(queue) >= QUEUED_CHUNKS_A_DEVICE:
+                    self.dropped_chunks += 1
+                    continue
+                queue.append((need.transfer, need.sha256, index))
+        self._asked.set()
+
+    async def _send_chunks(self) -> None:
+        """Send one chunk to each waiting device in turn, within the byte rate."""
+        loop = asyncio.get_running_loop()
+        credit, last = float(BURST_BYTES), loop.time()
+        while True:
+            await self._asked.wait()
+            self._asked.clear()
+            while self._queues:
+                for device in list(self._queues):
+                    queue = self._queues.get(device)
+                    if not queue:
+                        self._queues.pop(device, None)
+                        continue
+                    frame = self._frame(*queue.popleft())
+                    credit, last = min(BURST_BYTES, credit + (loop.time() - last) * BYTES_PER_S), loop.time()
+                    if credit < len(frame):
+                        await asyncio.sleep((len(frame) - credit) / BYTES_PER_S)
+                    credit -= len(frame)
+                    await self._publish_chunk(device, frame)
+                await asyncio.sleep(0)
+
+    def _frame(self, transfer: int, sha256: str, index: int) -> bytes:
+        try:
+            data = self._registry.read_chunk(sha256, index * CHUNK_BYTES, CHUNK_BYTES)
+        except SkerryError as error:
+            return encode_chunk(Chunk(transfer, index, str(error).encode()[:CHUNK_BYTES], gone=True))
+        if not data:
+            reason = f"the object {sha256[:12]}… has no chunk {index}"
+            return encode_chunk(Chunk(transfer, index, reason.encode(), gone=True))
+        return encode_chunk(Chunk(transfer, index, data))
+
+    async def _publish_chunk(self, device: str, frame: bytes) -> None:
+        end = asyncio.get_running_loop().time() + PUBLISH_DEADLINE_S
+        while True:
+            try:
+                self._mqtt.publish(topics.down(device, "blk"), frame, qos=0)
+                self.sent_bytes += len(frame)
+                return
+            except Unreachable:
+                if not self.connected.is_set() or asyncio.get_running_loop().time() > end:
+                    self.dropped_chunks += 1
+                    return
+                await asyncio.sleep(0.02)
+
+    # --- relays -----------------------------------------------------------------------------------
+
+    async def relay(
+        self, device: str, op: str, header: dict[str, object], body: bytes, deadline_s: float
+    ) -> tuple[dict[str, object], bytes]:
+        """Ask a device something over its topics and return its answer (header, body).
+
+        Raises:
+            NotFound: no such device.
+            Unreachable: the device or the broker is not connected.
+            DeadlineExceeded: no answer in time.
+            FormatError: the question or the answer is too large.
+            SkerryError: what the device itself answered as its error.
+        """
+        if not self._fleet.device(device).online:
+            raise Unreachable(f"the device {device} is not connected")
+        if len(self._relays) >= MAX_PENDING_RELAYS:
+            raise Refused(f"{MAX_PENDING_RELAYS} questions to devices are already waiting: try again")
+        number = secrets.token_hex(8)
+        frame = pack_frame({**header, "id": number, "op": op, "deadline_ms": int(deadline_s * 1000)}, body)
+        if len(frame) > MAX_RELAY_BYTES:
+            raise FormatError(f"the question has {len(frame)} bytes, over MQTT at most {MAX_RELAY_BYTES} may travel")
+        future: asyncio.Future[tuple[dict[str, object], bytes]] = asyncio.get_running_loop().create_future()
+        self._relays[number] = (device, future)
+        try:
+            self._mqtt.publish(topics.down(device, "cmd"), frame, qos=1)
+            async with asyncio.timeout(deadline_s):
+                answer, data = await future
+        except TimeoutError:
+            raise DeadlineExceeded(f"the device {device} did not answer within {deadline_s:g} s") from None
+        finally:
+            del self._relays[number]
+        if answer.get("ok") is not True:
+            code = answer.get("code")
+            raise error_for(
+                code if isinstance(code, int) else 1, str(answer.get("error") or f"the device {device} gave no reason")
+            )
+        return answer, data
+
+    def _answer(self, device: str, payload: bytes) -> None:
+        header, body = unpack_frame(payload, MAX_RELAY_BYTES)
+        number = header.get("id")
+        asked, future = self._relays.get(number, ("", None)) if isinstance(number, str) else ("", None)
+        if future is None or asked != device:
+            self._journal.debug("answer.late", device=device)
+            return
+        if not future.done():
+            future.set_result((header, bytes(body)))
