@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 HEAVY = {
-    "torch", "onnx", "onnxruntime", "numpy", "grpc", "google.protobuf", "sqlalchemy", "fastapi", "uvicorn", "httpx", "typer", "rich",
-    "tuf", "pydantic", "PIL", "ai_edge_litert", "sklearn", "skimage",
+    "torch", "onnx", "onnxruntime", "numpy", "grpc", "google.protobuf", "sqlalchemy", "fastapi", "uvicorn", "httpx", "typer",
+    "rich", "tuf", "pydantic", "PIL", "ai_edge_litert", "sklearn", "skimage",
 }  # fmt: skip
 GROUND = (
-    "errors", "wire", "files", "manifest", "resolve", "bundle", "signing", "desired", "report", "topics", "messaging", "mqtt", "mqtt_fake",
-    "split", "zstd", "ort", "codec", "oip", "profile", "timer", "strangers",
+    "errors", "wire", "files", "manifest", "resolve", "bundle", "signing", "desired", "report", "topics", "messaging", "mqtt",
+    "mqtt_fake", "split", "zstd", "ort", "codec", "oip", "profile", "timer", "strangers",
 )  # fmt: skip
 
 
@@ -37,7 +37,10 @@ def test_the_command_line_starts_without_the_workshop_and_the_controller() -> No
 
 
 def test_telemetry_of_onnxruntime_is_off_before_it_is_imported() -> None:
-    code = "import os; os.environ.pop('ORT_DISABLE_TELEMETRY', None); from skills import ort; ort.versions(); print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    code = (
+        "import os; os.environ.pop('ORT_DISABLE_TELEMETRY', None); from skills import ort; ort.versions(); "
+        "print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split() == ["1"]
 
