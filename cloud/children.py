@@ -90,7 +90,7 @@ class Child:
         libc = ctypes.CDLL(None)  # before the fork: nothing may be loaded between fork and exec
 
         def die_with_parent() -> None:
-            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
             if os.getppid() != parent:
                 os._exit(1)
 

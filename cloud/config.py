@@ -37,6 +37,7 @@ class Settings:
     embedded_broker: bool = False
     database: str | None = None
     log_level: str = "info"
+    broker_deadline_s: float = 15.0
 
     @property
     def database_url(self) -> str:
@@ -65,11 +66,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             f"--{door}-port", type=int, help=f"port of {what}; 0 takes any free one (default: {getattr(Ports(), door)})"
         )
     parser.add_argument("--broker", metavar="URL", help="a broker that somebody else runs, mqtts://HOST:PORT")
+    parser.add_argument(
+        "--broker-deadline", type=float, default=15.0, metavar="S", help="seconds to wait for the broker at the start"
+    )
     parser.add_argument("--embedded-broker", action="store_true", help="run amqtt even where a mosquitto is installed")
     parser.add_argument(
         "--database",
         metavar="URL",
         help="an SQLAlchemy URL, e.g. of PostgreSQL (default: skerry.db in the data directory)",
+    )
+    parser.add_argument(
+        "--until-eof", action="store_true", help="stop at the end of standard input, as when its writer ends"
     )
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
 
@@ -91,6 +98,7 @@ def settings_from(given: argparse.Namespace) -> Settings:
         embedded_broker=given.embedded_broker,
         database=given.database,
         log_level=given.log_level,
+        broker_deadline_s=given.broker_deadline,
         **ports,
     )
 

@@ -37,7 +37,7 @@ from skills.messaging import Connected, MqttClient
 from skills.mqtt import Mqtt, TlsFiles
 from skills.wire import encode_json
 
-BROKER_DEADLINE_S = 15.0
+TAIL_DEADLINE_S = 15.0
 REFRESH_EVERY_S = 600.0
 KICK_DEADLINE_S = 5.0
 DRAIN_S = 3
@@ -216,9 +216,9 @@ async def serve(settings: Settings, journal: Journal, stop: asyncio.Event) -> No
         if broker.command:
             child = controller.children["broker"] = Child("broker", broker.command, journal)
             await child.start()
-            await child.ready(lambda: _answers(broker.host, broker.port), BROKER_DEADLINE_S)
+            await child.ready(lambda: _answers(broker.host, broker.port), settings.broker_deadline_s)
         await controller.start()
-        await _connected(controller, BROKER_DEADLINE_S)
+        await _connected(controller, settings.broker_deadline_s)
         async with _api(create_app(controller), settings.listen, ports.api, authority):
             await _start_tail(controller, settings, ports)
             run = Run(
@@ -265,7 +265,7 @@ async def _connected(controller: Controller, deadline_s: float) -> None:
 async def _start_tail(controller: Controller, settings: Settings, ports: Ports) -> None:
     import importlib.util
 
-    if importlib.util.find_spec("cloud.tail") is None:
+    if importlib.util.find_spec("cloud.tail") is None or importlib.util.find_spec("cloud.tail.__main__") is None:
         return
     files = controller.authority
     listen = f"{bracket(settings.listen)}:{ports.tail}"
@@ -285,7 +285,7 @@ async def _start_tail(controller: Controller, settings: Settings, ports: Ports) 
     command += ["--tls-ca", files.ca_file, "--tls-cert", files.server.cert, "--tls-key", files.server.key]
     child = controller.children["tail"] = Child("tail server", [str(word) for word in command], controller.journal)
     await child.start()
-    await child.ready(port_file.exists, BROKER_DEADLINE_S)
+    await child.ready(port_file.exists, TAIL_DEADLINE_S)
 
 
 @contextlib.asynccontextmanager
@@ -367,9 +367,11 @@ def only_one(data: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-async def _run(settings: Settings, journal: Journal) -> None:
+async def _run(settings: Settings, journal: Journal, *, until_eof: bool) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+    if until_eof:
+        loop.add_reader(sys.stdin.fileno(), stop.set)  # nobody writes: readable means that the starter has ended
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     work = asyncio.create_task(serve(settings, journal, stop))
@@ -395,7 +397,8 @@ def main(arguments: list[str] | None = None) -> int:
         with only_one(settings.data):
             settings.run_file.unlink(missing_ok=True)
             journal = open_journal(settings.log_file, level=settings.log_level, screen=True)
-            asyncio.run(_run(settings, journal))
+            os.chdir(settings.data)  # no other place is held on to
+            asyncio.run(_run(settings, journal, until_eof=given.until_eof))
     except SkerryError as error:
         journal.error("controller.failed", error=error)
         return error.exit_code

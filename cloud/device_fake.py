@@ -55,6 +55,7 @@ class FakeDevice:
         self.objects: dict[str, bytes] = {}
         self.states: dict[str, SkillState] = {}
         self.gone: list[str] = []
+        self.lost = 0  # connections that broke or were refused
         self.fresh = asyncio.Event()
         self._mqtt, self._director = mqtt, director_pem
         self._nonce = ""
@@ -76,7 +77,7 @@ class FakeDevice:
                     case Connected():
                         self._hello()
                     case Disconnected():
-                        pass
+                        self.lost += 1
                     case Message(topic, payload):
                         self._hear(topics.parse_down(topic)[1], payload)
         finally:

@@ -71,10 +71,16 @@ def small_bundle(tmp_path: Path) -> "Callable[..., BundleFile]":
 @pytest.fixture
 def csr() -> "Callable[[], str]":
     """Make a new device key each time and return a certificate request for it."""
-    return lambda: new_csr()[0]
+    return lambda: make_csr()[0]
 
 
-def new_csr() -> tuple[str, bytes]:
+@pytest.fixture
+def new_csr() -> "Callable[[], tuple[str, bytes]]":
+    """Make a new device key each time and return (certificate request, private key), both PEM."""
+    return make_csr
+
+
+def make_csr() -> tuple[str, bytes]:
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import ec
