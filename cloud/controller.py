@@ -402,6 +402,8 @@ def main(arguments: list[str] | None = None) -> int:
     except SkerryError as error:
         journal.error("controller.failed", error=error)
         return error.exit_code
+    finally:
+        journal.close()
     return 0
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
     Engine,
     ForeignKey,
     LargeBinary,
@@ -19,7 +20,7 @@ from sqlalchemy import (
     event,
     make_url,
 )
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from skills.errors import StorageError
@@ -40,7 +41,7 @@ class Device(Base):
     key_sha256: Mapped[str] = mapped_column(String(64))
     cert_serial: Mapped[str] = mapped_column(String(64))
     enrolled: Mapped[float]
-    counter: Mapped[int] = mapped_column(default=0)
+    counter: Mapped[int] = mapped_column(BigInteger, default=0)
     nonce: Mapped[str] = mapped_column(String(64), default="")
     hello: Mapped[bytes | None] = mapped_column(LargeBinary)
     state: Mapped[bytes | None] = mapped_column(LargeBinary)
@@ -158,9 +159,17 @@ class Database:
         Raises:
             StorageError: it cannot be opened, or was written by a newer version.
         """
-        self._engine = _engine(url)
         with _database_errors():
-            Base.metadata.create_all(self._engine)
+            self._engine = _engine(url)
+        try:
+            with _database_errors():
+                Base.metadata.create_all(self._engine)
+            self._check_schema()
+        except BaseException:
+            self.close()
+            raise
+
+    def _check_schema(self) -> None:
         with self.begin() as session:
             known = session.get(Fact, "schema")
             if known is None:
@@ -208,5 +217,7 @@ def _database_errors() -> Iterator[None]:
         if "full" in cause:
             raise StorageError("no space left to write the controller's database: free some, then try again") from error
         raise StorageError(f"the controller's database does not answer: {cause}") from error
-    except SQLAlchemyError as error:
-        raise StorageError(f"the controller's database refused: {error}") from error
+    except DBAPIError as error:
+        raise StorageError(f"the controller's database refused: {error.orig}") from error
+    except (SQLAlchemyError, ImportError) as error:
+        raise StorageError(f"the controller's database cannot be used: {error}") from error

@@ -37,6 +37,12 @@ class Journal:
         """Write an unexpected error with its traceback, from inside an except block."""
         self._logger.exception("%s", _line(kind, fields))  # noqa: LOG004 - called from inside one
 
+    def close(self) -> None:
+        """Write no more."""
+        for handler in list(self._logger.handlers):
+            self._logger.removeHandler(handler)
+            handler.close()
+
     def _write(self, level: int, kind: str, fields: dict[str, object]) -> None:
         if self._logger.isEnabledFor(level):
             self._logger.log(level, "%s", _line(kind, fields))
