@@ -1,1 +1,51 @@
-"""The workshop: makes a trained model smaller and faster and proves what that cost."""
+"""The workshop: a trained model goes in, the smallest and fastest one that keeps its accuracy comes out, measured.
+
+`compress()` is the whole room's door; everything heavy is imported behind it.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from skills.errors import MissingExtra
+
+if TYPE_CHECKING:
+    from compress.report import Report
+
+Goal = Literal["size", "latency", "both"]
+Progress = Callable[[str, float, str], None]  # what is being done, how far (0..1), the best so far in words
+
+
+def compress(
+    model: object,
+    data: object,
+    out: Path,
+    device: str = "auto",
+    max_drop: float = 1.0,
+    goal: Goal = "both",
+    seed: int = 0,
+    progress: Progress | None = None,
+    weights: Path | None = None,
+) -> "Report":
+    """Compress `model` for `device` within `max_drop` percentage points, and write the folder `out`.
+
+    `model` is an `.onnx` file, the text `package.module:factory` (with `weights`, a state-dict file, if it needs one)
+    or a torch module; `data` an `.npz` file or a mapping with `x` and, if known, `y`, `x_train`, `y_train`. Without
+    labels the metric is agreement with the original. `out` appears whole at the end or not at all; an earlier
+    result there is replaced.
+
+    Returns the report even when the budget was missed (`report.verdict == "not_reached"`, `report.reached()` raises):
+    the best model found is in `out` all the same.
+
+    Raises:
+        UsageError: an argument makes no sense, or `out` holds something that is not an earlier result.
+        NotFound: a file, module or profile does not exist.
+        FormatError: the model or the data is not what it should be; the sentence says what was found.
+        StorageError: the disk is full or refuses; `out` is as it was.
+        MissingExtra: a package that the model or the device needs is not installed.
+    """
+    try:
+        from compress.run import run
+    except ImportError as error:
+        raise MissingExtra(f"compression needs {error.name}: pip install 'skerry[compress]'") from None
+    return run(model, data, out, device, max_drop, goal, seed, progress, weights)

@@ -1,0 +1,50 @@
+"""The device profiles that ship with Skerry, and which of them this machine is."""
+
+import platform
+from importlib import resources
+from pathlib import Path
+
+from skills import ort
+from skills.errors import NotFound
+from skills.files import read_bytes
+from skills.profile import Profile, load_profile
+
+MAX_PROFILE_BYTES = 64 << 10
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of the shipped profiles."""
+    folder = resources.files("compress") / "profiles"
+    return tuple(sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")))
+
+
+def find(device: str) -> Profile:
+    """Return a shipped profile by name, one from a `.yaml` file, or with `auto` the one of this machine.
+
+    Raises:
+        NotFound: no such profile.
+        FormatError: the file is no profile.
+    """
+    if device == "auto":
+        device = detect(platform.machine(), ort.isa())
+    if device.endswith((".yaml", ".yml")):
+        text = read_bytes(Path(device), "the profile", MAX_PROFILE_BYTES).decode(errors="replace")
+        return load_profile(text, device)
+    if device not in names():
+        raise NotFound(f"there is no device profile '{device}': use auto, a .yaml file, or one of {', '.join(names())}")
+    text = (resources.files("compress") / "profiles" / f"{device}.yaml").read_text()
+    return load_profile(text, f"{device}.yaml")
+
+
+def detect(machine: str, isa: tuple[str, ...]) -> str:
+    """Return the name of the profile for a machine with these instruction sets. Pure.
+
+    Raises:
+        NotFound: no shipped profile fits.
+    """
+    match machine.lower():
+        case "x86_64" | "amd64":
+            return "x86-vnni" if {"avx512_vnni", "avx_vnni"} & set(isa) else "x86-avx2"
+        case "aarch64" | "arm64":
+            return "arm64-onnxruntime"
+    raise NotFound(f"no shipped profile fits this machine ({machine}): name one with --device")

@@ -1,0 +1,322 @@
+"""The only door to onnxruntime: sessions, timing side by side, and the audit of what the runtime really made of a graph.
+
+Importing this module is cheap; onnxruntime and numpy come in with the first session. Telemetry is switched off before
+that import, everywhere.
+"""
+
+import contextlib
+import dataclasses
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from skills.errors import FormatError, MissingExtra, NotFound
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+MAX_OPSET = 26  # the newest that onnxruntime 1.30 accepts; a newer one is lowered before it is run
+MAX_IR = 13
+INT8_OPS = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
+FLOAT_OPS = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "ConvTranspose")
+DTYPES = {
+    "tensor(float)": "float32", "tensor(double)": "float64", "tensor(float16)": "float16", "tensor(uint8)": "uint8",
+    "tensor(int8)": "int8", "tensor(int16)": "int16", "tensor(int32)": "int32", "tensor(int64)": "int64",
+    "tensor(bool)": "bool", "tensor(string)": "object",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Port:
+    """An input or output of a session; `dtype` is numpy's name for it, -1 in `shape` a free size."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Session:
+    """A loaded model. `raw` is onnxruntime's own session, for what this door does not cover."""
+
+    raw: Any
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    load_ms: float
+
+    def run(self, feeds: Mapping[str, "NDArray[Any]"], names: Sequence[str] | None = None) -> dict[str, "NDArray[Any]"]:
+        """Run once and return the outputs by name (all of them, or those in `names`).
+
+        Raises:
+            FormatError: the arrays do not fit the model; the sentence is the runtime's.
+        """
+        wanted = [port.name for port in self.outputs] if names is None else list(names)
+        try:
+            return dict(zip(wanted, self.raw.run(wanted, dict(feeds)), strict=True))
+        except Exception as error:  # noqa: BLE001  onnxruntime raises a dozen unrelated classes
+            raise FormatError(f"onnxruntime refuses the input: {_one_line(error)}") from error
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Chain:
+    """The segments of a model, run in order; between two of them the live tensors are kept by name, the others dropped."""
+
+    sessions: tuple[Session, ...]
+    live: tuple[tuple[str, ...], ...]  # live[n]: what lives on after the first n segments; the last one holds the outputs
+
+    @classmethod
+    def of(cls, sessions: Sequence[Session], outputs: Sequence[str]) -> "Chain":
+        """Join sessions in order; `outputs` are the whole model's, wherever in the chain they come to be."""
+        return cls(tuple(sessions), tuple(_live_after(sessions[at:], outputs) for at in range(len(sessions) + 1)))
+
+    def run(
+        self,
+        values: Mapping[str, "NDArray[Any]"],
+        start: int = 0,
+        stop: int | None = None,
+        before_each: Callable[[], None] | None = None,
+    ) -> dict[str, "NDArray[Any]"]:
+        """Run segments start..stop-1 on the tensors in `values` and return those that live on after them.
+
+        `before_each` is called before every segment; what it raises ends the run.
+
+        Raises:
+            FormatError: a tensor is missing or does not fit.
+        """
+        stop = len(self.sessions) if stop is None else stop
+        alive = dict(values)
+        for at in range(start, stop):
+            if before_each is not None:
+                before_each()
+            one = self.sessions[at]
+            missing = [port.name for port in one.inputs if port.name not in alive]
+            if missing:
+                raise FormatError(f"the tensor {missing[0]!r} is missing, there are {', '.join(alive) or 'none'}")
+            alive.update(one.run({port.name: alive[port.name] for port in one.inputs}))
+            alive = {name: alive[name] for name in self.live[at + 1] if name in alive}
+        return {name: alive[name] for name in self.live[stop] if name in alive}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Timing:
+    """Wall time of one run, in milliseconds: the middle, nine out of ten, the best, and how many runs were timed."""
+
+    p50_ms: float
+    p90_ms: float
+    best_ms: float
+    runs: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AuditRow:
+    """What became of one Conv, Gemm or MatMul: `kernel` is the runtime's operator; `reason` says why it stayed float."""
+
+    node: str
+    kernel: str
+    int8: bool
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Audit:
+    """The optimised graph, read back: one row per heavy operator, and how many nodes of each kind there are."""
+
+    rows: tuple[AuditRow, ...]
+    counts: Mapping[str, int]
+
+    @property
+    def stayed_float(self) -> tuple[AuditRow, ...]:
+        """Return the heavy operators that compute in float."""
+        return tuple(row for row in self.rows if not row.int8)
+
+
+def runtime() -> Any:
+    """Return the onnxruntime module, with telemetry off.
+
+    Raises:
+        MissingExtra: it is not installed.
+    """
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    try:
+        import onnxruntime
+    except ImportError:
+        raise MissingExtra("onnxruntime is not installed: pip install 'skerry[edge]'") from None
+    return onnxruntime
+
+
+def version() -> str:
+    """Return onnxruntime's version."""
+    return str(runtime().__version__)
+
+
+def versions() -> dict[str, str]:
+    """Return what a measurement was made with: onnxruntime, numpy, Python and the machine."""
+    import numpy
+
+    return {
+        "onnxruntime": version(), "numpy": numpy.__version__, "python": platform.python_version(),
+        "machine": platform.machine(), "isa": ",".join(isa()),
+    }  # fmt: skip
+
+
+def isa() -> tuple[str, ...]:
+    """Return the instruction sets of this machine that decide which kernels run, by the kernel's own names."""
+    wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "neon", "asimd", "asimddp", "i8mm", "sve")
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.lower().startswith(("flags", "features")):
+                have = set(line.partition(":")[2].split())
+                return tuple(name for name in wanted if name in have)
+    return ()
+
+
+def session(model: bytes | Path, threads: int = 1, *, optimise: bool = True) -> Session:
+    """Load a model on the CPU; `optimise=False` keeps the graph as it was written, for looking at tensors inside it.
+
+    Raises:
+        NotFound: there is no such file.
+        FormatError: onnxruntime cannot load it, in its own words.
+        MissingExtra: onnxruntime is not installed.
+    """
+    return _load(model, threads, optimise=optimise, save_to=None)
+
+
+def chain(files: Sequence[Path], outputs: Sequence[str], threads: int = 1) -> Chain:
+    """Load the segments of a model, in order; `outputs` are the whole model's.
+
+    Raises:
+        NotFound, FormatError, MissingExtra: as for `session`.
+    """
+    return Chain.of([session(file, threads) for file in files], outputs)
+
+
+def audit(model: bytes) -> Audit:
+    """Load `model` fully optimised, read the result back and say what became of each Conv, Gemm and MatMul.
+
+    An optimiser that renames nodes would break the rows' names, so they are matched by the weights' consumers as well.
+
+    Raises:
+        FormatError: onnxruntime cannot load it.
+        MissingExtra: onnx is not installed.
+    """
+    try:
+        import onnx
+    except ImportError:
+        raise MissingExtra("the graph audit needs onnx: pip install 'skerry[compress]'") from None
+    with tempfile.TemporaryDirectory(prefix="skerry-audit-") as folder:
+        path = Path(folder, "optimised.onnx")
+        _load(model, 1, optimise=True, save_to=path)
+        optimised = onnx.load(path)
+    written = onnx.load_model_from_string(model)
+    counts: dict[str, int] = {}
+    rows = []
+    for node in optimised.graph.node:
+        counts[node.op_type] = counts.get(node.op_type, 0) + 1
+        if node.op_type in INT8_OPS:
+            rows.append(AuditRow(node.name or node.output[0], node.op_type, int8=True))
+        elif node.op_type in FLOAT_OPS:
+            rows.append(AuditRow(node.name or node.output[0], node.op_type, int8=False, reason=_why_float(written, node)))
+    return Audit(tuple(rows), dict(sorted(counts.items())))
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], object]],
+    rounds: int = 60,
+    warmup: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:
+    """Time several things fairly: one run of each per round, the order turned by one every round.
+
+    What else happens on the machine hits all of them alike; compare the results as ratios.
+    """
+    names = list(runs)
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    for at in range(warmup + rounds):
+        turn = at % len(names) if names else 0
+        for name in names[turn:] + names[:turn]:
+            start = clock()
+            runs[name]()
+            if at >= warmup:
+                taken[name].append((clock() - start) * 1e3)
+    return {name: _timing(sorted(values)) for name, values in taken.items()}
+
+
+def _live_after(sessions: Sequence[Session], outputs: Sequence[str]) -> tuple[str, ...]:
+    given: set[str] = set()
+    wanted: dict[str, None] = {}
+    for one in sessions:
+        wanted.update((port.name, None) for port in one.inputs if port.name not in given)
+        given.update(port.name for port in one.outputs)
+    wanted.update((name, None) for name in outputs if name not in given)
+    return tuple(wanted)
+
+
+def _timing(values: list[float]) -> Timing:
+    last = len(values) - 1
+    return Timing(values[last // 2], values[round(last * 0.9)], values[0], len(values))
+
+
+def _load(model: bytes | Path, threads: int, *, optimise: bool, save_to: Path | None) -> Session:
+    ort = runtime()
+    if isinstance(model, Path) and not model.is_file():
+        raise NotFound(f"there is no model file {model}")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    levels = ort.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
+    if save_to is not None:
+        options.optimized_model_filepath = str(save_to)
+    start = time.perf_counter()
+    try:
+        source = str(model) if isinstance(model, Path) else model
+        raw = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # noqa: BLE001  onnxruntime raises a dozen unrelated classes
+        name = model if isinstance(model, Path) else "the model"
+        raise FormatError(f"onnxruntime cannot load {name}: {_one_line(error)}") from error
+    load_ms = (time.perf_counter() - start) * 1e3
+    return Session(raw, tuple(_ports(raw.get_inputs())), tuple(_ports(raw.get_outputs())), load_ms)
+
+
+def _ports(nodes: Sequence[Any]) -> Iterator[Port]:
+    for node in nodes:
+        shape = tuple(size if isinstance(size, int) else -1 for size in node.shape or ())
+        yield Port(node.name, DTYPES.get(node.type, node.type), shape)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    # "[ONNXRuntimeError] : 10 : INVALID_GRAPH : …" says nothing before the third colon.
+    return text.split(" : ", 3)[-1][:400] if text.startswith("[ONNXRuntimeError]") else text[:400]
+
+
+def _why_float(written: Any, node: Any) -> str:
+    """Say what in the graph as written kept the runtime from its int8 kernel."""
+    graph = written.graph
+    producer = {name: item for item in graph.node for name in item.output}
+    source = next((item for item in graph.node if node.name and item.name == node.name), None)
+    if source is None:
+        source = next((item for item in graph.node if set(item.output) & set(node.output)), None)
+    if source is None:
+        return "it was made by the optimiser from other operators"
+    weight = producer.get(source.input[1])
+    if weight is None:
+        return "its weights are stored as float"
+    if weight.op_type == "Mul":
+        return "its packed weights unfold to float: the guard found float faster, or int8 unsupported"
+    feed = producer.get(source.input[0])
+    if feed is None or feed.op_type != "DequantizeLinear":
+        return "its input is not quantized"
+    if weight.op_type == "DequantizeLinear":
+        packed = next((item for item in graph.initializer if item.name == weight.input[0]), None)
+        if packed is not None and packed.data_type in (21, 22):
+            return "its 4-bit weights reach DequantizeLinear without a Cast to int8"
+    after = sorted({item.op_type for item in graph.node if source.output[0] in item.input})
+    if after != ["QuantizeLinear"]:
+        return f"its output goes to {', '.join(after) or 'the graph output'} and not to QuantizeLinear alone"
+    return "the runtime has no int8 kernel for this combination of types"

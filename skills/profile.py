@@ -1,0 +1,43 @@
+"""What a class of device can do with a compressed model: the checked form of `profile.yaml`. Pure."""
+
+import dataclasses
+from typing import Annotated, Literal
+
+from skills.manifest import Name, Runtime
+from skills.wire import Doc, Limits, decode_yaml
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Profile:
+    """A target of compression: runtime, number formats of its fast kernels, and what must stay float there."""
+
+    name: Name
+    runtime: Runtime
+    arch: Annotated[str, Doc("machine name as uname prints it"), Limits(pattern=r"[a-z0-9_]{2,16}")]
+    description: Annotated[str, Limits(max_items=300)] = ""
+    runtime_min: Annotated[
+        str, Doc("the least version whose kernels this profile relies on"), Limits(pattern=r"\d+(\.\d+){0,2}")
+    ] = "1.20"
+    isa: Annotated[tuple[str, ...], Doc("instruction sets that the device must have")] = ()
+    activation: Annotated[Literal["u8", "s8"], Doc("type of quantized activations")] = "u8"
+    weight_bits: Annotated[
+        Literal[7, 8], Doc("range used by 8-bit weights: 7 where the kernel's 16-bit sums would saturate")
+    ] = 8
+    stored_bits: Annotated[
+        tuple[Literal[4, 8], ...], Doc("widths in which weights may be stored"), Limits(min=1, max_items=2)
+    ] = (4, 8)
+    quantize_outputs: Annotated[bool, Doc("also quantize the graph's outputs (runtimes that compute in int8 only)")] = False
+    keep_float: Annotated[tuple[str, ...], Doc("operators that are never quantized"), Limits(max_items=64)] = ()
+    channel_multiple: Annotated[int, Doc("channel counts that the kernels like are multiples of this"), Limits(min=1)] = 8
+    ram_mb: Annotated[int | None, Doc("memory budget for the running model, in MiB"), Limits(min=1)] = None
+    flash_kb: Annotated[int | None, Doc("storage budget for the model file, in KiB"), Limits(min=1)] = None
+    format: Literal["profile/v1"] = "profile/v1"
+
+
+def load_profile(text: str, source: str) -> Profile:
+    """Check the text of a `profile.yaml`.
+
+    Raises:
+        FormatError: what is wrong, with the line and the nearest right key.
+    """
+    return decode_yaml(Profile, text, source)
