@@ -1,0 +1,515 @@
+"""From what is to what is wanted: looks, asks `plan` for one step, does it, looks again."""
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from edge_agent import plan
+from edge_agent.config import AgentConfig
+from edge_agent.intake import Intake, Lacking, Offload
+from edge_agent.plan import Facts, Installed, Pointer, Refusal, Running
+from edge_agent.service import Service
+from edge_agent.store import Store
+from edge_agent.trust import Trust
+from edge_agent.workers import PROBE_S, Load, Worker, Workers, refused_by_probe
+from skills.bundle import Bundle, parts_for
+from skills.desired import Assignment, WantedSkill
+from skills.errors import (
+    DeadlineExceeded,
+    FormatError,
+    MissingExtra,
+    NotFound,
+    SkerryError,
+    StorageError,
+    TrustError,
+    Unreachable,
+)
+from skills.report import SkillState
+from skills.resolve import Capabilities, Choice, resolve
+
+LOG = logging.getLogger("skerry.agent")
+
+LONGEST_WAIT_S = 60.0
+FIRST_HOLD_S = 2.0
+LONGEST_HOLD_S = 60.0
+TRIES_BEFORE_REFUSING = 3
+DRAIN_S = 30.0
+KEPT_BUNDLES = 32
+CHANGES_WORTH_RETRYING = (Unreachable, DeadlineExceeded, MissingExtra)
+
+
+@dataclasses.dataclass(slots=True)
+class Attempt:
+    """What is remembered, in memory only, about getting one wanted version to run."""
+
+    digest: str
+    metadata: str
+    trusted: str | None = None
+    received_bytes: int = 0
+    progress: float = 0.0
+    stalled: str = ""
+    failures: int = 0
+    held_until: float = 0.0
+
+
+@dataclasses.dataclass(slots=True)
+class Life:
+    """What is remembered, in memory only, about the worker of a serving version."""
+
+    digest: str
+    restarts: int = 0
+    died_at: float = -1e9
+    started_at: float = 0.0
+    checked: bool = False
+    last_words: str = ""
+
+
+class Reconciler:
+    """Owns the pointers and the workers of one device."""
+
+    def __init__(
+        self,
+        store: Store,
+        config: AgentConfig,
+        intake: Intake,
+        service: Service,
+        workers: Workers,
+        trust: Trust,
+        capabilities: Callable[[], Capabilities],
+        *,
+        offload: Offload = asyncio.to_thread,
+    ) -> None:
+        self._store, self._config, self._intake, self._service = store, config, intake, service
+        self._workers, self._trust, self._offload = workers, trust, offload
+        self._read_capabilities = capabilities
+        self.capabilities = capabilities()
+        self._pointers: dict[str, Pointer] = {}
+        self._running: dict[str, Worker] = {}
+        self._probed: set[str] = set()
+        self._attempts: dict[str, Attempt] = {}
+        self._lives: dict[str, Life] = {}
+        self._bundles: collections.OrderedDict[str, Bundle] = collections.OrderedDict()
+        self._stopping: set[asyncio.Task[None]] = set()
+        self._garbage = True
+        self._changed = asyncio.Event()
+        self.told = asyncio.Event()
+        self.assignment: Assignment | None = None
+        self.fresh = False
+        self.connected = False
+
+    # --- from outside -----------------------------------------------------------------------------
+
+    def boot(self) -> None:
+        """Read what the disk says. A damaged pointer is put aside and reported; the others go on."""
+        for skill in self._store.skills():
+            try:
+                self._pointers[skill] = self._store.pointer(skill)
+            except FormatError as error:
+                LOG.error("pointer.damaged skill=%s error=%r", skill, str(error))  # noqa: TRY400 - no traceback is of use
+        self._service.known({skill for skill, pointer in self._pointers.items() if pointer.active is not None})
+
+    def assign(self, assignment: Assignment, *, fresh: bool) -> None:
+        """Take over what is wanted now."""
+        changed = self.assignment is None or self.assignment.skills != assignment.skills
+        self.assignment, self.fresh = assignment, fresh
+        if changed:
+            self._garbage = True
+        for wanted in assignment.skills:
+            attempt = self._attempts.get(wanted.skill)
+            if attempt is None or attempt.digest != wanted.manifest.sha256:
+                self._attempts[wanted.skill] = Attempt(wanted.manifest.sha256, assignment.metadata.sha256)
+            elif attempt.metadata != assignment.metadata.sha256:
+                attempt.metadata, attempt.trusted = assignment.metadata.sha256, None
+        self.poke()
+
+    def online(self, *, connected: bool) -> None:
+        """The broker came or went; what waited for the network need not wait longer."""
+        self.connected, self.fresh = connected, False
+        if connected:
+            for attempt in self._attempts.values():
+                attempt.held_until, attempt.stalled, attempt.failures = 0.0, "", 0
+        self.poke()
+
+    def poke(self) -> None:
+        """Something changed: look again."""
+        self._changed.set()
+        self.told.set()
+        self._intake.interrupt()
+
+    def refresh_capabilities(self) -> Capabilities:
+        """Read anew what the device can do, and return it."""
+        self.capabilities = self._read_capabilities()
+        return self.capabilities
+
+    def states(self) -> tuple[SkillState, ...]:
+        """Return what is to be reported."""
+        return tuple(state for skill in self._skills() for state in plan.describe(self.look(skill)))
+
+    def pointers(self) -> Mapping[str, Pointer]:
+        return self._pointers
+
+    def workers(self) -> tuple[Worker, ...]:
+        """Return the live workers."""
+        return tuple(self._running.values())
+
+    async def close(self) -> None:
+        """End cleanly: a stop on purpose does not count against a version on trial."""
+        for pointer in self._pointers.values():
+            if pointer.trial and pointer.active is not None and pointer.active.manifest in self._running:
+                with contextlib.suppress(StorageError):
+                    self._store.write_pointer(dataclasses.replace(pointer, lives=max(pointer.lives - 1, 0)))
+        for task in self._stopping:
+            task.cancel()
+        await asyncio.gather(*self._stopping, return_exceptions=True)
+        await self._workers.stop()
+
+    # --- the loop ---------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Bring the device to what is wanted, for ever."""
+        while True:
+            self._changed.clear()
+            rest = await self.advance()
+            if rest is None:
+                continue
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(rest):
+                    await self._changed.wait()
+
+    async def advance(self) -> float | None:
+        """Do one step; None when one was done, else the seconds for which there is nothing to do."""
+        now, rest = _now(), LONGEST_WAIT_S
+        steps = {skill: plan.next_step(self.look(skill)) for skill in self._skills()}
+        for skill, step in steps.items():
+            if isinstance(step, plan.Keep):
+                await self._guarded(skill, step)
+                return None
+        for skill, step in steps.items():
+            attempt = self._attempts.get(skill)
+            if isinstance(step, plan.Wait):
+                rest = min(rest, LONGEST_WAIT_S if step.after_s is None else step.after_s)
+            elif isinstance(step, plan.FetchWhole | plan.FetchParts) and not self.connected:
+                continue
+            elif attempt is not None and attempt.held_until > now:
+                rest = min(rest, attempt.held_until - now)
+            else:
+                await self._guarded(skill, step)
+                return None
+        if self._garbage and self.assignment is not None:
+            self._garbage = False
+            with contextlib.suppress(NotFound, StorageError):
+                self._collect()
+        return max(rest, 0.01)
+
+    def look(self, skill: str) -> Facts:
+        """Return all that is known about one skill now."""
+        pointer = self._pointers.get(skill) or Pointer(skill)
+        wanted = self._wanted(skill)
+        attempt = self._attempts.get(skill) if wanted is not None else None
+        active = pointer.active.manifest if pointer.active is not None else None
+        life = self._lives.get(skill)
+        if life is None or life.digest != active:
+            life = Life(active or "")
+        bundle = None
+        if attempt is not None and attempt.trusted == "":
+            with contextlib.suppress(NotFound):
+                bundle = self._bundle(attempt.digest)
+        # Listed after the manifest was read: one found damaged is gone by now, and is fetched again.
+        versions, objects = self._store.version_digests(), self._store.object_digests()
+        return Facts(
+            pointer=pointer,
+            wanted=wanted,
+            capabilities=self.capabilities,
+            metadata=self.assignment.metadata if self.assignment is not None else None,
+            fresh=self.fresh,
+            objects=objects,
+            staged=versions,
+            bundle=bundle,
+            trusted=attempt.trusted if attempt is not None else None,
+            running={
+                digest: Running(probed=digest in self._probed)
+                for digest, worker in self._running.items()
+                if worker.load.skill == skill
+            },
+            rested_s=_now() - life.died_at,
+            healthy_s=_now() - life.started_at,
+            trial_s=self._config.trial_s,
+            restarts=life.restarts,
+            stalled=attempt.stalled if attempt is not None else "",
+            progress=attempt.progress if attempt is not None else 0.0,
+            received_bytes=attempt.received_bytes if attempt is not None else 0,
+            last_words=life.last_words,
+        )
+
+    # --- steps ------------------------------------------------------------------------------------
+
+    async def _guarded(self, skill: str, step: plan.Step) -> None:
+        """Do a step; a fault becomes a reason and a pause, never an end."""
+        LOG.debug("step skill=%s step=%s", skill, type(step).__name__)
+        attempt = self._attempts.get(skill)
+        try:
+            await self._do(step)
+        except TrustError as error:
+            self._refuse(skill, Refusal("refused", str(error)))
+        except Lacking as error:
+            self._refuse(skill, Refusal("failed", str(error)))
+        except SkerryError as error:
+            if attempt is not None:
+                attempt.stalled = str(error)
+                attempt.failures += 1
+                pause = min(FIRST_HOLD_S * 2.0 ** (attempt.failures - 1), LONGEST_HOLD_S)
+                attempt.held_until = _now() + pause
+            level = logging.WARNING if attempt is None or attempt.failures == 1 else logging.DEBUG
+            LOG.log(level, "step.failed skill=%s step=%s error=%r", skill, type(step).__name__, str(error))
+        else:
+            if attempt is not None and not isinstance(step, plan.Keep):
+                attempt.failures, attempt.stalled = 0, ""
+        self.told.set()
+
+    async def _do(self, step: plan.Step) -> None:  # noqa: C901 - one case for each step
+        match step:
+            case plan.Start(skill, installed):
+                await self._start(skill, installed)
+            case plan.Return(skill, digest, reason):
+                LOG.error("version.returned skill=%s digest=%s reason=%r", skill, digest[:12], reason)
+                self._write(plan.returned(self._pointer(skill), reason))
+            case plan.Lose(skill):
+                LOG.error("version.damaged skill=%s", skill)
+                self._write(plan.lost(self._pointer(skill)))
+            case plan.Settle(skill):
+                LOG.info("version.settled skill=%s", skill)
+                self._write(plan.settled(self._pointer(skill)))
+            case plan.Stop(skill, digest):
+                self._stop(skill, digest)
+            case plan.Remove(skill):
+                self._remove(skill)
+            case plan.FetchWhole(skill, refs):
+                for ref in refs:
+                    self._attempts[skill].received_bytes += await self._intake.whole(ref)
+            case plan.FetchParts(skill, digest, parts):
+                await self._fetch(skill, digest, parts)
+            case plan.Verify(skill, wanted, metadata):
+                await self._verify(skill, wanted, metadata)
+            case plan.Refuse(skill, _, refusal):
+                self._refuse(skill, refusal)
+            case plan.Forget(skill):
+                wanted_now = self._wanted(skill)
+                self._write(plan.forgotten(self._pointer(skill), wanted_now.manifest.sha256 if wanted_now else ""))
+            case plan.Stage(_, digest, parts):
+                await self._offload(self._store.stage, digest, parts)
+            case plan.Probe(skill, digest, choice):
+                await self._probe(skill, digest, choice)
+            case plan.Activate(skill, installed):
+                await self._activate(skill, installed)
+            case plan.Wait():
+                pass
+
+    async def _start(self, skill: str, installed: Installed) -> None:
+        life = self._life(skill, installed.manifest)
+        pointer = self._pointer(skill)
+        if not life.checked:
+            if damage := await self._offload(self._store.damage, installed.manifest):
+                LOG.error("version.damaged skill=%s version=%s what=%r", skill, installed.version, damage)
+                self._store.discard(installed.manifest)
+                self._bundles.pop(installed.manifest, None)
+                self._garbage = True
+                return
+            life.checked = True
+        if pointer.trial:
+            # Counted before the start: a version that takes the device down with it is counted too.
+            self._write(dataclasses.replace(pointer, lives=pointer.lives + 1))
+        try:
+            bundle = self._bundle(installed.manifest)
+            worker = await self._workers.start(self._load(skill, installed), self._died)
+        except SkerryError as error:
+            life.restarts += 1
+            life.died_at = _now()
+            life.last_words = str(error)
+            LOG.warning("worker.failed skill=%s version=%s error=%r", skill, installed.version, str(error))
+            return
+        life.started_at = _now()
+        self._running[installed.manifest] = worker
+        if worker.dead is not None:
+            self._died(worker)
+            return
+        await self._service.serve(bundle.skill, installed, worker)
+        LOG.info("skill.serving skill=%s version=%s digest=%s", skill, installed.version, installed.manifest[:12])
+
+    async def _probe(self, skill: str, digest: str, choice: Choice) -> None:
+        bundle = self._bundle(digest)
+        variants = {name: variant.name for name, variant in choice.variants.items()}
+        worker = self._running.get(digest)
+        try:
+            if worker is None:
+                installed = Installed(bundle.skill.version, digest, "", variants)
+                worker = await self._workers.start(self._load(skill, installed), self._died)
+                self._running[digest] = worker
+            reply, _ = await worker.call({"op": "probe"}, b"", PROBE_S)
+            refused_by_probe(reply)
+        except SkerryError as error:
+            words = worker.last_words() if worker is not None else ""
+            self._stop(skill, digest, at_once=True)
+            attempt = self._attempts[skill]
+            if isinstance(error, CHANGES_WORTH_RETRYING) and attempt.failures + 1 < TRIES_BEFORE_REFUSING:
+                raise Unreachable(str(error)) from error
+            reason = str(error) + (f"; last words: {words}" if words else "")
+            self._refuse(skill, Refusal("failed", reason))
+            return
+        self._probed.add(digest)
+
+    async def _activate(self, skill: str, installed: Installed) -> None:
+        bundle, worker = self._bundle(installed.manifest), self._running[installed.manifest]
+        # The commit point. A crash before it leaves the old version serving; after it, the next boot starts the new one.
+        self._write(plan.activated(self._pointer(skill), installed))
+        self._lives[skill] = Life(installed.manifest, started_at=_now(), checked=True)
+        await self._service.serve(bundle.skill, installed, worker)
+        self._garbage = True
+        LOG.info("skill.activated skill=%s version=%s digest=%s", skill, installed.version, installed.manifest[:12])
+
+    async def _fetch(self, skill: str, digest: str, parts: tuple[Any, ...]) -> None:
+        attempt, bundle = self._attempts[skill], self._bundle(digest)
+        choice = resolve(bundle.skill, self.capabilities)
+        wanted = parts_for(bundle, choice) if isinstance(choice, Choice) else parts
+        total = sum(part.wire_size for part in wanted) or 1
+        done = total - sum(part.wire_size for part in parts)
+        part = parts[0]
+
+        def told(have: int, count: int) -> None:
+            attempt.progress = min((done + part.wire_size * have / count) / total, 1.0)
+            self.told.set()
+
+        attempt.received_bytes += await self._intake.part(part, told)
+
+    async def _verify(self, skill: str, wanted: WantedSkill, metadata: Any) -> None:
+        verdict = await self._trust.judge(wanted, metadata, self.assignment.time if self.assignment else 0)
+        attempt = self._attempts.get(skill)
+        if attempt is not None and (attempt.digest, attempt.metadata) == (wanted.manifest.sha256, metadata.sha256):
+            attempt.trusted = verdict.reason
+
+    def _refuse(self, skill: str, refusal: Refusal) -> None:
+        wanted = self._wanted(skill)
+        if wanted is None:
+            return
+        LOG.error("version.refused skill=%s version=%s reason=%r", skill, wanted.version, refusal.reason)
+        self._write(plan.refused(self._pointer(skill), wanted.manifest.sha256, refusal))
+        self._garbage = True
+
+    def _remove(self, skill: str) -> None:
+        self._store.remove_pointer(skill)
+        self._pointers.pop(skill, None)
+        self._attempts.pop(skill, None)
+        self._lives.pop(skill, None)
+        self._service.withdraw(skill)
+        self._remember_known()
+        self._garbage = True
+        LOG.info("skill.removed skill=%s", skill)
+
+    def _stop(self, skill: str, digest: str, *, at_once: bool = False) -> None:
+        worker = self._running.pop(digest, None)
+        self._probed.discard(digest)
+        if worker is not None:
+            self._service.withdraw(skill, worker)
+            task = asyncio.create_task(worker.stop(0 if at_once else DRAIN_S))
+            self._stopping.add(task)
+            task.add_done_callback(self._stopping.discard)
+
+    def _died(self, worker: Worker) -> None:
+        """A worker ended by itself."""
+        digest, skill = worker.load.digest, worker.load.skill
+        if self._running.get(digest) is not worker:
+            return
+        del self._running[digest]
+        self._probed.discard(digest)
+        self._service.withdraw(skill, worker)
+        life = self._life(skill, digest) if self._is_active(skill, digest) else None
+        if life is not None:
+            if _now() - life.started_at > self._config.trial_s:
+                life.restarts = 0
+            life.restarts += 1
+            life.died_at = _now()
+            life.last_words = f"{worker.dead}" + (f": {words}" if (words := worker.last_words()) else "")
+        self.poke()
+
+    # --- small things -----------------------------------------------------------------------------
+
+    def _collect(self) -> None:
+        """Remove from the disk what neither serves, nor is to be returned to, nor is wanted."""
+        objects, versions, partials = set[str](), set[str](), set[str]()
+        if self.assignment is not None:
+            objects.add(self.assignment.metadata.sha256)
+        for skill in self._skills():
+            pointer, wanted = self._pointer(skill), self._wanted(skill)
+            kept = [installed.manifest for installed in (pointer.active, pointer.previous) if installed is not None]
+            if wanted is not None and wanted.manifest.sha256 not in pointer.refused:
+                kept.append(wanted.manifest.sha256)
+            for digest in kept:
+                versions.add(digest)
+                objects.add(digest)
+                with contextlib.suppress(NotFound):
+                    for part in self._bundle(digest).parts:
+                        objects.add(part.sha256)
+                        partials.add(part.wire_sha256)
+        freed = self._store.collect(frozenset(objects), frozenset(versions), frozenset(partials))
+        if freed:
+            LOG.info("disk.freed bytes=%s", freed)
+
+    def _skills(self) -> tuple[str, ...]:
+        wanted = {w.skill for w in self.assignment.skills} if self.assignment is not None else set()
+        return tuple(sorted(wanted | set(self._pointers)))
+
+    def _wanted(self, skill: str) -> WantedSkill | None:
+        if self.assignment is None:
+            return None
+        return next((wanted for wanted in self.assignment.skills if wanted.skill == skill), None)
+
+    def _pointer(self, skill: str) -> Pointer:
+        return self._pointers.get(skill) or Pointer(skill)
+
+    def _write(self, pointer: Pointer) -> None:
+        self._store.write_pointer(pointer)
+        self._pointers[pointer.skill] = pointer
+        self._remember_known()
+
+    def _remember_known(self) -> None:
+        self._service.known({skill for skill, pointer in self._pointers.items() if pointer.active is not None})
+
+    def _is_active(self, skill: str, digest: str) -> bool:
+        active = self._pointer(skill).active
+        return active is not None and active.manifest == digest
+
+    def _life(self, skill: str, digest: str) -> Life:
+        life = self._lives.get(skill)
+        if life is None or life.digest != digest:
+            life = self._lives[skill] = Life(digest)
+        return life
+
+    def _bundle(self, digest: str) -> Bundle:
+        bundle = self._bundles.get(digest)
+        if bundle is None:
+            bundle = self._store.bundle(digest)
+            if bundle is None:
+                raise NotFound(f"the manifest {digest[:12]}… is not a bundle's")
+            self._bundles[digest] = bundle
+            if len(self._bundles) > KEPT_BUNDLES:
+                self._bundles.popitem(last=False)
+        return bundle
+
+    def _load(self, skill: str, installed: Installed) -> Load:
+        return Load(
+            skill=skill,
+            version=installed.version,
+            digest=installed.manifest,
+            folder=self._store.folder(installed.manifest),
+            manifest=self._store.objects / installed.manifest,
+            variants=installed.variants,
+            timer=self._config.timer,
+            tail_deadline_ms=self._config.tail_deadline_ms,
+        )
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
