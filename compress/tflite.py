@@ -1,0 +1,415 @@
+"""Lower our quantized graph to an int8 `.tflite`, with nothing but the schema that ships in ai-edge-litert.
+
+The contract with whoever runs it: the file's one input and one output have the names, the float32 type and the NCHW
+shapes of the ONNX model, with a batch of exactly 1. It quantizes and transposes inside, so control code calls
+`model(x=array)` alike on both runtimes; the runtime's door runs a batch row by row and stacks the answers, as
+`Session.run` below does. A signature `serving_default` maps the same names.
+
+Only what our own emitter writes is understood: Conv (plain and depthwise), Relu and Clip behind it, MaxPool,
+AveragePool, GlobalAveragePool, Gemm, Add, Flatten, Reshape to two dimensions. Any other operator is an error that
+names it.
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from compress import graph
+from compress.graph import Array
+from compress.measure import Runner, answers
+from compress.weights import unpack4
+from skills.errors import FormatError, MissingExtra, SkerryError
+from skills.ort import Port
+
+LEAST_AGREEMENT = 0.95  # share of equal top answers between LiteRT and onnxruntime on the same codes
+INT4 = 22
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Quantized:
+    """A tensor with codes: its scale, zero point (as int8) and shape in NCHW, batch 1."""
+
+    index: int
+    scale: float
+    zero: int
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Session:
+    """A loaded `.tflite` with the shape of onnxruntime's `Session`: batches are run row by row."""
+
+    raw: Any
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    load_ms: float
+
+    def run(self, feeds: Mapping[str, Array], names: Sequence[str] | None = None) -> dict[str, Array]:
+        """Run each row of the one input and return the output by name."""
+        (source,), (port,) = self.inputs, self.outputs
+        into = self.raw.get_input_details()[0]["index"]
+        out = self.raw.get_output_details()[0]["index"]
+        rows = []
+        for row in feeds[source.name]:
+            self.raw.set_tensor(into, row[None])
+            self.raw.invoke()
+            rows.append(self.raw.get_tensor(out)[0])
+        del names
+        return {port.name: np.stack(rows)}
+
+
+def session(file: bytes, threads: int = 1) -> Session:
+    """Load a `.tflite` in LiteRT.
+
+    Raises:
+        MissingExtra: ai-edge-litert is not installed.
+        FormatError: LiteRT cannot load it.
+    """
+    try:
+        from ai_edge_litert.interpreter import Interpreter
+    except ImportError:
+        raise MissingExtra("LiteRT is not installed: pip install 'skerry[tflite]'") from None
+    start = time.perf_counter()
+    try:
+        raw = Interpreter(model_content=file, num_threads=threads)
+        raw.allocate_tensors()
+    except (ValueError, RuntimeError) as error:
+        raise FormatError(f"LiteRT cannot load the model: {str(error).splitlines()[0]}") from error
+    load_ms = (time.perf_counter() - start) * 1e3
+    return Session(raw, _ports(raw.get_input_details()), _ports(raw.get_output_details()), load_ms)
+
+
+def _ports(details: Sequence[Mapping[str, Any]]) -> tuple[Port, ...]:
+    # The first size is reported as free, since `run` takes any number of rows.
+    return tuple(
+        Port(str(item["name"]), np.dtype(item["dtype"]).name, (-1, *(int(size) for size in item["shape"][1:])))
+        for item in details
+    )
+
+
+def check_same(lowered: Runner, original: Runner, x: Array) -> None:
+    """Hold the lowered model against the graph it came from.
+
+    Raises:
+        SkerryError: they give other answers than rounding explains.
+    """
+    got, want = answers(lowered, x), answers(original, x)
+    same = float((got.argmax(axis=-1) == want.argmax(axis=-1)).mean())
+    if same < LEAST_AGREEMENT:
+        raise SkerryError(f"the .tflite agrees with the ONNX graph in {same:.1%} of {len(x)} cases, at least {LEAST_AGREEMENT:.0%} is expected")
+
+
+def lower(model: Any) -> bytes:
+    """Return the bytes of an int8 `.tflite` for a graph that `compress.emit` wrote with quantized outputs.
+
+    Raises:
+        FormatError: an operator, or a form of one, that has no int8 counterpart here; names it.
+        MissingExtra: ai-edge-litert or flatbuffers is not installed.
+    """
+    try:
+        import flatbuffers
+        from ai_edge_litert import schema_py_generated as schema
+    except ImportError as error:
+        raise MissingExtra(f"writing a .tflite needs {error.name}: pip install 'skerry[compress,tflite]'") from None
+    written = _Lowering(model, schema).build()
+    builder = flatbuffers.Builder(1 << 16)
+    builder.Finish(written.Pack(builder), b"TFL3")
+    return bytes(builder.Output())
+
+
+class _Lowering:
+    """One walk over the graph; every tensor in it is known either by its codes or as a constant."""
+
+    def __init__(self, model: Any, schema: Any) -> None:
+        self.source, self.s = model, schema
+        self.values = {item.name: item for item in model.graph.initializer}
+        self.makers, self.readers = graph.producers(model), graph.consumers(model)
+        self.sizes = graph.shapes(model)
+        self.codes: dict[str, Quantized] = {}  # dequantized tensor of the ONNX graph -> codes here
+        self.model = schema.ModelT()
+        self.model.version, self.model.description = 3, "skerry"
+        self.model.buffers, self.model.operatorCodes = [schema.BufferT()], []
+        self.body = schema.SubGraphT()
+        self.body.name, self.body.tensors, self.body.operators = "main", [], []
+        self.kinds: dict[int, int] = {}
+
+    # --- the walk
+
+    def build(self) -> Any:
+        (source,) = self.source.graph.input
+        shape = self._shape(source.name)
+        first = self._tensor(source.name, shape, self.s.TensorType.FLOAT32)
+        self.body.inputs = [first]
+        self._read_input(source.name, first, shape)
+        for node in self.source.graph.node:
+            self._node(node)
+        (end,) = self.source.graph.output
+        if end.name not in self.codes:
+            raise FormatError(f"the output '{end.name}' is not quantized: this graph was not written for LiteRT")
+        codes = self._to_nchw(self.codes[end.name])
+        last = self._tensor(end.name, codes.shape, self.s.TensorType.FLOAT32)
+        self._op("DEQUANTIZE", 2, [codes.index], [last], "DequantizeOptions", self.s.DequantizeOptionsT())
+        self.body.outputs = [last]
+        self.model.subgraphs = [self.body]
+        self.model.signatureDefs = [self._signature(source.name, first, end.name, last)]
+        return self.model
+
+    def _read_input(self, name: str, index: int, shape: tuple[int, ...]) -> None:
+        for quantize in self.readers.get(name, []):
+            if quantize.op_type != "QuantizeLinear":
+                raise FormatError(f"LiteRT cannot take the operator {quantize.op_type} on the model's float input")
+            scale, zero = self._parameters(quantize)
+            # QUANTIZE first, then TRANSPOSE on bytes: a quarter of the traffic.
+            flat = self._codes_tensor(name + "_q", shape, scale, zero)
+            self._op("QUANTIZE", 1, [index], [flat.index], "QuantizeOptions", self.s.QuantizeOptionsT())
+            self.codes[self._dequantized(quantize)] = self._to_nhwc(flat)
+
+    def _node(self, node: Any) -> None:
+        kind = node.op_type
+        if kind in ("QuantizeLinear", "DequantizeLinear", "Cast"):
+            return  # read from the operators that they belong to
+        if kind in ("Relu", "Clip") and node.input[0] not in self.codes:
+            return  # the codes' own range cuts there
+        lowerings = {
+            "Conv": self._conv, "Gemm": self._gemm, "Add": self._add, "MaxPool": self._pool, "AveragePool": self._pool,
+            "GlobalAveragePool": self._global_pool, "Flatten": self._flatten, "Reshape": self._flatten,
+        }  # fmt: skip
+        if kind not in lowerings:
+            raise FormatError(f"the operator {kind} has no int8 form for LiteRT here: give a profile of another runtime")
+        scale, zero, result = self._result(node)
+        lowerings[kind](node, scale, zero, result)
+
+    def _result(self, node: Any) -> tuple[float, int, str]:
+        """Return the parameters of the codes that a node's result becomes, past a Relu or Clip, and their name."""
+        name = node.output[0]
+        while True:
+            after = self.readers.get(name, [])
+            if len(after) == 1 and after[0].op_type == "QuantizeLinear":
+                scale, zero = self._parameters(after[0])
+                return scale, zero, self._dequantized(after[0])
+            if len(after) == 1 and after[0].op_type in ("Relu", "Clip", "LeakyRelu"):
+                name = after[0].output[0]
+                continue
+            reads = ", ".join(sorted({item.op_type for item in after})) or "the graph output"
+            raise FormatError(f"the result of {node.op_type} goes to {reads} in float, which LiteRT in int8 cannot do")
+
+    def _parameters(self, quantize: Any) -> tuple[float, int]:
+        scale, zero = (self._value(name) for name in quantize.input[1:3])
+        shift = 128 if zero.dtype == np.uint8 else 0
+        return float(scale.reshape(())), int(zero.reshape(())) - shift
+
+    def _dequantized(self, quantize: Any) -> str:
+        (after,) = self.readers[quantize.output[0]]
+        return str(after.output[0])
+
+    def _input(self, node: Any, at: int = 0) -> Quantized:
+        codes = self.codes.get(node.input[at])
+        if codes is None:
+            raise FormatError(f"an input of {node.op_type} is not quantized: this graph was not written for LiteRT")
+        return codes
+
+    # --- operators
+
+    def _conv(self, node: Any, scale: float, zero: int, result: str) -> None:
+        facts = graph.attributes(node)
+        source = self._input(node)
+        codes, scales = self._weights(node)
+        if codes.ndim != 4:
+            raise FormatError(f"LiteRT takes Conv in two dimensions, found {codes.ndim - 2}")
+        groups, (out_channels, per_group, high, wide) = int(facts.get("group", 1)), codes.shape
+        depthwise = groups > 1
+        if depthwise and (per_group != 1 or groups != source.shape[1]):
+            raise FormatError(f"LiteRT takes Conv with 1 or {source.shape[1]} groups here, found {groups}")
+        if facts.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
+            raise FormatError("LiteRT needs Conv with explicit pads, found auto_pad: export the model with fixed sizes")
+        steps, spread = list(facts.get("strides", [1, 1])), list(facts.get("dilations", [1, 1]))
+        source, padding = self._padded(source, list(facts.get("pads", [0] * 4)), (high, wide), steps, spread)
+        if depthwise:
+            weight, axis = codes.transpose(1, 2, 3, 0), 3
+            options = self.s.DepthwiseConv2DOptionsT()
+            options.depthMultiplier = out_channels // groups
+        else:
+            weight, axis = codes.transpose(0, 2, 3, 1), 0
+            options = self.s.Conv2DOptionsT()
+        options.padding = padding
+        options.strideH, options.strideW = steps
+        options.dilationHFactor, options.dilationWFactor = spread
+        inputs = [source.index, *self._weight_tensors(node, weight, scales, axis, source.scale)]
+        made = self._codes_tensor(result, self._shape(node.output[0]), scale, zero, nhwc=True)
+        name = "DEPTHWISE_CONV_2D" if depthwise else "CONV_2D"
+        self._op(name, 3, inputs, [made.index], "DepthwiseConv2DOptions" if depthwise else "Conv2DOptions", options)
+        self.codes[result] = made
+
+    def _padded(
+        self, source: Quantized, pads: list[int], kernel: tuple[int, int], steps: list[int], spread: list[int]
+    ) -> tuple[Quantized, int]:
+        """Return the input and LiteRT's word for its padding; a PAD goes in front where it has no word for it."""
+        if not any(pads):
+            return source, self.s.Padding.VALID
+        same = []
+        for axis in (0, 1):
+            size, step, reach = source.shape[2 + axis], steps[axis], (kernel[axis] - 1) * spread[axis] + 1
+            total = max((-(-size // step) - 1) * step + reach - size, 0)
+            same.append((total // 2, total - total // 2))
+        if [(pads[0], pads[2]), (pads[1], pads[3])] == same:
+            return source, self.s.Padding.SAME
+        n, c, high, wide = source.shape
+        shape = (n, c, high + pads[0] + pads[2], wide + pads[1] + pads[3])
+        padded = self._codes_tensor(f"pad{len(self.body.tensors)}", shape, source.scale, source.zero, nhwc=True)
+        around = np.array([[0, 0], [pads[0], pads[2]], [pads[1], pads[3]], [0, 0]], np.int32)
+        amounts = self._tensor(f"pads{len(self.body.tensors)}", around.shape, self.s.TensorType.INT32, around)
+        self._op("PAD", 2, [source.index, amounts], [padded.index], "PadOptions", self.s.PadOptionsT())
+        return padded, self.s.Padding.VALID
+
+    def _gemm(self, node: Any, scale: float, zero: int, result: str) -> None:
+        source = self._input(node)
+        codes, scales = self._weights(node)
+        inputs = [source.index, *self._weight_tensors(node, codes, scales, 0, source.scale)]
+        made = self._codes_tensor(result, (1, codes.shape[0]), scale, zero)
+        self._op("FULLY_CONNECTED", 5, inputs, [made.index], "FullyConnectedOptions", self.s.FullyConnectedOptionsT())
+        self.codes[result] = made
+
+    def _add(self, node: Any, scale: float, zero: int, result: str) -> None:
+        first, second = self._input(node, 0), self._input(node, 1)
+        made = self._codes_tensor(result, first.shape, scale, zero, nhwc=True)
+        self._op("ADD", 2, [first.index, second.index], [made.index], "AddOptions", self.s.AddOptionsT())
+        self.codes[result] = made
+
+    def _pool(self, node: Any, scale: float, zero: int, result: str) -> None:
+        facts, source = graph.attributes(node), self._input(node)
+        kernel = tuple(facts["kernel_shape"])
+        plain = len(kernel) == 2 and not facts.get("ceil_mode", 0) and facts.get("auto_pad", b"NOTSET") == b"NOTSET"
+        if not plain or any(facts.get("pads", [0])) or any(d != 1 for d in facts.get("dilations", [1])):
+            raise FormatError(f"LiteRT takes {node.op_type} in two dimensions without padding, ceil_mode or dilations here")
+        options = self.s.Pool2DOptionsT()
+        options.padding = self.s.Padding.VALID
+        options.filterHeight, options.filterWidth = kernel
+        options.strideH, options.strideW = facts.get("strides", [1, 1])
+        made = self._codes_tensor(result, self._shape(node.output[0]), scale, zero, nhwc=True)
+        name = "MAX_POOL_2D" if node.op_type == "MaxPool" else "AVERAGE_POOL_2D"
+        self._op(name, 2, [source.index], [made.index], "Pool2DOptions", options)
+        self.codes[result] = made
+
+    def _global_pool(self, node: Any, scale: float, zero: int, result: str) -> None:
+        source = self._input(node)
+        options = self.s.ReducerOptionsT()
+        options.keepDims = True
+        axes = self._tensor(f"axes{len(self.body.tensors)}", (2,), self.s.TensorType.INT32, np.array([1, 2], np.int32))
+        made = self._codes_tensor(result, (*source.shape[:2], 1, 1), scale, zero, nhwc=True)
+        self._op("MEAN", 2, [source.index, axes], [made.index], "ReducerOptions", options)
+        self.codes[result] = made
+
+    def _flatten(self, node: Any, scale: float, zero: int, result: str) -> None:
+        source = self._to_nchw(self._input(node))
+        count = int(np.prod(source.shape))
+        shape = self._shape(node.output[0])
+        if len(shape) != 2 or (shape[1] > 0 and shape[1] != count):
+            raise FormatError(f"LiteRT takes {node.op_type} to [N, {count}] here, found {list(shape)}")
+        made = self._codes_tensor(result, (1, count), scale, zero)
+        options = self.s.ReshapeOptionsT()
+        options.newShape = [-1, count]
+        to = self._tensor(f"to{len(self.body.tensors)}", (2,), self.s.TensorType.INT32, np.array([-1, count], np.int32))
+        self._op("RESHAPE", 1, [source.index, to], [made.index], "ReshapeOptions", options)
+        self.codes[result] = made
+
+    # --- weights
+
+    def _weights(self, node: Any) -> tuple[Array, Array]:
+        unfold = self.makers.get(node.input[1])
+        if unfold is None or unfold.op_type != "DequantizeLinear":
+            raise FormatError(f"the weights of {node.op_type} '{node.name}' are float, LiteRT in int8 cannot mix them")
+        inner = self.makers.get(unfold.input[0])
+        stored = inner.input[0] if inner is not None and inner.op_type == "Cast" else unfold.input[0]
+        return self._value(stored), self._value(unfold.input[1]).reshape(-1)
+
+    def _weight_tensors(self, node: Any, weight: Array, scales: Array, axis: int, input_scale: float) -> list[int]:
+        channels = weight.shape[axis]
+        at = len(self.body.tensors)
+        index = self._tensor(f"w{at}", weight.shape, self.s.TensorType.INT8, weight, scales, np.zeros(channels), axis)
+        bias = np.zeros(channels, np.int32)  # XNNPACK wants one even where the model has none
+        if len(node.input) > 2 and node.input[2]:
+            bias = self._value(self.makers[node.input[2]].input[0]).reshape(-1)
+        joint = scales.astype(np.float32) * np.float32(input_scale)
+        return [index, self._tensor(f"b{at}", (channels,), self.s.TensorType.INT32, bias, joint, np.zeros(channels))]
+
+    def _value(self, name: str) -> Array:
+        item = self.values[name]
+        if item.data_type == INT4:
+            return unpack4(item.raw_data, tuple(item.dims))
+        return np.asarray(graph.numpy_helper.to_array(item))
+
+    # --- layout
+
+    def _to_nhwc(self, codes: Quantized) -> Quantized:
+        return self._transposed(codes, (0, 2, 3, 1), nhwc=True) if len(codes.shape) == 4 else codes
+
+    def _to_nchw(self, codes: Quantized) -> Quantized:
+        """Return the codes in the order that ONNX would have them; free where there is one pixel."""
+        if len(codes.shape) != 4 or codes.shape[2:] == (1, 1):
+            return codes
+        return self._transposed(codes, (0, 3, 1, 2), nhwc=False)
+
+    def _transposed(self, codes: Quantized, order: tuple[int, ...], *, nhwc: bool) -> Quantized:
+        at = len(self.body.tensors)
+        made = self._codes_tensor(f"t{at}", codes.shape, codes.scale, codes.zero, nhwc=nhwc)
+        how = self._tensor(f"order{at}", (4,), self.s.TensorType.INT32, np.array(order, np.int32))
+        self._op("TRANSPOSE", 2, [codes.index, how], [made.index], "TransposeOptions", self.s.TransposeOptionsT())
+        return made
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        shape = self.sizes.get(name)
+        if shape is None or any(size == -1 for size in shape[1:]):
+            raise FormatError(f"the tensor '{name}' has no fixed size: LiteRT needs all but the batch to be known")
+        return (1, *shape[1:])
+
+    # --- the flatbuffer
+
+    def _codes_tensor(
+        self, name: str, shape: tuple[int, ...], scale: float, zero: int, *, nhwc: bool = False
+    ) -> Quantized:
+        stored = (shape[0], *shape[2:], shape[1]) if nhwc and len(shape) == 4 else shape
+        index = self._tensor(name, stored, self.s.TensorType.INT8, None, np.array([scale]), np.array([zero]))
+        return Quantized(index, scale, zero, shape)
+
+    def _tensor(
+        self, name: str, shape: Sequence[int], kind: int, data: Array | None = None, scale: Array | None = None,
+        zero: Array | None = None, axis: int = 0,
+    ) -> int:  # fmt: skip
+        tensor = self.s.TensorT()
+        tensor.name, tensor.shape, tensor.type, tensor.buffer = name, list(shape), kind, 0
+        if data is not None:
+            buffer = self.s.BufferT()
+            buffer.data = np.frombuffer(np.ascontiguousarray(data).tobytes(), np.uint8)
+            tensor.buffer = len(self.model.buffers)
+            self.model.buffers.append(buffer)
+        if scale is not None and zero is not None:
+            quantization = self.s.QuantizationParametersT()
+            quantization.scale, quantization.zeroPoint = scale.astype(np.float32), zero.astype(np.int64)
+            quantization.quantizedDimension = axis
+            tensor.quantization = quantization
+        self.body.tensors.append(tensor)
+        return len(self.body.tensors) - 1
+
+    def _op(self, kind: str, version: int, inputs: list[int], outputs: list[int], options_kind: str, options: Any) -> None:
+        builtin = getattr(self.s.BuiltinOperator, kind)
+        if builtin not in self.kinds:
+            code = self.s.OperatorCodeT()
+            code.builtinCode, code.deprecatedBuiltinCode, code.version = builtin, min(builtin, 127), version
+            self.kinds[builtin] = len(self.model.operatorCodes)
+            self.model.operatorCodes.append(code)
+        operator = self.s.OperatorT()
+        operator.opcodeIndex, operator.inputs, operator.outputs = self.kinds[builtin], inputs, outputs
+        operator.builtinOptionsType = getattr(self.s.BuiltinOptions, options_kind)
+        operator.builtinOptions = options
+        self.body.operators.append(operator)
+
+    def _signature(self, input_name: str, first: int, output_name: str, last: int) -> Any:
+        signature = self.s.SignatureDefT()
+        signature.signatureKey, signature.subgraphIndex = "serving_default", 0
+        signature.inputs, signature.outputs = [self.s.TensorMapT()], [self.s.TensorMapT()]
+        signature.inputs[0].name, signature.inputs[0].tensorIndex = input_name, first
+        signature.outputs[0].name, signature.outputs[0].tensorIndex = output_name, last
+        return signature
