@@ -129,7 +129,7 @@ def _open_routes(app: FastAPI, controller: "Controller") -> None:
             "ca_pem": controller.authority.ca_pem,
             "mqtt_url": controller.mqtt_url,
             "tail_url": controller.tail_url,
-            "root_json": controller.registry.first_root.decode(),
+            "root_json": controller.registry.root_bytes.decode(),
             "director_pem": controller.registry.director_pem.decode(),
         }
 

@@ -38,6 +38,7 @@ class Settings:
     database: str | None = None
     log_level: str = "info"
     broker_deadline_s: float = 15.0
+    quiet_when_ready: bool = False
 
     @property
     def database_url(self) -> str:
@@ -78,6 +79,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--until-eof", action="store_true", help="stop at the end of standard input, as when its writer ends"
     )
+    parser.add_argument("--quiet-when-ready", action="store_true", help="once ready, log to the file only")
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
 
 
@@ -99,6 +101,7 @@ def settings_from(given: argparse.Namespace) -> Settings:
         database=given.database,
         log_level=given.log_level,
         broker_deadline_s=given.broker_deadline,
+        quiet_when_ready=given.quiet_when_ready,
         **ports,
     )
 

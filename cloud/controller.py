@@ -80,7 +80,6 @@ class Controller:
         """Begin to serve devices."""
         await self.delivery.start()
         self._tasks.append(asyncio.create_task(self._keep_fresh(), name="keep metadata fresh"))
-        self.delivery.report()
 
     async def stop(self) -> None:
         """End in order."""
@@ -241,6 +240,8 @@ async def serve(settings: Settings, journal: Journal, stop: asyncio.Event) -> No
                 pid=run.pid,
                 data=settings.data,
             )
+            if settings.quiet_when_ready:
+                journal.leave_screen()
             await stop.wait()
             journal.info("controller.stopping")
             settings.run_file.unlink(missing_ok=True)

@@ -27,6 +27,7 @@ MAX_RELAY_BYTES = 256 << 10
 MAX_PENDING_RELAYS = 256
 LISTEN_S = 5.0
 PUBLISH_DEADLINE_S = 5.0
+FULL_LOOK_EVERY_S = 60.0
 TELL_PAUSE_S = 0.05  # reports that come close together are looked at together
 
 Asked = tuple[int, str, int]  # transfer, sha256, index
@@ -41,6 +42,7 @@ class Delivery:
         self._asked = asyncio.Event()
         self._reported = asyncio.Event()
         self._untold: set[str] = set()
+        self._reports: set[str] = set()
         self._relays: dict[str, tuple[str, asyncio.Future[tuple[dict[str, object], bytes]]]] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self.connected = asyncio.Event()
@@ -93,9 +95,14 @@ class Delivery:
         """Publish every assignment again: the broker may have forgotten them."""
         self.tell({device.id for device in self._fleet.devices()})
 
-    def report(self) -> None:
-        """Have the rollouts looked at again soon."""
-        self._reported.set()
+    def call_all(self) -> None:
+        """Ask every device for a sign of life: who came or left while we were away is not known otherwise."""
+        for device in self._fleet.devices():
+            frame = pack_frame({"id": secrets.token_hex(8), "op": "hello", "deadline_ms": 10_000})
+            try:
+                self._mqtt.publish(topics.down(device.id, "cmd"), frame, qos=1)
+            except Unreachable:
+                return
 
     def clear(self, device: str) -> None:
         """Take back the retained assignment of a device that was removed."""
@@ -105,10 +112,21 @@ class Delivery:
             self._mqtt.publish(topics.down(device, "desired"), b"", qos=1, retain=True)
 
     async def _follow(self) -> None:
+        """Have the rollouts looked at: at everything first and now and then, else at who has just reported."""
+        loop = asyncio.get_running_loop()
+        next_full = loop.time()
         while True:
-            await self._reported.wait()
+            if loop.time() >= next_full:
+                self.tell(self._orders.step())
+                next_full = loop.time() + FULL_LOOK_EVERY_S
+            try:
+                async with asyncio.timeout_at(next_full):
+                    await self._reported.wait()
+            except TimeoutError:
+                continue
             self._reported.clear()
-            self.tell(self._orders.step())
+            reports, self._reports = self._reports, set()
+            self.tell(self._orders.step(reports))
             await asyncio.sleep(TELL_PAUSE_S)
 
     # --- listening --------------------------------------------------------------------------------
@@ -126,6 +144,7 @@ class Delivery:
                     self._journal.info("broker.connected")
                     self.connected.set()
                     self.tell_all()
+                    self.call_all()
                 case Disconnected(reason):
                     if self.connected.is_set():
                         self._journal.warning("broker.lost", reason=reason)
@@ -146,10 +165,13 @@ class Delivery:
                     self._fleet.heard_nothing(device)
                 case "state":
                     self._fleet.heard_state(device, message.payload)
-                    self.report()
+                    self._reports.add(device)
+                    self._reported.set()
                 case "need":
+                    self._fleet.heard(device)
                     self._ask(device, decode_json(Need, message.payload, f"the need of {device}", 16 << 10))
                 case "res":
+                    self._fleet.heard(device)
                     self._answer(device, message.payload)
                 case "log":
                     self._journal.debug(
@@ -161,11 +183,7 @@ class Delivery:
     # --- chunks -----------------------------------------------------------------------------------
 
     def _ask(self, device: str, need: Need) -> None:
-        queue = self._queues.get(device)
-        if queue is None:
-            if not self._fleet.known(device):
-                raise NotFound(f"{device} is not enrolled")
-            queue = self._queues.setdefault(device, collections.deque())
+        queue = self._queues.setdefault(device, collections.deque())
         waiting = set(queue)
         for first, last in need.ranges:
             for index in range(first, last):

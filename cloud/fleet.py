@@ -44,6 +44,7 @@ class Fleet:
     def __init__(self, database: Database, authority: Authority, journal: Journal, now: Callable[[], float]) -> None:
         self._database, self._authority, self._journal, self._now = database, authority, journal, now
         self._since_trim = 0
+        self._there: set[str] = set()  # who is online, so that not every message asks the database
         with database.begin() as session:
             for device in session.query(Device).filter_by(online=True):
                 device.online = False  # nobody is known to be there before it says so
@@ -121,6 +122,7 @@ class Fleet:
                 session.execute(delete(table).where(table.device == device))
             session.delete(known)
             session.flush()
+            self._there.discard(device)
             # Written before the commit: a crash in between revokes a device that is still listed, never the reverse.
             self._authority.revoke([row.serial for row in session.query(Revocation)])
         self.record("device.removed", device)
@@ -144,11 +146,6 @@ class Fleet:
             raise NotFound(f"no device {identity!r} is enrolled")
         return found
 
-    def known(self, identity: str) -> bool:
-        """Say whether a device is enrolled."""
-        with self._database.begin() as session:
-            return session.get(Device, identity) is not None
-
     def wanted(self, identity: str) -> dict[str, str]:
         """Return which version of which skill a device should run."""
         with self._database.begin() as session:
@@ -168,10 +165,8 @@ class Fleet:
             raise FormatError(f"{identity} sent a hello that says it is {hello.device!r}")
         with self._database.begin() as session:
             device = _enrolled(session.get(Device, identity), identity)
-            fresh = not device.online
-            device.hello, device.nonce, device.online, device.seen = payload, hello.nonce, True, self._now()
-        if fresh:
-            self.record("device.online", identity, agent=hello.capabilities.agent, arch=hello.capabilities.arch)
+            device.hello, device.nonce, device.seen = payload, hello.nonce, self._now()
+        self.heard(identity)
         return hello
 
     def heard_state(self, identity: str, payload: bytes) -> DeviceState:
@@ -187,7 +182,7 @@ class Fleet:
         with self._database.begin() as session:
             device = _enrolled(session.get(Device, identity), identity)
             before = state_of(device)
-            device.state, device.seen, device.online = payload, self._now(), True
+            device.state, device.seen = payload, self._now()
             for skill in {entry.skill for entry in state.skills if entry.phase == "serving"}:
                 entry = state.serving(skill)
                 row = session.get(Served, (identity, skill))
@@ -198,12 +193,27 @@ class Fleet:
                     session.add(Served(device=identity, skill=skill, versions=list(served_after(stack, entry.version))))
                 else:
                     row.versions = list(served_after(stack, entry.version))
+        self.heard(identity)
         for entry in state.skills:
             old = before.of(entry.skill, entry.manifest_sha256) if before is not None else None
             if old is None or (old.phase, old.reason) != (entry.phase, entry.reason):
                 facts = {"skill": entry.skill, "version": entry.version, "reason": entry.reason or None}
                 self.record(f"skill.{entry.phase}", identity, **facts)
         return state
+
+    def heard(self, identity: str) -> None:
+        """Note that a device is there.
+
+        Raises:
+            NotFound: the device is not enrolled.
+        """
+        if identity in self._there:
+            return
+        with self._database.begin() as session:
+            device = _enrolled(session.get(Device, identity), identity)
+            device.online, device.seen = True, self._now()
+        self._there.add(identity)
+        self.record("device.online", identity)
 
     def heard_nothing(self, identity: str) -> None:
         """Note that a device's connection broke."""
@@ -212,10 +222,12 @@ class Fleet:
             if device is None or not device.online:
                 return
             device.online = False
+        self._there.discard(identity)
         self.record("device.offline", identity)
 
     def broker_lost(self) -> None:
         """Note that nobody can be heard for now."""
+        self._there.clear()
         with self._database.begin() as session:
             for device in session.query(Device).filter_by(online=True):
                 device.online = False

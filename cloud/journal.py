@@ -37,6 +37,12 @@ class Journal:
         """Write an unexpected error with its traceback, from inside an except block."""
         self._logger.exception("%s", _line(kind, fields))  # noqa: LOG004 - called from inside one
 
+    def leave_screen(self) -> None:
+        """Write to the file only from now on."""
+        for handler in list(self._logger.handlers):
+            if type(handler) is logging.StreamHandler:
+                self._logger.removeHandler(handler)
+
     def close(self) -> None:
         """Write no more."""
         for handler in list(self._logger.handlers):

@@ -4,7 +4,7 @@ The decisions are `cloud.rollout`'s; here they are loaded, taken and stored, eac
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Literal, cast
 
 from sqlalchemy import select
@@ -98,7 +98,8 @@ class Orders:
         taken = {member.device for member in members}
         for older in session.query(RolloutRow).filter(RolloutRow.skill == skill):
             if _is_open(session, older):
-                _store(session, older, rules.supersede(_load(session, older), taken))
+                before = _load(session, older)
+                _store(session, older, before, rules.supersede(before, taken))
         fresh = rules.begin(members, canary)
         row = RolloutRow(
             skill=skill, version=version, kind=kind, selector=selector, canary=canary, time=self._now(), reason=""
@@ -106,7 +107,7 @@ class Orders:
         row.state, row.proven = fresh.state, fresh.proven
         session.add(row)
         session.flush()
-        _store(session, row, fresh)
+        _store(session, row, None, fresh)
         return row.id
 
     def _last_to_first(self, device: Device, release: Release) -> tuple[bool, bool]:
@@ -115,19 +116,21 @@ class Orders:
 
     # --- going on ---------------------------------------------------------------------------------
 
-    def step(self) -> set[str]:
-        """Look at every open rollout once, and return the devices whose assignment changed."""
+    def step(self, reported: Collection[str] | None = None) -> set[str]:
+        """Look at every open rollout once, and return the devices whose assignment changed.
+
+        `reported` limits the look to what these devices said; None looks at everybody's last report.
+        """
         changed: set[str] = set()
         notes: list[tuple[str, dict[str, Any]]] = []
         with self._database.begin() as session:
-            for row in session.query(RolloutRow).order_by(RolloutRow.id):
+            for row in session.query(RolloutRow).filter(RolloutRow.state != "done").order_by(RolloutRow.id):
                 if not _is_open(session, row):
                     continue
                 before = _load(session, row)
-                seen = rules.observe(before, self._facts(session, row, before))
+                seen = rules.observe(before, self._facts(session, row, before, reported))
                 after, orders = rules.advance(seen)
-                if after != before:
-                    _store(session, row, after)
+                _store(session, row, before, after)
                 changed |= self._apply(session, row.skill, orders)
                 if after.state != before.state:
                     facts = {
@@ -150,7 +153,8 @@ class Orders:
         """
         with self._database.begin() as session:
             row = _row(session, number)
-            _store(session, row, VERBS[verb](_load(session, row)))
+            before = _load(session, row)
+            _store(session, row, before, VERBS[verb](before))
         self._fleet.record(f"rollout.{verb}", None, rollout=number)
         return self.step()
 
@@ -161,27 +165,33 @@ class Orders:
             device = session.get(Device, identity)
             if device is None:
                 return set()
-            for skill in session.scalars(select(RolloutRow.skill).distinct()).all():
-                row = self._latest_for(session, skill, device)
+            had = select(RolloutRow.skill).join(MemberRow, MemberRow.rollout == RolloutRow.id)
+            had = had.where(MemberRow.device == identity)
+            missed = select(RolloutRow.skill).distinct().where(RolloutRow.skill.not_in(had))
+            for skill in session.scalars(missed).all():
+                row = self._current_for(session, skill, device)
                 if row is None or row.version is None:
                     continue
                 before = _load(session, row)
                 after = rules.join(before, [Member(identity, row.version, _serves(session, identity, skill))])
                 if after != before:
-                    _store(session, row, after)
+                    _store(session, row, before, after)
                     joined = True
         return self.step() if joined else set()
 
-    def _latest_for(self, session: Session, skill: str, device: Device) -> RolloutRow | None:
-        """Return the newest push of a skill that means a device, unless it was in a rollout of that skill already."""
-        rows = session.query(RolloutRow).filter_by(skill=skill).order_by(RolloutRow.id.desc()).all()
-        if any(session.get(MemberRow, (row.id, device.id)) is not None for row in rows):
-            return None
-        return next((r for r in rows if r.kind == "push" and matches(parse_selector(r.selector), device)), None)
+    def _current_for(self, session: Session, skill: str, device: Device) -> RolloutRow | None:
+        """Return the newest rollout or rollback of a skill that means a device and did not come to nothing."""
+        rows = session.query(RolloutRow).filter_by(skill=skill).filter(RolloutRow.state.not_in(("halted", "aborted")))
+        newest_first = rows.order_by(RolloutRow.id.desc())
+        return next((row for row in newest_first if matches(parse_selector(row.selector), device)), None)
 
-    def _facts(self, session: Session, row: RolloutRow, rollout: Rollout) -> dict[str, Fact]:
+    def _facts(
+        self, session: Session, row: RolloutRow, rollout: Rollout, reported: Collection[str] | None
+    ) -> dict[str, Fact]:
         facts = {}
         for member in rollout.members:
+            if reported is not None and member.device not in reported:
+                continue
             if member.stage in rules.SETTLED and member.stage != "serving":
                 continue
             device = session.get(Device, member.device)
@@ -313,20 +323,20 @@ def _load(session: Session, row: RolloutRow) -> Rollout:
     return Rollout(members, row.canary, cast(rules.State, row.state), row.proven, row.reason)
 
 
-def _store(session: Session, row: RolloutRow, rollout: Rollout) -> None:
-    row.state, row.proven, row.reason = rollout.state, rollout.proven, rollout.reason
-    for position, member in enumerate(rollout.members):
-        known = session.get(MemberRow, (row.id, member.device))
+def _store(session: Session, row: RolloutRow, before: Rollout | None, after: Rollout) -> None:
+    """Write what changed since `before`; None means that nothing was written yet."""
+    row.state, row.proven, row.reason = after.state, after.proven, after.reason
+    old = before.members if before is not None else ()
+    for position, member in enumerate(after.members):
+        if position < len(old) and old[position] is member:
+            continue
+        known = session.get(MemberRow, (row.id, member.device)) if position < len(old) else None
         if known is None:
             known = MemberRow(rollout=row.id, device=member.device)
             session.add(known)
         known.position, known.version, known.previous = position, member.version, member.previous
-        known.canary, known.stage, known.reason, known.returned = (
-            member.canary,
-            member.stage,
-            member.reason,
-            member.returned,
-        )
+        known.canary, known.stage, known.reason = member.canary, member.stage, member.reason
+        known.returned = member.returned
 
 
 def _serves(session: Session, device: str, skill: str) -> str | None:

@@ -95,14 +95,14 @@ def _observe(member: Member, fact: Fact | None) -> Member:
     if fact is None or member.stage in ("superseded", "refused", "failed"):
         return member
     if fact.phase == "serving":
-        return dataclasses.replace(member, stage="serving", reason="")
+        return member if member.stage == "serving" else dataclasses.replace(member, stage="serving", reason="")
     if member.stage == "waiting":
         return member  # what it says about this version is left from an earlier time
     if fact.phase == "refused" and not fact.fits:
         return dataclasses.replace(member, stage="refused", reason=fact.reason)
     if fact.phase in ("refused", "failed"):
         return dataclasses.replace(member, stage="failed", reason=fact.reason)
-    if member.stage == "assigned":
+    if member.stage == "assigned" and member.reason != fact.reason:
         return dataclasses.replace(member, reason=fact.reason)
     return member
 

@@ -58,7 +58,14 @@ def start(settings: Settings, *, detach: bool = True, deadline_s: float = START_
 
 def _spawn(settings: Settings, *, detach: bool) -> int:
     log = str(settings.data / "start.log")
-    command = [sys.executable, "-m", "cloud.controller", *options(settings), *([] if detach else ["--until-eof"])]
+    command = [
+        sys.executable,
+        "-m",
+        "cloud.controller",
+        *options(settings),
+        "--quiet-when-ready",
+        *([] if detach else ["--until-eof"]),
+    ]
     # The outputs of a controller must not keep the caller's terminal or pipe open.
     actions = [
         (os.POSIX_SPAWN_OPEN, 1, log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600),

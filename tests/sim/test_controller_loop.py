@@ -230,6 +230,40 @@ async def test_a_rollback_returns_each_device_to_what_it_served_before(world: Wo
         world.controller.rollback("tiny", "name=a")
 
 
+async def test_a_late_device_gets_what_was_rolled_back_to_and_never_what_was_halted(
+    world: World, csr: Callable[[], str]
+) -> None:
+    def outcome(wanted: object) -> tuple[str, str]:
+        return ("failed", "probe") if getattr(wanted, "version", "") == "3.0.0" else ("serving", "")
+
+    world.join("a", csr(), outcome=outcome)  # type: ignore[arg-type]
+    await online(world, "a")
+    for version in ("1.0.0", "2.0.0"):
+        await world.publish(version)
+        world.controller.push("tiny", version, "all", None)
+        await world.until(lambda: world.state() == "done")
+    world.controller.delivery.tell(world.controller.orders.rollback("tiny", "all")[1])
+    await world.until(lambda: world.state() == "done")
+    await world.publish("3.0.0")
+    world.controller.push("tiny", "3.0.0", "all", "1")
+    await world.until(lambda: world.state() == "halted")
+    late = world.join("b", csr())
+    await world.until(lambda: late.serves("tiny", "1.0.0"))
+
+
+async def test_a_controller_that_comes_back_learns_who_is_there(world: World, csr: Callable[[], str]) -> None:
+    world.join("a", csr())
+    world.join("b", csr())
+    await online(world, "a", "b")
+    client = world.controller.delivery._mqtt
+    world.broker.cut("controller")
+    await world.until(lambda: not world.controller.delivery.connected.is_set())
+    world.broker.cut("b")
+    world.broker.mend(client)  # type: ignore[arg-type]
+    await online(world, "a")
+    assert not world.controller.fleet.device("b").online
+
+
 async def test_every_hello_is_answered_with_its_own_nonce_and_the_same_counter(
     world: World, csr: Callable[[], str]
 ) -> None:
