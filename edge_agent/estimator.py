@@ -1,0 +1,96 @@
+"""What the link knows of the network and whether the tail is worth asking. Pure: times come in as arguments.
+
+Bandwidth is never probed while requests flow: every answer says how long the tail itself took, the rest was the network.
+"""
+
+import dataclasses
+from collections import deque
+
+from skills.split import Estimate
+
+RTT_WINDOW_S = 10.0
+COLD_AFTER_S = 0.5  # TCP forgets its window after one retransmission timeout without traffic (RFC 2861)
+LEAST_SAMPLE_BYTES = 8192  # below, the time says more about the machine than about the network
+CALL_MS = 0.7  # what one call costs on a link without delay
+FAST, SLOW = 0.5, 0.1
+SURPRISES = 3  # samples in a row that the slow average does not explain: the network has changed
+MISSES = 2
+FIRST_PROBE_S, LAST_PROBE_S, JITTER = 0.5, 30.0, 0.2
+
+
+class Estimator:
+    """Round-trip time as a windowed minimum, bandwidth as the lower of a fast and a slow average."""
+
+    def __init__(self, mbit: float = 0.0, rtt_ms: float = 0.0) -> None:
+        self._fast = self._slow = mbit  # 0: not known yet
+        self._fallback_rtt = rtt_ms
+        self._rtts: deque[tuple[float, float]] = deque(maxlen=200)
+        self._surprises = 0
+        self._queue_ms = 0.0
+        self._last_traffic_s = float("-inf")
+
+    def on_traffic(self, now_s: float) -> None:
+        """Something was sent or came back."""
+        self._last_traffic_s = now_s
+
+    def on_ping(self, now_s: float, rtt_ms: float) -> None:
+        """A tiny call came back."""
+        self._rtts.append((now_s, max(0.0, rtt_ms - CALL_MS)))
+        self._fallback_rtt = rtt_ms
+        self.on_traffic(now_s)
+
+    def on_transfer(self, now_s: float, size: int, total_ms: float, server_ms: float, queue_ms: float = 0.0, cold: bool = False) -> None:
+        """A request of `size` bytes came back after `total_ms`, of which the tail says it took `server_ms` for itself."""
+        self._queue_ms += (queue_ms - self._queue_ms) * FAST
+        self.on_traffic(now_s)
+        if size < LEAST_SAMPLE_BYTES or cold:
+            return
+        moving_ms = max(total_ms - server_ms - self.rtt_ms(now_s) - CALL_MS, 0.02)
+        mbit = min(size * 8 / moving_ms / 1000, 10_000.0)
+        if not self._slow:
+            self._fast = self._slow = mbit
+            return
+        self._surprises = self._surprises + 1 if not 0.5 < mbit / self._slow < 2.0 else 0
+        self._fast += (mbit - self._fast) * FAST
+        self._slow += (mbit - self._slow) * SLOW
+        if self._surprises >= SURPRISES:
+            self._slow, self._surprises = self._fast, 0
+
+    def rtt_ms(self, now_s: float) -> float:
+        """Return the smallest round trip of the last ten seconds, or the last one known."""
+        recent = [rtt for at, rtt in self._rtts if now_s - at <= RTT_WINDOW_S]
+        return min(recent) if recent else self._fallback_rtt
+
+    def knows_bandwidth(self) -> bool:
+        """Say whether any transfer was measured."""
+        return self._slow > 0
+
+    def now(self, now_s: float, up: bool) -> Estimate:
+        """Return the estimate; a bandwidth of 0 means that nothing was measured yet."""
+        cold = now_s - self._last_traffic_s > COLD_AFTER_S
+        return Estimate(min(self._fast, self._slow), self.rtt_ms(now_s), up, cold, self._queue_ms)
+
+
+@dataclasses.dataclass(slots=True)
+class Breaker:
+    """Closed: ask the tail. Open: do not, and probe ever more rarely until it answers."""
+
+    misses: int = 0
+    probe_at_s: float | None = None  # None: closed
+    wait_s: float = FIRST_PROBE_S
+
+    @property
+    def open(self) -> bool:
+        """Say whether the tail is left alone."""
+        return self.probe_at_s is not None
+
+    def on_success(self) -> None:
+        """The tail answered: close."""
+        self.misses, self.probe_at_s, self.wait_s = 0, None, FIRST_PROBE_S
+
+    def on_miss(self, now_s: float, luck: float) -> None:
+        """No answer in time, or no connection; `luck` in 0..1 spreads the probes of many devices by ±20 %."""
+        self.misses += 1
+        if self.open or self.misses >= MISSES:
+            self.probe_at_s = now_s + self.wait_s * (1 + JITTER * (2 * luck - 1))
+            self.wait_s = min(self.wait_s * 2, LAST_PROBE_S)

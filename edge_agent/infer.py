@@ -1,0 +1,202 @@
+"""A split model on the device: head here, tail in the cloud, and on here when the cloud is late.
+
+While a request is away the device still holds the tensors that it sent. If no reply has come when the time left is just
+what the remaining segments need, they run here; the first to finish wins. So an outage costs time, never an answer.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from edge_agent.tail_client import LinkClient, Tail
+from skills import codec, ort
+from skills.errors import FormatError, NotFound
+from skills.files import read_bytes
+from skills.split import MAX_PLAN_BYTES, Choice, Estimate, Held, Plan, choose_cut, load_plan, plan_hash, settle
+from skills.timer import Local, Timer
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Arrays = Mapping[str, NDArray[Any]]
+
+WAIT_S = 0.25  # how long an answer may stay away before the device goes on by itself
+MARGIN_S = 0.005
+REFUSED_S = 60.0  # a tail that does not know the plan is not asked again for this long
+PATIENCE = 1.5  # without a deadline that staying local could meet: how much longer than predicted to wait
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ran:
+    """Where the last answer came from: all here, head here and tail there, all there, or begun there and finished here."""
+
+    where: Literal["local", "split", "cloud", "continued"]
+    cut: str
+    coding: str
+    ms: float
+    bytes: int
+    predicted_ms: float
+    reason: str = ""
+
+
+class SplitModel:
+    """Callable as `model(x=array) -> outputs by name`; `last` says where it ran. One request at a time.
+
+    `plan_folder` holds split.yaml and its segments. Without a link it runs everything here. `wait_s` caps how long an
+    answer from the tail is waited for; `deadline_s` (of every request, or per call) makes the device go on earlier, as
+    soon as waiting longer would make it late.
+
+    Raises (on construction):
+        NotFound, FormatError: the plan or a segment is missing or damaged.
+    """
+
+    def __init__(
+        self,
+        plan_folder: Path,
+        *,
+        timer: Timer | None = None,
+        link: Path | Tail | None = None,
+        deadline_s: float | None = None,
+        wait_s: float = WAIT_S,
+        private: bool | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.plan = _read_plan(plan_folder)
+        self._hash = plan_hash(self.plan)
+        self._chain = ort.chain([plan_folder / one.file for one in self.plan.segments], [live.name for live in self.plan.outputs])
+        self._timer: Timer = timer or Local()
+        self._tail: Tail | None = LinkClient(link) if isinstance(link, Path) else link
+        self._deadline_s, self._wait_s, self._private, self._clock = deadline_s, wait_s, private, clock
+        self._held: Held | None = None
+        self._alpha = 1.0
+        self._refused_until_s = float("-inf")
+        self.last = Ran("local", "local", "", 0.0, 0, 0.0)
+
+    def __call__(self, *, deadline_s: float | None = None, **inputs: "NDArray[Any]") -> "Arrays":
+        """Answer one request.
+
+        Raises:
+            FormatError: an input is missing or does not fit the model.
+        """
+        start = self._clock()
+        choice, reason = self._choose(start)
+        if choice.coding is None or self._tail is None:
+            outputs: Arrays = self._run(inputs, 0, len(self.plan.segments), choice.cut.device_ms.p50)
+            return self._done(start, choice, "local", 0, outputs, reason)
+        return self._remote(start, choice, inputs, self._deadline_s if deadline_s is None else deadline_s)
+
+    def use(self, name: str) -> None:
+        """Pin a cut from now on, whatever the link is like (while it is up); for measuring and for people."""
+        self.plan.cut(name)
+        self.plan = dataclasses.replace(self.plan, policy=dataclasses.replace(self.plan.policy, pin=name))
+        self._held = None
+
+    def close(self) -> None:
+        """Let go of the link."""
+        if self._tail is not None:
+            self._tail.close()
+
+    def _choose(self, now_s: float) -> tuple[Choice, str]:
+        estimate, reason = self._estimate(now_s)
+        best = choose_cut(self.plan, estimate, alpha=self._alpha, private=self._private)
+        self._held = settle(self.plan, self._held, best, estimate, now_s, self._alpha)
+        return self._held.choice, reason
+
+    def _estimate(self, now_s: float) -> tuple[Estimate, str]:
+        assumed = self.plan.network
+        if self._tail is None:
+            return Estimate(assumed.mbit, assumed.rtt_ms, up=False), "no link"
+        found = self._tail.estimate()
+        refused = now_s < self._refused_until_s
+        reason = "the tail refuses this plan" if refused else "" if found.up else "the tail does not answer"
+        # Unmeasured is not slow: until the first transfer the plan's assumption stands.
+        return dataclasses.replace(
+            found, mbit=found.mbit or assumed.mbit, rtt_ms=found.rtt_ms if found.mbit or found.rtt_ms else assumed.rtt_ms, up=found.up and not refused
+        ), reason
+
+    def _remote(self, start: float, choice: Choice, inputs: "Arrays", deadline_s: float | None) -> "Arrays":
+        tail, cut, coding = self._tail, choice.cut, choice.coding
+        if tail is None or coding is None:
+            raise FormatError("a remote request needs a tail and a coding")
+        head = self._timer.run(lambda: self._head(inputs, choice))
+        values, frame = head.value
+        self._learn(head.ms, cut.device_ms.p50 + coding.encode_ms)
+        if frame is None:
+            return self._go_on(start, choice, values, 0, "the tensors hold NaN or infinity", None)
+        sent = self._clock()
+        patience = self._patience_s(start, sent, choice, deadline_s)
+        request = tail.send(self._hash, cut.name, coding.name, frame, patience + self._rest_s(choice) + 0.05)
+        reply = tail.wait(request, patience)
+        if reply is not None and reply.outputs is not None and self._complete(reply.outputs):
+            return self._done(start, choice, "cloud" if cut.name == "input" else "split", len(frame), reply.outputs, "")
+        if reply is None:
+            return self._go_on(start, choice, values, len(frame), f"no answer within {patience * 1e3:.0f} ms", request)
+        if reply.kind == "invalid" or reply.outputs is not None:
+            self._refused_until_s = self._clock() + REFUSED_S
+        return self._go_on(start, choice, values, len(frame), reply.error or "the tail's answer lacks an output", None)
+
+    def _head(self, inputs: "Arrays", choice: Choice) -> tuple["Arrays", bytes | None]:
+        values = self._chain.run(inputs, 0, choice.cut.after) if choice.cut.after else dict(inputs)
+        if choice.coding is None:
+            return values, None
+        try:
+            return values, codec.encode(choice.coding, choice.cut.tensors, values)
+        except FormatError:
+            if choice.cut.after == 0:
+                raise  # the caller's input does not fit: no segment would take it either
+            return values, None
+
+    def _go_on(self, start: float, choice: Choice, values: "Arrays", size: int, reason: str, request: int | None) -> "Arrays":
+        """Run the remaining segments here, looking between them whether the reply has come after all."""
+        for at in range(choice.cut.after, len(self.plan.segments)):
+            if request is not None and self._tail is not None:
+                reply = self._tail.wait(request, 0)
+                if reply is not None and reply.outputs is not None and self._complete(reply.outputs):
+                    return self._done(start, choice, "cloud" if choice.cut.name == "input" else "split", size, reply.outputs, f"late: {reason}")
+                request = None if reply is not None else request
+            values = self._run(values, at, at + 1, None)
+        if request is not None and self._tail is not None:
+            self._tail.cancel(request, late=True)
+        return self._done(start, choice, "continued", size, values, reason)
+
+    def _run(self, values: "Arrays", first: int, stop: int, expected_ms: float | None) -> "Arrays":
+        timed = self._timer.run(lambda: self._chain.run(values, first, stop))
+        if expected_ms is not None:
+            self._learn(timed.ms, expected_ms)
+        return timed.value
+
+    def _learn(self, ms: float, expected_ms: float) -> None:
+        """Follow how much slower the device runs now than when it was measured (heat, other work), slowly and within bounds."""
+        if expected_ms > 1.0:
+            self._alpha += (min(max(ms / expected_ms, 0.1), 10.0) - self._alpha) * 0.1
+
+    def _rest_s(self, choice: Choice) -> float:
+        """Return how long the segments behind the cut take here."""
+        return max(0.0, self.plan.cut("local").device_ms.p90 - choice.cut.device_ms.p50) * self._alpha / 1e3
+
+    def _patience_s(self, start: float, sent: float, choice: Choice, deadline_s: float | None) -> float:
+        if deadline_s is None:
+            return self._wait_s
+        spare = start + deadline_s - sent - self._rest_s(choice) - MARGIN_S
+        if self._rest_s(choice) <= deadline_s:
+            return max(0.0, min(self._wait_s, spare))
+        predicted_s = max(0.0, choice.ms - choice.cut.device_ms.p50 * self._alpha) / 1e3
+        return min(self._wait_s, deadline_s, PATIENCE * predicted_s)
+
+    def _complete(self, outputs: "Arrays") -> bool:
+        return all(live.name in outputs for live in self.plan.outputs)
+
+    def _done(self, start: float, choice: Choice, where: Any, size: int, outputs: "Arrays", reason: str) -> "Arrays":
+        coding = choice.coding.name if choice.coding else ""
+        self.last = Ran(where, choice.cut.name, coding, (self._clock() - start) * 1e3, size, choice.ms, reason)
+        return {live.name: outputs[live.name] for live in self.plan.outputs}
+
+
+def _read_plan(folder: Path) -> Plan:
+    plan = load_plan(read_bytes(folder / "split.yaml", "the split plan", MAX_PLAN_BYTES).decode("utf-8", "replace"), str(folder / "split.yaml"))
+    for path in plan.files():
+        if not (folder / path).is_file():
+            raise NotFound(f"the split plan names {path}, which is not in {folder}")
+    return plan

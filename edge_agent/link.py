@@ -1,0 +1,277 @@
+"""The link process: the device's only channel to its tail, shared by all workers.
+
+    python -m edge_agent.link --socket PATH --target HOST:PORT [--tls DIR]
+
+DIR holds ca.pem, cert.pem and key.pem. Workers connect to the Unix socket and speak frames (edge_agent/ipc.py):
+  to the link    infer  {id, plan, cut, codec, deadline_us} + activation frame · cancel {id, late} · use {}
+  to the worker  answer {id, ok, outputs: [[name, datatype, shape, bytes]…]} + raw tensors, or {id, ok: false, kind, error}
+                 estimate {mbit, rtt_ms, up, cold, queue_ms}: at once, and whenever it has changed
+While anybody used it in the last five seconds it keeps the connection warm with tiny calls on the same channel: TCP starts
+slowly again after half a second of silence, which costs more than a plan gains.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from edge_agent import ipc
+from edge_agent.estimator import Breaker, Estimator
+from skills import oip
+from skills.errors import FormatError, MissingExtra, SkerryError, Unreachable
+from skills.files import read_bytes
+from skills.split import Estimate
+
+KEEP_WARM_S = 0.15
+IDLE_AFTER_S = 5.0
+PING_DEADLINE_S = 1.0
+MAX_IN_FLIGHT = 32
+MAX_KEY_BYTES = 1 << 20
+TLS_FILES = ("ca.pem", "key.pem", "cert.pem")
+
+
+class Link:
+    """One gRPC channel, its estimator and its breaker; workers come and go."""
+
+    def __init__(self, target: str, tls: Path | None) -> None:
+        self._target, self._tls = target, tls
+        self._estimator, self._breaker = Estimator(), Breaker()
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._calls: dict[tuple[int, int], asyncio.Task[None]] = {}
+        self._last_use_s = float("-inf")
+        self._used = asyncio.Event()
+        self._told: tuple[object, ...] = ()
+        self._connected_once = False
+
+    async def serve(self, path: Path, stop: asyncio.Event) -> None:
+        """Listen on the Unix socket until `stop`.
+
+        Raises:
+            Unreachable: the socket cannot be made.
+            NotFound: a TLS file is missing.
+        """
+        channel = _channel(self._target, self._tls)
+        stub = oip.service().GRPCInferenceServiceStub(channel)
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+        try:
+            server = await asyncio.start_unix_server(lambda reader, writer: self._worker(stub, reader, writer), path, limit=1 << 20)
+        except OSError as error:
+            raise Unreachable(f"cannot listen on {path}: {error.strerror or error}") from None
+        path.chmod(0o600)
+        warm = asyncio.create_task(self._keep_warm(stub), name="keep-warm")
+        try:
+            await stop.wait()
+        finally:
+            warm.cancel()
+            server.close()
+            for task in [*self._calls.values(), warm]:
+                task.cancel()
+            await asyncio.gather(warm, *self._calls.values(), return_exceptions=True)
+            for writer in list(self._writers):
+                writer.close()
+            await channel.close()
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+
+    async def _worker(self, stub: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
+        self._use()
+        self._tell(writer)
+        try:
+            while (message := await ipc.read(reader)) is not None:
+                header, body = message
+                self._handle(stub, writer, header, body)
+                await writer.drain()
+        except (FormatError, ConnectionError):
+            pass  # a worker that speaks nonsense or is gone loses its connection, the others keep theirs
+        finally:
+            self._writers.discard(writer)
+            for key in [key for key in self._calls if key[0] == id(writer)]:
+                self._calls.pop(key).cancel()
+            writer.close()
+
+    def _handle(self, stub: Any, writer: asyncio.StreamWriter, header: Mapping[str, Any], body: memoryview) -> None:
+        op, number = header.get("op"), header.get("id")
+        self._use()
+        if op == "infer" and type(number) is int:
+            key = id(writer), number
+            if len(self._calls) >= MAX_IN_FLIGHT:
+                self._refuse(writer, number, "exhausted", f"{MAX_IN_FLIGHT} requests are on their way already")
+                return
+            task = asyncio.create_task(self._infer(stub, writer, number, header, bytes(body)), name=f"infer-{number}")
+            self._calls[key] = task
+            task.add_done_callback(lambda _: self._calls.pop(key, None))
+        elif op == "cancel" and type(number) is int:
+            task_or_none = self._calls.pop((id(writer), number), None)
+            if task_or_none is not None:
+                task_or_none.cancel()
+                if header.get("late") is True:
+                    self._missed()
+
+    async def _infer(self, stub: Any, writer: asyncio.StreamWriter, number: int, header: Mapping[str, Any], frame: bytes) -> None:
+        import grpc
+
+        start = time.monotonic()
+        cold = self._estimator.now(start, up=True).cold
+        try:
+            deadline_us = int(header["deadline_us"])
+            request = _request(header, frame, deadline_us)
+        except (KeyError, TypeError, ValueError) as error:
+            self._refuse(writer, number, "invalid", f"a worker's request lacks something: {error!r}")
+            return
+        self._estimator.on_traffic(start)
+        try:
+            call = stub.ModelInfer(request, timeout=deadline_us / 1e6)
+            response = await call
+            times = {key: float(value) / 1e3 for key, value in await call.trailing_metadata() if key.startswith("split-") and str(value).isdigit()}
+        except grpc.aio.AioRpcError as error:
+            kind = _kind(grpc, error.code())
+            if kind in ("unavailable", "late"):
+                self._missed()
+            else:
+                self._answered()
+            self._refuse(writer, number, kind, f"the tail: {error.details() or error.code().name.lower()}")
+            return
+        now = time.monotonic()
+        queue_ms = times.get("split-queue-us", 0.0)
+        self._estimator.on_transfer(now, len(frame), (now - start) * 1e3, sum(times.values()), queue_ms, cold)
+        self._answered()
+        outputs = [[one.name, one.datatype, list(one.shape), len(raw)] for one, raw in zip(response.outputs, response.raw_output_contents, strict=True)]
+        self._send(writer, {"op": "answer", "id": number, "ok": True, "outputs": outputs, "tail_ms": round(sum(times.values()), 3)}, b"".join(response.raw_output_contents))
+
+    async def _keep_warm(self, stub: Any) -> None:
+        """Ping while somebody uses the link; while the breaker is open, probe at its pace instead."""
+        while True:
+            now = time.monotonic()
+            if self._breaker.probe_at_s is not None:
+                await asyncio.sleep(max(0.0, self._breaker.probe_at_s - now))
+            elif now - self._last_use_s > IDLE_AFTER_S:
+                self._used.clear()
+                await self._used.wait()
+            else:
+                await asyncio.sleep(KEEP_WARM_S if self._connected_once else 0)
+            await self._ping(stub)
+
+    async def _ping(self, stub: Any) -> None:
+        import grpc
+
+        start = time.monotonic()
+        try:
+            await stub.ServerLive(oip.messages().ServerLiveRequest(), timeout=PING_DEADLINE_S, wait_for_ready=not self._connected_once)
+        except grpc.aio.AioRpcError:
+            self._missed()
+            return
+        now = time.monotonic()
+        if self._connected_once:
+            self._estimator.on_ping(now, (now - start) * 1e3)
+        self._connected_once = True  # the first one paid for TCP and TLS: its time says nothing
+        self._answered()
+
+    def _use(self) -> None:
+        self._last_use_s = time.monotonic()
+        self._used.set()
+
+    def _missed(self) -> None:
+        self._breaker.on_miss(time.monotonic(), random.random())  # noqa: S311  only spreads the probes
+        self._tell_all()
+
+    def _answered(self) -> None:
+        self._breaker.on_success()
+        self._tell_all()
+
+    def _estimate(self) -> Estimate:
+        return self._estimator.now(time.monotonic(), up=self._connected_once and not self._breaker.open)
+
+    def _tell_all(self) -> None:
+        estimate = self._estimate()
+        # Two digits are all that a decision can use; without rounding every ping would be news.
+        told = estimate.up, estimate.cold, *(float(f"{value:.2g}") for value in (estimate.mbit, estimate.rtt_ms, estimate.queue_ms))
+        if told != self._told:
+            self._told = told
+            for writer in self._writers:
+                self._tell(writer)
+
+    def _tell(self, writer: asyncio.StreamWriter) -> None:
+        now = self._estimate()
+        self._send(writer, {"op": "estimate", "mbit": now.mbit, "rtt_ms": now.rtt_ms, "up": now.up, "cold": now.cold, "queue_ms": now.queue_ms})
+
+    def _refuse(self, writer: asyncio.StreamWriter, number: int, kind: str, error: str) -> None:
+        self._send(writer, {"op": "answer", "id": number, "ok": False, "kind": kind, "error": error[:1000]})
+
+    def _send(self, writer: asyncio.StreamWriter, header: Mapping[str, object], body: bytes = b"") -> None:
+        if not writer.is_closing():
+            writer.write(ipc.frame(header, body))
+
+
+def _request(header: Mapping[str, Any], frame: bytes, deadline_us: int) -> Any:
+    request = oip.messages().ModelInferRequest(model_name=str(header["plan"]))
+    request.inputs.add(name="frame", datatype="UINT8", shape=[len(frame)])
+    request.raw_input_contents.append(frame)
+    for key in ("plan", "cut", "codec"):
+        request.parameters[f"split.{key}"].string_param = str(header[key])
+    request.parameters["split.deadline_us"].int64_param = deadline_us
+    return request
+
+
+def _kind(grpc: Any, code: Any) -> str:
+    codes = grpc.StatusCode
+    return {
+        codes.UNAVAILABLE: "unavailable", codes.DEADLINE_EXCEEDED: "late", codes.CANCELLED: "late", codes.RESOURCE_EXHAUSTED: "exhausted",
+        codes.UNAUTHENTICATED: "unavailable",
+    }.get(code, "invalid")  # fmt: skip
+
+
+def _channel(target: str, tls: Path | None) -> Any:
+    try:
+        import grpc
+    except ImportError:
+        raise MissingExtra("grpcio is not installed: pip install 'skerry[edge]'") from None
+    options = (
+        ("grpc.max_receive_message_length", oip.MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", oip.MAX_MESSAGE_BYTES),
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.min_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", 5000),
+        ("grpc.enable_http_proxy", 0),
+    )
+    if tls is None:
+        return grpc.aio.insecure_channel(target, options=options)
+    ca, key, certificate = (read_bytes(tls / name, "the TLS file", MAX_KEY_BYTES) for name in TLS_FILES)
+    return grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(ca, key, certificate), options=options)
+
+
+async def _run(link: Link, socket: Path, with_parent: bool) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    if with_parent:
+        loop.add_reader(0, lambda: stop.set() if not os.read(0, 4096) else None)
+    await link.serve(socket, stop)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m edge_agent.link", description="Hold the device's only channel to its tail.")
+    parser.add_argument("--socket", type=Path, required=True, metavar="PATH", help="Unix socket for the workers")
+    parser.add_argument("--target", required=True, metavar="HOST:PORT", help="where the tail listens")
+    parser.add_argument("--tls", type=Path, metavar="DIR", help="folder with ca.pem, cert.pem and key.pem; without it: plain, for loopback only")
+    parser.add_argument("--with-parent", action="store_true", help="end when standard input is closed")
+    chosen = parser.parse_args(argv)
+    try:
+        asyncio.run(_run(Link(chosen.target, chosen.tls), chosen.socket, chosen.with_parent))
+    except SkerryError as error:
+        print(f"link: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

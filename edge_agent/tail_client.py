@@ -1,0 +1,174 @@
+"""A worker's side of the link process: send an activation frame, look for the answer, never block longer than asked."""
+
+import dataclasses
+import select
+import socket
+import struct
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from edge_agent import ipc
+from skills import oip
+from skills.errors import FormatError
+from skills.split import Estimate
+from skills.wire import unpack_frame
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+RECONNECT_S = 1.0
+SEND_DEADLINE_S = 1.0
+MAX_FRAME_BYTES = oip.MAX_MESSAGE_BYTES + (1 << 20)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Reply:
+    """The tail's outputs; or why there are none: `kind` is unavailable, late, exhausted or invalid."""
+
+    outputs: "Mapping[str, NDArray[Any]] | None"
+    kind: str = ""
+    error: str = ""
+
+
+class Tail(Protocol):
+    """What a split model asks of the other side; the fake of the tests keeps to the same contract."""
+
+    def estimate(self) -> Estimate:
+        """Return what is known of the link now, without waiting; a bandwidth of 0 is not known yet."""
+
+    def send(self, plan: str, cut: str, codec: str, frame: bytes, deadline_s: float) -> int:
+        """Send a frame and return the request's number. A link that is gone shows in `wait`."""
+
+    def wait(self, request: int, timeout_s: float) -> Reply | None:
+        """Return the reply, or None when none came within `timeout_s` (0: only look)."""
+
+    def cancel(self, request: int, *, late: bool) -> None:
+        """Give a request up; `late` says that it took too long, which counts against the tail."""
+
+    def close(self) -> None:
+        """Let go of the connection."""
+
+
+class LinkClient:
+    """The real `Tail`: frames over the link process's Unix socket. Not for use from two threads."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._channel: socket.socket | None = None
+        self._buffer = bytearray()
+        self._replies: dict[int, Reply] = {}
+        self._waiting: set[int] = set()
+        self._estimate = Estimate(0.0, 0.0, up=False)
+        self._next, self._try_at_s = 0, float("-inf")
+
+    def estimate(self) -> Estimate:
+        self._connect()
+        self._receive(0)
+        return self._estimate
+
+    def send(self, plan: str, cut: str, codec: str, frame: bytes, deadline_s: float) -> int:
+        self._next += 1
+        header = {"op": "infer", "id": self._next, "plan": plan, "cut": cut, "codec": codec, "deadline_us": max(1, int(deadline_s * 1e6))}
+        self._waiting.add(self._next)
+        self._put(ipc.frame(header, frame))
+        return self._next
+
+    def wait(self, request: int, timeout_s: float) -> Reply | None:
+        until = time.monotonic() + timeout_s
+        while request not in self._replies and self._channel is not None:
+            left = until - time.monotonic()
+            if not self._receive(max(0.0, left)) and left <= 0:
+                return None
+        self._waiting.discard(request)
+        return self._replies.pop(request, Reply(None, "unavailable", "the link process is gone"))
+
+    def cancel(self, request: int, *, late: bool) -> None:
+        self._waiting.discard(request)
+        self._replies.pop(request, None)
+        self._put(ipc.frame({"op": "cancel", "id": request, "late": late}))
+
+    def close(self) -> None:
+        if self._channel is not None:
+            self._channel.close()
+        self._channel = None
+
+    def _connect(self) -> None:
+        now = time.monotonic()
+        if self._channel is not None or now < self._try_at_s:
+            return
+        self._try_at_s = now + RECONNECT_S
+        channel = socket.socket(socket.AF_UNIX)
+        try:
+            channel.settimeout(SEND_DEADLINE_S)
+            channel.connect(str(self._path))
+        except OSError:
+            channel.close()
+            return
+        self._channel, self._buffer = channel, bytearray()
+
+    def _put(self, data: bytes) -> None:
+        if self._channel is None:
+            return
+        try:
+            self._channel.settimeout(SEND_DEADLINE_S)
+            self._channel.sendall(data)
+        except OSError:
+            self._lose()
+
+    def _receive(self, timeout_s: float) -> bool:
+        """Read what is there, waiting at most `timeout_s` for the first byte; say whether anything came."""
+        if self._channel is None:
+            return False
+        try:
+            if not select.select([self._channel], [], [], timeout_s)[0]:
+                return False
+            data = self._channel.recv(1 << 20)
+        except OSError:
+            data = b""
+        if not data:
+            self._lose()
+            return True
+        self._buffer += data
+        try:
+            while (message := self._take()) is not None:
+                self._understand(*message)
+        except (FormatError, KeyError, TypeError, ValueError):
+            self._lose()
+        return True
+
+    def _take(self) -> tuple[dict[str, Any], bytes] | None:
+        if len(self._buffer) < 4:
+            return None
+        (length,) = struct.unpack_from(">I", self._buffer)
+        if length > MAX_FRAME_BYTES:
+            raise FormatError(f"the link announces a frame of {length} bytes")
+        if len(self._buffer) < 4 + length:
+            return None
+        data = bytes(self._buffer[4 : 4 + length])
+        del self._buffer[: 4 + length]
+        header, body = unpack_frame(data, MAX_FRAME_BYTES)
+        return header, bytes(body)
+
+    def _understand(self, header: dict[str, Any], body: bytes) -> None:
+        if header["op"] == "estimate":
+            self._estimate = Estimate(
+                float(header["mbit"]), float(header["rtt_ms"]), header["up"] is True, header["cold"] is True, float(header["queue_ms"])
+            )
+        elif header["op"] == "answer" and header["id"] in self._waiting:
+            if header["ok"] is not True:
+                self._replies[header["id"]] = Reply(None, str(header["kind"]), str(header["error"]))
+                return
+            outputs, at = {}, 0
+            for name, kind, shape, size in header["outputs"]:
+                outputs[name] = oip.from_raw(name, kind, shape, body[at : at + size])
+                at += size
+            self._replies[header["id"]] = Reply(outputs)
+
+    def _lose(self) -> None:
+        self.close()
+        self._estimate = Estimate(0.0, 0.0, up=False)
+        self._replies.clear()
+
+

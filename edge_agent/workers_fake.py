@@ -1,0 +1,81 @@
+"""Workers in memory, of the same shape as the real ones: for tests, simulations and trying things out.
+
+What a version does is scripted by its digest: refuse to load, fail its probe, answer with its own version, or die.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from edge_agent.workers import Load, Worker
+from skills.errors import SkerryError, Unreachable
+
+
+class FakeWorkers:
+    """`Workers` without processes. `cannot_load` and `probe` are keyed by digest; `answer` computes a reply."""
+
+    def __init__(self) -> None:
+        self.cannot_load: dict[str, SkerryError] = {}
+        self.probe: dict[str, str] = {}
+        self.answer: Callable[[Load, bytes], bytes] = lambda load, body: json.dumps({"version": load.version}).encode()
+        self.alive: list[FakeWorker] = []
+        self.started: list[Load] = []
+
+    async def start(self, load: Load, died: Callable[[Worker], None]) -> Worker:
+        self.started.append(load)
+        error = self.cannot_load.get(load.digest)
+        if error is not None:
+            raise error
+        worker = FakeWorker(self, load, died)
+        self.alive.append(worker)
+        return worker
+
+    async def stop(self) -> None:
+        for worker in list(self.alive):
+            await worker.stop(0)
+
+    def of(self, digest: str) -> "FakeWorker":
+        """Return the live worker of a version."""
+        return next(worker for worker in self.alive if worker.load.digest == digest)
+
+
+class FakeWorker:
+    """One version in memory."""
+
+    def __init__(self, pool: FakeWorkers, load: Load, died: Callable[[Worker], None]) -> None:
+        self.load, self.pss_kb = load, 0
+        self._pool, self._died = pool, died
+        self._dead: str | None = None
+        self.words = ""
+
+    @property
+    def dead(self) -> str | None:
+        return self._dead
+
+    @property
+    def pending(self) -> int:
+        return 0
+
+    async def call(
+        self, header: Mapping[str, object], body: bytes | memoryview, deadline_s: float
+    ) -> tuple[dict[str, Any], bytes]:
+        if self._dead is not None:
+            raise Unreachable(f"the worker is gone: {self._dead}")
+        if header["op"] == "probe":
+            return {"ok": True, "probe": self._pool.probe.get(self.load.digest, "")}, b""
+        answer = self._pool.answer(self.load, bytes(body))
+        return {"ok": True, "json_len": len(answer), "where": "device", "cut": "local"}, answer
+
+    def last_words(self) -> str:
+        return self.words
+
+    def die(self, how: str = "killed by SIGSEGV", words: str = "") -> None:
+        """End as a crash does."""
+        self._dead, self.words = how, words
+        self._pool.alive.remove(self)
+        self._died(self)
+
+    async def stop(self, drain_s: float) -> None:
+        if self in self._pool.alive:
+            self._pool.alive.remove(self)
+        self._dead = "stopped"
