@@ -39,7 +39,9 @@ class Estimator:
         self._fallback_rtt = rtt_ms
         self.on_traffic(now_s)
 
-    def on_transfer(self, now_s: float, size: int, total_ms: float, server_ms: float, queue_ms: float = 0.0, cold: bool = False) -> None:
+    def on_transfer(
+        self, now_s: float, size: int, total_ms: float, server_ms: float, queue_ms: float = 0.0, cold: bool = False
+    ) -> None:
         """A request of `size` bytes came back after `total_ms`, of which the tail says it took `server_ms` for itself."""
         self._queue_ms += (queue_ms - self._queue_ms) * FAST
         self.on_traffic(now_s)

@@ -65,7 +65,9 @@ class SplitModel:
     ) -> None:
         self.plan = _read_plan(plan_folder)
         self._hash = plan_hash(self.plan)
-        self._chain = ort.chain([plan_folder / one.file for one in self.plan.segments], [live.name for live in self.plan.outputs])
+        self._chain = ort.chain(
+            [plan_folder / one.file for one in self.plan.segments], [live.name for live in self.plan.outputs]
+        )
         self._timer: Timer = timer or Local()
         self._tail: Tail | None = LinkClient(link) if isinstance(link, Path) else link
         self._deadline_s, self._wait_s, self._private, self._clock = deadline_s, wait_s, private, clock
@@ -113,7 +115,10 @@ class SplitModel:
         reason = "the tail refuses this plan" if refused else "" if found.up else "the tail does not answer"
         # Unmeasured is not slow: until the first transfer the plan's assumption stands.
         return dataclasses.replace(
-            found, mbit=found.mbit or assumed.mbit, rtt_ms=found.rtt_ms if found.mbit or found.rtt_ms else assumed.rtt_ms, up=found.up and not refused
+            found,
+            mbit=found.mbit or assumed.mbit,
+            rtt_ms=found.rtt_ms if found.mbit or found.rtt_ms else assumed.rtt_ms,
+            up=found.up and not refused,
         ), reason
 
     def _remote(self, start: float, choice: Choice, inputs: "Arrays", deadline_s: float | None) -> "Arrays":
@@ -148,13 +153,22 @@ class SplitModel:
                 raise  # the caller's input does not fit: no segment would take it either
             return values, None
 
-    def _go_on(self, start: float, choice: Choice, values: "Arrays", size: int, reason: str, request: int | None) -> "Arrays":
+    def _go_on(
+        self, start: float, choice: Choice, values: "Arrays", size: int, reason: str, request: int | None
+    ) -> "Arrays":
         """Run the remaining segments here, looking between them whether the reply has come after all."""
         for at in range(choice.cut.after, len(self.plan.segments)):
             if request is not None and self._tail is not None:
                 reply = self._tail.wait(request, 0)
                 if reply is not None and reply.outputs is not None and self._complete(reply.outputs):
-                    return self._done(start, choice, "cloud" if choice.cut.name == "input" else "split", size, reply.outputs, f"late: {reason}")
+                    return self._done(
+                        start,
+                        choice,
+                        "cloud" if choice.cut.name == "input" else "split",
+                        size,
+                        reply.outputs,
+                        f"late: {reason}",
+                    )
                 request = None if reply is not None else request
             values = self._run(values, at, at + 1, None)
         if request is not None and self._tail is not None:
@@ -195,7 +209,10 @@ class SplitModel:
 
 
 def _read_plan(folder: Path) -> Plan:
-    plan = load_plan(read_bytes(folder / "split.yaml", "the split plan", MAX_PLAN_BYTES).decode("utf-8", "replace"), str(folder / "split.yaml"))
+    plan = load_plan(
+        read_bytes(folder / "split.yaml", "the split plan", MAX_PLAN_BYTES).decode("utf-8", "replace"),
+        str(folder / "split.yaml"),
+    )
     for path in plan.files():
         if not (folder / path).is_file():
             raise NotFound(f"the split plan names {path}, which is not in {folder}")

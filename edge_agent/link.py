@@ -62,7 +62,9 @@ class Link:
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
         try:
-            server = await asyncio.start_unix_server(lambda reader, writer: self._worker(stub, reader, writer), path, limit=1 << 20)
+            server = await asyncio.start_unix_server(
+                lambda reader, writer: self._worker(stub, reader, writer), path, limit=1 << 20
+            )
         except OSError as error:
             raise Unreachable(f"cannot listen on {path}: {error.strerror or error}") from None
         path.chmod(0o600)
@@ -116,7 +118,9 @@ class Link:
                 if header.get("late") is True:
                     self._missed()
 
-    async def _infer(self, stub: Any, writer: asyncio.StreamWriter, number: int, header: Mapping[str, Any], frame: bytes) -> None:
+    async def _infer(
+        self, stub: Any, writer: asyncio.StreamWriter, number: int, header: Mapping[str, Any], frame: bytes
+    ) -> None:
         import grpc
 
         start = time.monotonic()
@@ -131,7 +135,11 @@ class Link:
         try:
             call = stub.ModelInfer(request, timeout=deadline_us / 1e6)
             response = await call
-            times = {key: float(value) / 1e3 for key, value in await call.trailing_metadata() if key.startswith("split-") and str(value).isdigit()}
+            times = {
+                key: float(value) / 1e3
+                for key, value in await call.trailing_metadata()
+                if key.startswith("split-") and str(value).isdigit()
+            }
         except grpc.aio.AioRpcError as error:
             kind = _kind(grpc, error.code())
             if kind in ("unavailable", "late"):
@@ -144,8 +152,15 @@ class Link:
         queue_ms = times.get("split-queue-us", 0.0)
         self._estimator.on_transfer(now, len(frame), (now - start) * 1e3, sum(times.values()), queue_ms, cold)
         self._answered()
-        outputs = [[one.name, one.datatype, list(one.shape), len(raw)] for one, raw in zip(response.outputs, response.raw_output_contents, strict=True)]
-        self._send(writer, {"op": "answer", "id": number, "ok": True, "outputs": outputs, "tail_ms": round(sum(times.values()), 3)}, b"".join(response.raw_output_contents))
+        outputs = [
+            [one.name, one.datatype, list(one.shape), len(raw)]
+            for one, raw in zip(response.outputs, response.raw_output_contents, strict=True)
+        ]
+        self._send(
+            writer,
+            {"op": "answer", "id": number, "ok": True, "outputs": outputs, "tail_ms": round(sum(times.values()), 3)},
+            b"".join(response.raw_output_contents),
+        )
 
     async def _keep_warm(self, stub: Any) -> None:
         """Ping while somebody uses the link; while the breaker is open, probe at its pace instead."""
@@ -165,7 +180,9 @@ class Link:
 
         start = time.monotonic()
         try:
-            await stub.ServerLive(oip.messages().ServerLiveRequest(), timeout=PING_DEADLINE_S, wait_for_ready=not self._connected_once)
+            await stub.ServerLive(
+                oip.messages().ServerLiveRequest(), timeout=PING_DEADLINE_S, wait_for_ready=not self._connected_once
+            )
         except grpc.aio.AioRpcError:
             self._missed()
             return
@@ -193,7 +210,11 @@ class Link:
     def _tell_all(self) -> None:
         estimate = self._estimate()
         # Two digits are all that a decision can use; without rounding every ping would be news.
-        told = estimate.up, estimate.cold, *(float(f"{value:.2g}") for value in (estimate.mbit, estimate.rtt_ms, estimate.queue_ms))
+        told = (
+            estimate.up,
+            estimate.cold,
+            *(float(f"{value:.2g}") for value in (estimate.mbit, estimate.rtt_ms, estimate.queue_ms)),
+        )
         if told != self._told:
             self._told = told
             for writer in self._writers:
@@ -201,7 +222,17 @@ class Link:
 
     def _tell(self, writer: asyncio.StreamWriter) -> None:
         now = self._estimate()
-        self._send(writer, {"op": "estimate", "mbit": now.mbit, "rtt_ms": now.rtt_ms, "up": now.up, "cold": now.cold, "queue_ms": now.queue_ms})
+        self._send(
+            writer,
+            {
+                "op": "estimate",
+                "mbit": now.mbit,
+                "rtt_ms": now.rtt_ms,
+                "up": now.up,
+                "cold": now.cold,
+                "queue_ms": now.queue_ms,
+            },
+        )
 
     def _refuse(self, writer: asyncio.StreamWriter, number: int, kind: str, error: str) -> None:
         self._send(writer, {"op": "answer", "id": number, "ok": False, "kind": kind, "error": error[:1000]})
@@ -259,10 +290,17 @@ async def _run(link: Link, socket: Path, with_parent: bool) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m edge_agent.link", description="Hold the device's only channel to its tail.")
+    parser = argparse.ArgumentParser(
+        prog="python -m edge_agent.link", description="Hold the device's only channel to its tail."
+    )
     parser.add_argument("--socket", type=Path, required=True, metavar="PATH", help="Unix socket for the workers")
     parser.add_argument("--target", required=True, metavar="HOST:PORT", help="where the tail listens")
-    parser.add_argument("--tls", type=Path, metavar="DIR", help="folder with ca.pem, cert.pem and key.pem; without it: plain, for loopback only")
+    parser.add_argument(
+        "--tls",
+        type=Path,
+        metavar="DIR",
+        help="folder with ca.pem, cert.pem and key.pem; without it: plain, for loopback only",
+    )
     parser.add_argument("--with-parent", action="store_true", help="end when standard input is closed")
     chosen = parser.parse_args(argv)
     try:

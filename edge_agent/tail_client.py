@@ -70,7 +70,14 @@ class LinkClient:
 
     def send(self, plan: str, cut: str, codec: str, frame: bytes, deadline_s: float) -> int:
         self._next += 1
-        header = {"op": "infer", "id": self._next, "plan": plan, "cut": cut, "codec": codec, "deadline_us": max(1, int(deadline_s * 1e6))}
+        header = {
+            "op": "infer",
+            "id": self._next,
+            "plan": plan,
+            "cut": cut,
+            "codec": codec,
+            "deadline_us": max(1, int(deadline_s * 1e6)),
+        }
         self._waiting.add(self._next)
         self._put(ipc.frame(header, frame))
         return self._next
@@ -154,7 +161,11 @@ class LinkClient:
     def _understand(self, header: dict[str, Any], body: bytes) -> None:
         if header["op"] == "estimate":
             self._estimate = Estimate(
-                float(header["mbit"]), float(header["rtt_ms"]), header["up"] is True, header["cold"] is True, float(header["queue_ms"])
+                float(header["mbit"]),
+                float(header["rtt_ms"]),
+                header["up"] is True,
+                header["cold"] is True,
+                float(header["queue_ms"]),
             )
         elif header["op"] == "answer" and header["id"] in self._waiting:
             if header["ok"] is not True:
@@ -170,5 +181,3 @@ class LinkClient:
         self.close()
         self._estimate = Estimate(0.0, 0.0, up=False)
         self._replies.clear()
-
-

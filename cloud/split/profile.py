@@ -1,0 +1,210 @@
+"""Measure what a plan is made of: whole heads and tails side by side, and every coding on real data."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from skills import codec
+from skills.split import CODED_KINDS, Coding, Live, Millis
+from skills.timer import Timer
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from skills.ort import Chain, Session
+
+    Arrays = Mapping[str, NDArray[Any]]
+
+
+T = TypeVar("T", int, float)
+
+WARMUP = 5
+CODEC_ROUNDS = 12
+JPEG_QUALITIES = (75, 90, 95)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Costs:
+    """Milliseconds of one cut: its head on the device, its tail on this machine, and the device's head undilated."""
+
+    device: Millis
+    tail: Millis
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Score:
+    """How outputs compare, one number per sample from 0 to 1, and what the comparison is called."""
+
+    metric: str
+    values: "NDArray[Any]"
+
+
+def measure(
+    chain: "Chain",
+    whole: "Session",
+    afters: Sequence[int],
+    samples: Sequence["Arrays"],
+    device: Timer,
+    rounds: int,
+    tick: Callable[[], None] = lambda: None,
+) -> tuple[dict[int, Costs], Millis]:
+    """Time the head and the tail of every cut and the whole model, interleaved and warm; never a sum over nodes.
+
+    Returns the costs by number of segments on the device, and the whole model's on this machine.
+    """
+    walls: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    for at in range(WARMUP + rounds):
+        feeds = samples[at % len(samples)]
+        live = {after: chain.run(feeds, 0, after) for after in afters}
+        runs: list[tuple[tuple[str, int], Callable[[], object]]] = [(("whole", 0), lambda: whole.run(feeds))]  # noqa: B023
+        for after in afters:
+            runs.append((("head", after), lambda after=after: chain.run(feeds, 0, after)))  # type: ignore[misc]  # noqa: B023
+            runs.append((("tail", after), lambda after=after, live=live: chain.run(live[after], after)))  # type: ignore[misc]
+        turn = at % len(runs)
+        for key, run in runs[turn:] + runs[:turn]:
+            start, cpu = time.perf_counter(), time.thread_time()
+            run()
+            taken = (time.perf_counter() - start) * 1e3, (time.thread_time() - cpu) * 1e3
+            if at >= WARMUP:
+                walls.setdefault(key, []).append(taken)
+        tick()
+    costs = {
+        after: Costs(
+            _millis([device.device_ms(*taken) for taken in walls["head", after]]),
+            _millis([taken[0] for taken in walls["tail", after]]),
+        )
+        for after in afters
+    }
+    return costs, _millis([taken[0] for taken in walls["whole", 0]])
+
+
+def possible_codings(tensors: Sequence[Live], is_input: bool, values: Sequence["Arrays"]) -> Iterator[Coding]:
+    """Yield the codings worth measuring for a cut, calibrated on the live tensors of the samples."""
+    import numpy as np
+
+    if is_input and all(tensor.image for tensor in tensors):
+        yield from (Coding("jpeg", quality) for quality in JPEG_QUALITIES)
+        yield Coding("png")
+        yield Coding("pixels")
+        return
+    floats = [tensor.dtype.startswith("FP") for tensor in tensors]
+    if is_input or not any(floats):
+        yield Coding("native")
+    if any(floats):
+        for kind in CODED_KINDS:
+            codes = [
+                codec.calibrated(
+                    kind, np.concatenate([np.asarray(one[tensor.name], np.float32).ravel() for one in values])
+                )
+                if is_float
+                else (1.0, 0)
+                for tensor, is_float in zip(tensors, floats, strict=True)
+            ]
+            yield Coding(kind, scales=tuple(scale for scale, _ in codes), zeros=tuple(zero for _, zero in codes))  # type: ignore[arg-type]
+
+
+def measure_coding(
+    coding: Coding,
+    tensors: Sequence[Live],
+    values: Sequence["Arrays"],
+    finish: Callable[["Arrays"], "Arrays"],
+    score: Callable[[Sequence["Arrays"]], Score],
+    reference: "NDArray[Any]",
+    device: Timer,
+    max_drop: float,
+) -> Coding:
+    """Return the coding with its bytes, times and drop, measured on every sample; over the budget it is not admitted."""
+    sizes, answers, encodes, decodes = [], [], [], []
+    for at, one in enumerate(values):
+        for _ in range(1 if at >= CODEC_ROUNDS else 2):  # the second run is warm
+            start, cpu = time.perf_counter(), time.thread_time()
+            frame = codec.encode(coding, tensors, one)
+            encode_ms = device.device_ms((time.perf_counter() - start) * 1e3, (time.thread_time() - cpu) * 1e3)
+            start = time.perf_counter()
+            decoded = codec.decode(coding, tensors, frame)
+            decode_ms = (time.perf_counter() - start) * 1e3
+        sizes.append(len(frame))
+        encodes.append(encode_ms)
+        decodes.append(decode_ms)
+        answers.append(finish(decoded))
+    drop, interval = paired_drop(reference, score(answers).values)
+    return dataclasses.replace(
+        coding,
+        bytes_p50=_at(sizes, 0.5), bytes_p95=_at(sizes, 0.95), encode_ms=_rounded(_at(encodes, 0.5)), decode_ms=_rounded(_at(decodes, 0.5)),
+        drop=drop, drop_ci95=interval, admitted=drop <= max_drop,
+    )  # fmt: skip
+
+
+def scorer(
+    whole: Sequence["Arrays"], outputs: Sequence[str], labels: "NDArray[Any] | None"
+) -> Callable[[Sequence["Arrays"]], Score]:
+    """Return how to score answers: accuracy on labels, else agreement of the likeliest class with the whole float model.
+
+    Outputs that are no class scores are compared as `fidelity`: one minus the relative error, never below nought.
+    """
+    import numpy as np
+
+    name = outputs[0]
+    first = np.asarray(whole[0][name])
+    classes = len(outputs) == 1 and first.ndim == 2 and first.shape[1] > 1 and first.dtype.kind == "f"
+
+    def top(answers: Sequence["Arrays"]) -> "NDArray[Any]":
+        return np.concatenate([np.asarray(answer[name]).argmax(1) for answer in answers])
+
+    def by_label(answers: Sequence["Arrays"]) -> Score:
+        return Score("accuracy", (top(answers) == labels).astype(float))
+
+    def by_agreement(answers: Sequence["Arrays"]) -> Score:
+        return Score("agreement", (top(answers) == top(whole)).astype(float))
+
+    def by_error(answers: Sequence["Arrays"]) -> Score:
+        return Score(
+            "fidelity",
+            np.array([_fidelity(answer, truth, outputs) for answer, truth in zip(answers, whole, strict=True)]),
+        )
+
+    if not classes:
+        return by_error
+    return by_agreement if labels is None else by_label
+
+
+def paired_drop(reference: "NDArray[Any]", values: "NDArray[Any]") -> tuple[float, tuple[float, float]]:
+    """Return the mean drop in percentage points and its 95 % interval, sample against sample.
+
+    Without a single difference the upper end is the rule of three: 3/n.
+    """
+    import numpy as np
+
+    difference = (reference - values) * 100
+    drop, count = float(difference.mean()), len(difference)
+    if not difference.any():
+        return 0.0, (0.0, _rounded(300 / count))
+    half = 1.96 * float(np.std(difference, ddof=1)) / math.sqrt(count) if count > 1 else 100.0
+    return _rounded(drop), (_rounded(drop - half), _rounded(drop + half))
+
+
+def _fidelity(answer: "Arrays", truth: "Arrays", outputs: Sequence[str]) -> float:
+    import numpy as np
+
+    errors = []
+    for name in outputs:
+        found, right = np.asarray(answer[name], np.float64), np.asarray(truth[name], np.float64)
+        if found.shape != right.shape:
+            return 0.0
+        errors.append(float(np.linalg.norm(found - right) / max(np.linalg.norm(right), 1e-12)))
+    return max(0.0, 1.0 - max(errors))
+
+
+def _millis(values: Sequence[float]) -> Millis:
+    return Millis(_rounded(_at(values, 0.5)), _rounded(_at(values, 0.9)))
+
+
+def _at(values: Sequence[T], share: float) -> T:
+    ordered = sorted(values)
+    return ordered[round((len(ordered) - 1) * share)]
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")

@@ -1,0 +1,158 @@
+"""The plan for people: report.json and a self-contained report.html."""
+
+import html
+from collections.abc import Mapping
+from typing import Any
+
+from cloud.split.verdict import describe, options
+from skills.split import Choice, Plan, plan_hash
+from skills.wire import encode_json, to_plain
+
+PRIVACY = (
+    "private: raw or compressed input never leaves the device, and no cut before the declared minimum is used. "
+    "This is no proof against reconstruction: what leaves are activations, and whether the input can be rebuilt from them was not audited."
+)
+OPEN = "the compressed input may leave the device"
+STYLE = """
+:root{color-scheme:light dark;--ink:#1d2733;--soft:#5d6b7a;--line:#dde3ea;--paper:#fff;--panel:#f6f8fa;--local:#7a8794;--input:#c77d1e;
+--split:#1c7c8c;--refused:#c3ccd5}
+@media(prefers-color-scheme:dark){:root{--ink:#e4e9ee;--soft:#9aa7b4;--line:#313b46;--paper:#14191f;--panel:#1b222a;--local:#8b98a5;--input:#e0a04a;
+--split:#4fb3c4;--refused:#465260}}
+*{box-sizing:border-box}body{margin:0 auto;max-width:68rem;padding:2rem 1.5rem 4rem;font:16px/1.55 system-ui,sans-serif;color:var(--ink);
+background:var(--paper)}h1{font-size:1.7rem;margin:0 0 .2rem}h2{font-size:1.15rem;margin:2.4rem 0 .6rem}p{margin:.4rem 0}
+.soft{color:var(--soft)}.verdict{background:var(--panel);border-left:4px solid var(--split);padding:.6rem 1rem;margin:.5rem 0;border-radius:4px}
+.verdict.local{border-color:var(--local)}.verdict.input{border-color:var(--input)}.verdict b{display:inline-block;min-width:9.5rem}
+table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:.92rem}th,td{text-align:right;padding:.3rem .6rem;
+border-bottom:1px solid var(--line)}th{font-weight:600;color:var(--soft)}td:first-child,th:first-child,td.l,th.l{text-align:left}
+tr.no td{color:var(--soft)}.wide{overflow-x:auto}svg{width:100%;height:auto;display:block}svg text{font:12px system-ui,sans-serif;fill:var(--ink)}
+svg .soft{fill:var(--soft)}.key span{display:inline-block;width:.8em;height:.8em;border-radius:2px;margin:0 .35em 0 1em}
+"""
+
+
+def report_json(plan: Plan, details: Mapping[str, Any]) -> bytes:
+    """Return the whole report as canonical JSON."""
+    body = {
+        "format": "split-report/v1",
+        "plan": plan_hash(plan),
+        "device": {
+            "slowdown": plan.slowdown,
+            "measured": "this machine, every device time multiplied: no live device was used",
+        },
+        "privacy": PRIVACY if plan.private else OPEN,
+        "metric_name": plan.metric,
+        "samples": plan.samples,
+        "verdicts": [to_plain(verdict) for verdict in plan.verdicts],
+        "candidates": [to_plain(cut) for cut in plan.cuts],
+        "links": [
+            {"link": str(verdict.link), "options": [_option(one) for one in options(plan, verdict.link, every=True)]}
+            for verdict in plan.verdicts
+        ],
+        **details,
+    }
+    return encode_json(body)
+
+
+def render_html(plan: Plan, details: Mapping[str, Any]) -> str:
+    """Return the report as one HTML page without anything from outside."""
+    say = html.escape
+    verdicts = "".join(
+        f'<div class="verdict {_group(verdict.cut)}"><b>{say(str(verdict.link))}</b> {say(verdict.text)}</div>'
+        for verdict in plan.verdicts
+    )
+    local = plan.cut("local").device_ms.p50
+    charts = "".join(f"<h2>{say(str(verdict.link))}</h2>{_chart(plan, verdict.link)}" for verdict in plan.verdicts)
+    facts = (
+        f"The device was taken to be {plan.slowdown:g} times slower than this machine; no live device was used. Staying local takes "
+        f"{local:.0f} ms there. {say(plan.metric.capitalize())} was measured on {plan.samples} inputs; a coding that loses more than "
+        f"{plan.max_drop:g} points is refused. The segments one after the other differ from the whole model by at most "
+        f"{details.get('max_abs_difference', 0):.1e}, and take {details['chain_ms_here']['p50']:.1f} ms here against "
+        f"{details['whole_ms_here']['p50']:.1f} ms for the whole."
+    )
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Split report {plan_hash(plan)}</title>
+<style>{STYLE}</style></head><body>
+<h1>Split report</h1><p class="soft">plan {plan_hash(plan)} · model {plan.model_sha256[:12]}…</p>
+<h2>What to do on each link</h2>{verdicts}<p>{facts}</p><p><b>Privacy.</b> {say(PRIVACY if plan.private else OPEN)}</p>
+<p class="key soft"><span style="background:var(--split)"></span>split<span style="background:var(--input)"></span>compressed input
+<span style="background:var(--local)"></span>local<span style="background:var(--refused)"></span>refused: over the budget, or input that may not leave</p>
+{charts}
+<h2>Every candidate, as measured</h2><div class="wide">{_table(plan, details)}</div>
+<p class="soft">Device and tail times are medians of {details.get("rounds", "?")} interleaved warm runs of the whole head and the whole tail.
+Predicted time = device + coding + round trip + bytes / rate + tail. docs/splitting.md has the formulas and what they leave out.</p>
+</body></html>
+"""
+
+
+def _chart(plan: Plan, link: Any) -> str:
+    allowed = set(map(_key, options(plan, link)))
+    shown = _best_of_each(options(plan, link, every=True))
+    longest = min(max(one.ms for one in shown), 4 * plan.cut("local").device_ms.p50)
+    rows = []
+    for at, one in enumerate(shown):
+        y, width = at * 24, max(2.0, min(one.ms, longest) / longest * 520)
+        colour = _group(one.cut.name) if _key(one) in allowed else "refused"
+        note = f"{one.ms:.0f} ms" + ("  (longer than the chart)" if one.ms > longest else "") + _size(one)
+        rows.append(
+            f'<text x="150" y="{y + 16}" text-anchor="end">{html.escape(_label(one))}</text>'
+            f'<rect x="158" y="{y + 4}" width="{width:.1f}" height="16" rx="2" fill="var(--{colour})"/>'
+            f'<text x="{166 + width:.1f}" y="{y + 16}" class="soft">{note}</text>'
+        )
+    return f'<svg viewBox="0 0 900 {len(shown) * 24 + 4}" role="img" aria-label="time per option">{"".join(rows)}</svg>'
+
+
+def _best_of_each(ranked: tuple[Choice, ...]) -> list[Choice]:
+    """Return the fastest coding of each cut, every coding of the input, fastest first."""
+    found: dict[object, Choice] = {}
+    for one in ranked:
+        found.setdefault(_key(one) if one.cut.name == "input" else one.cut.name, one)
+    return list(found.values())
+
+
+def _table(plan: Plan, details: Mapping[str, Any]) -> str:
+    rows = []
+    for cut in plan.cuts:
+        share = details.get("shares", {}).get(cut.name)
+        for coding in cut.codings or (None,):
+            costs = f"<td>{cut.device_ms.p50:.1f}</td><td>{cut.tail_ms.p50:.1f}</td>"
+            where = html.escape(", ".join(tensor.name for tensor in cut.tensors))
+            if coding is None:
+                rows.append(
+                    f'<tr><td>{cut.name}</td><td class="l"></td><td></td><td class="l"></td>{costs}{"<td></td>" * 6}</tr>'
+                )
+                continue
+            interval = f"{coding.drop_ci95[0]:.1f} … {coding.drop_ci95[1]:.1f}" if coding.drop_ci95 else ""
+            rows.append(
+                f'<tr class="{"" if coding.admitted else "no"}"><td>{cut.name}</td><td class="l">{where}</td>'
+                f"<td>{'' if share is None else f'{share:.0%}'}</td>"
+                f'<td class="l">{coding.name}</td>{costs}<td>{coding.bytes_p50:,}</td><td>{coding.bytes_p95:,}</td><td>{coding.encode_ms:.1f}</td>'
+                f"<td>{coding.decode_ms:.1f}</td><td>{coding.drop:.1f}</td><td>{interval}</td></tr>"
+            )
+    head = (
+        '<tr><th>cut</th><th class="l">tensor</th><th>work before</th><th class="l">coding</th><th>device ms</th><th>tail ms</th><th>bytes p50</th>'
+        f"<th>p95</th><th>encode ms</th><th>decode ms</th><th>drop ({html.escape(plan.metric)}, pt)</th><th>95 %</th></tr>"
+    )
+    return f"<table>{head}{''.join(rows)}</table>"
+
+
+def _option(one: Choice) -> dict[str, object]:
+    coding = one.coding
+    return {
+        "cut": one.cut.name, "coding": coding.name if coding else "", "ms": round(one.ms, 2), "bytes": coding.bytes_p50 if coding else 0,
+        "admitted": coding.admitted if coding else True, "words": describe(one),
+    }  # fmt: skip
+
+
+def _key(one: Choice) -> tuple[str, str]:
+    return one.cut.name, one.coding.name if one.coding else ""
+
+
+def _label(one: Choice) -> str:
+    return one.cut.name if one.coding is None else f"{one.cut.name} {one.coding.name}"
+
+
+def _size(one: Choice) -> str:
+    return f", {one.coding.bytes_p50 / 1000:.1f} kB" if one.coding else ""
+
+
+def _group(cut: str) -> str:
+    return cut if cut in ("local", "input") else "split"

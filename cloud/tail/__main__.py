@@ -1,0 +1,47 @@
+"""Run a tail server: python -m cloud.tail --tails DIR --listen HOST:PORT."""
+
+import argparse
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from cloud.tail.server import Server
+from skills.errors import SkerryError
+from skills.files import write_atomic
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m cloud.tail", description="Serve the cloud's part of split models (Open Inference Protocol v2)."
+    )
+    parser.add_argument("--tails", type=Path, required=True, metavar="DIR", help="folder with one folder per plan hash")
+    parser.add_argument(
+        "--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="address to listen on; port 0 takes a free one"
+    )
+    parser.add_argument("--tls-ca", type=Path, metavar="FILE", help="whose client certificates are accepted")
+    parser.add_argument("--tls-cert", type=Path, metavar="FILE")
+    parser.add_argument("--tls-key", type=Path, metavar="FILE")
+    parser.add_argument("--port-file", type=Path, metavar="FILE", help="written with the port once the server answers")
+    parser.add_argument("--threads", type=int, default=1, help="onnxruntime threads per segment")
+    chosen = parser.parse_args(argv)
+    files = (chosen.tls_ca, chosen.tls_cert, chosen.tls_key)
+    if any(files) and not all(files):
+        parser.error("--tls-ca, --tls-cert and --tls-key belong together")
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        server = Server(chosen.tails, chosen.listen, tls=files if all(files) else None, threads=chosen.threads)
+        if chosen.port_file is not None:
+            write_atomic(chosen.port_file, f"{server.port}\n".encode())
+    except SkerryError as error:
+        print(f"tail: {error}", file=sys.stderr)
+        return error.exit_code
+    stop.wait()
+    server.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

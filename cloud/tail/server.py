@@ -1,0 +1,251 @@
+"""The gRPC face of the tail: Open Inference Protocol v2, *plain* (named tensors) and *compact* (one packed frame).
+
+Plain: `model_name` is a plan's hash for the whole model, or `<hash>.<cut>` for the tail from that cut on.
+Compact: one UINT8 tensor [n] that is an activation frame; the parameters `split.plan`, `split.cut`, `split.codec` say how to
+read it, and `split.deadline_us` how much time is left. The answer's trailing metadata say where the time went.
+"""
+
+import concurrent.futures
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import skills
+from cloud.tail.engine import MAX_WAITING, Engine, Result
+from cloud.tail.store import Loaded, Store
+from skills import codec, oip
+from skills.errors import (
+    DeadlineExceeded,
+    FormatError,
+    MissingExtra,
+    NotFound,
+    Refused,
+    SkerryError,
+    TrustError,
+    Unreachable,
+    UsageError,
+)
+from skills.files import read_bytes
+from skills.split import Coding, Cut
+
+DEFAULT_DEADLINE_S = 30.0
+MAX_DEADLINE_S = 300.0
+MAX_KEY_BYTES = 1 << 20
+EXTENSIONS = ("skerry.split.compact",)
+
+Allow = Callable[[str, str, str], bool]
+
+
+def make_service(
+    store: Store, engine: Engine, ready: Callable[[], bool], allow: Allow = lambda device, plan, cut: True
+) -> Any:
+    """Return the servicer; `allow` is asked with (device from its certificate, plan, cut) before anything is decoded."""
+    grpc, pb, pb_grpc = _grpc(), oip.messages(), oip.service()
+
+    class Service(pb_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc, name-defined]
+        def ServerLive(self, request: Any, context: Any) -> Any:  # noqa: N802  the protocol's name
+            return pb.ServerLiveResponse(live=True)
+
+        def ServerReady(self, request: Any, context: Any) -> Any:  # noqa: N802
+            return pb.ServerReadyResponse(ready=ready())
+
+        def ModelReady(self, request: Any, context: Any) -> Any:  # noqa: N802
+            return pb.ModelReadyResponse(ready=ready() and request.name.partition(".")[0] in store.names())
+
+        def ServerMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
+            return pb.ServerMetadataResponse(name="skerry-tail", version=skills.__version__, extensions=EXTENSIONS)
+
+        def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
+            with _Refusals(grpc, context):
+                loaded, after = _plain_model(store, request.name)
+                inputs = loaded.plan.inputs if after == 0 else _cut_after(loaded, after).tensors
+                answer = pb.ModelMetadataResponse(name=request.name, versions=["1"], platform="onnx_segments")
+                for target, tensors in ((answer.inputs, inputs), (answer.outputs, loaded.plan.outputs)):
+                    for live in tensors:
+                        target.add(name=live.name, datatype=live.dtype, shape=live.shape)
+                return answer
+
+        def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
+            with _Refusals(grpc, context):
+                arrived = time.monotonic()
+                call = oip.from_request(request)
+                deadline = arrived + _seconds_left(call, context)
+                loaded, after, values = _read(store, request.model_name, call, context, allow)
+                decoded = time.monotonic()
+                result = _wait(engine.submit(loaded, after, values, deadline, context.is_active), deadline)
+                times = (
+                    ("split-decode-us", decoded - arrived),
+                    ("split-queue-us", result.queue_ms / 1e3),
+                    ("split-compute-us", result.compute_ms / 1e3),
+                )
+                context.set_trailing_metadata(tuple((key, str(int(value * 1e6))) for key, value in times))
+                outputs = {
+                    name: value for name, value in result.outputs.items() if not call.outputs or name in call.outputs
+                }
+                return oip.to_response(oip.Answer(outputs, request.model_name, "1", call.id))
+
+    return Service()
+
+
+class Server:
+    """A running tail: `port`, and `stop()` which drains."""
+
+    def __init__(
+        self, tails: Path, listen: str, *, tls: tuple[Path, Path, Path] | None = None, threads: int = 1
+    ) -> None:
+        """Listen on HOST:PORT (port 0: any free one); `tls` is (ca, certificate, key), and then clients need one too.
+
+        Raises:
+            Unreachable: the port is taken or the address is not this machine's.
+            NotFound: a TLS file is missing.
+        """
+        grpc, pb_grpc = _grpc(), oip.service()
+        self._engine, self._ready = Engine(), True
+        # A handler waits for the compute thread: as many as may wait, and a few for the questions that never do.
+        pool = concurrent.futures.ThreadPoolExecutor(MAX_WAITING + 16, thread_name_prefix="tail-grpc")
+        options = (
+            ("grpc.max_receive_message_length", oip.MAX_MESSAGE_BYTES),
+            ("grpc.max_send_message_length", oip.MAX_MESSAGE_BYTES),
+            ("grpc.so_reuseport", 0),
+            ("grpc.http2.min_ping_interval_without_data_ms", 5000),
+        )
+        self._server = grpc.server(pool, options=options, maximum_concurrent_rpcs=2 * MAX_WAITING)
+        service = make_service(Store(tails, threads), self._engine, lambda: self._ready)
+        pb_grpc.add_GRPCInferenceServiceServicer_to_server(service, self._server)
+        try:
+            if tls is None:
+                self.port = int(self._server.add_insecure_port(listen))
+            else:
+                self.port = int(self._server.add_secure_port(listen, _credentials(grpc, tls)))
+        except RuntimeError:
+            self.port = 0
+        if self.port == 0:
+            self._engine.stop()
+            raise Unreachable(f"the tail cannot listen on {listen}: is the port taken?")
+        self._server.start()
+
+    def stop(self, grace_s: float = 5.0) -> None:
+        """Say not ready, let what runs finish within `grace_s`, then end."""
+        self._ready = False
+        self._server.stop(grace_s).wait(grace_s + 1)
+        self._engine.stop()
+
+
+class _Refusals:
+    """Turns an error of ours into the status that the protocol's clients understand, with its one sentence."""
+
+    def __init__(self, grpc: Any, context: Any) -> None:
+        codes = grpc.StatusCode
+        self._context = context
+        self._codes = (
+            (DeadlineExceeded, codes.DEADLINE_EXCEEDED), (Refused, codes.RESOURCE_EXHAUSTED), (NotFound, codes.NOT_FOUND),
+            (FormatError, codes.INVALID_ARGUMENT), (UsageError, codes.INVALID_ARGUMENT), (TrustError, codes.FAILED_PRECONDITION),
+            (SkerryError, codes.INTERNAL),
+        )  # fmt: skip
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        for known, code in self._codes:
+            if isinstance(error, known):
+                self._context.abort(code, str(error)[:1000])
+
+
+def _read(store: Store, model: str, call: oip.Call, context: Any, allow: Allow) -> tuple[Loaded, int, Any]:
+    name, cut_name = call.parameters.get("split.plan"), call.parameters.get("split.cut")
+    device = _device(context)
+    if name is None:
+        loaded, after = _plain_model(store, model)
+        _permit(allow, device, loaded.name, "input" if after == 0 else _cut_after(loaded, after).name)
+        return loaded, after, _checked(loaded, after, call)
+    try:
+        loaded = store.get(str(name))
+    except NotFound as error:
+        raise FormatError(
+            str(error)
+        ) from None  # the device's plan is not ours: its request is wrong here, not merely missing
+    cut = loaded.plan.cut(str(cut_name))
+    _permit(allow, device, loaded.name, cut.name)
+    coding = _coding(cut, str(call.parameters.get("split.codec")))
+    (frame,) = call.arrays.values() if len(call.arrays) == 1 else (None,)
+    if frame is None or frame.ndim != 1 or frame.dtype != "uint8":
+        raise FormatError("a compact request carries one UINT8 tensor of one dimension, the packed frame")
+    return loaded, cut.after, codec.decode(coding, cut.tensors, frame.data)
+
+
+def _plain_model(store: Store, model: str) -> tuple[Loaded, int]:
+    name, _, cut = model.partition(".")
+    loaded = store.get(name)
+    return loaded, loaded.plan.cut(cut).after if cut else 0
+
+
+def _checked(loaded: Loaded, after: int, call: oip.Call) -> Any:
+    tensors = loaded.plan.inputs if after == 0 else _cut_after(loaded, after).tensors
+    for live in tensors:
+        array = call.arrays.get(live.name)
+        if array is None:
+            raise FormatError(f"the tensor {live.name!r} is missing")
+        fits = len(array.shape) == len(live.shape) and all(
+            said in (-1, size) for size, said in zip(array.shape, live.shape, strict=True)
+        )
+        if not fits or oip.datatype(array) != live.dtype or array.nbytes == 0:
+            raise FormatError(
+                f"the tensor {live.name!r} is {oip.datatype(array)} {list(array.shape)}, the plan says {live.dtype} {list(live.shape)}"
+            )
+    return {live.name: call.arrays[live.name] for live in tensors}
+
+
+def _cut_after(loaded: Loaded, after: int) -> Cut:
+    return next(cut for cut in loaded.plan.cuts if cut.after == after)
+
+
+def _coding(cut: Cut, name: str) -> Coding:
+    for coding in cut.codings:
+        if coding.name == name:
+            return coding
+    raise FormatError(
+        f"cut {cut.name} has no coding {name[:40]!r}, it has {', '.join(one.name for one in cut.codings) or 'none'}"
+    )
+
+
+def _permit(allow: Allow, device: str, plan: str, cut: str) -> None:
+    if not allow(device, plan, cut):
+        raise Refused(f"{device or 'this client'} may not use plan {plan} at cut {cut}")
+
+
+def _device(context: Any) -> str:
+    names = context.auth_context().get("x509_common_name", [b""])
+    return bytes(names[0]).decode("utf-8", "replace") if names else ""
+
+
+def _seconds_left(call: oip.Call, context: Any) -> float:
+    said = call.parameters.get("split.deadline_us")
+    if said is not None and (type(said) is not int or said <= 0):
+        raise FormatError(f"split.deadline_us is {said!r}, expected microseconds above nought")
+    left = context.time_remaining()
+    limits = [MAX_DEADLINE_S if said is not None or left is not None else DEFAULT_DEADLINE_S]
+    limits += [said / 1e6] if isinstance(said, int) else []
+    limits += [left] if left is not None else []
+    return float(min(limits))
+
+
+def _wait(result: "concurrent.futures.Future[Result]", deadline_s: float) -> Result:
+    try:
+        return result.result(timeout=max(0.0, deadline_s - time.monotonic()) + 0.05)
+    except concurrent.futures.TimeoutError:
+        raise DeadlineExceeded("the request's time ran out at the tail") from None
+
+
+def _credentials(grpc: Any, tls: tuple[Path, Path, Path]) -> Any:
+    ca, certificate, key = (read_bytes(path, "the TLS file", MAX_KEY_BYTES) for path in tls)
+    return grpc.ssl_server_credentials([(key, certificate)], root_certificates=ca, require_client_auth=True)
+
+
+def _grpc() -> Any:
+    try:
+        import grpc
+    except ImportError:
+        raise MissingExtra("grpcio is not installed: pip install 'skerry[cloud]'") from None
+    return grpc

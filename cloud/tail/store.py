@@ -1,0 +1,127 @@
+"""The split plans that a tail serves: DIR/<plan hash>/split.yaml and segments, checked and loaded when first asked for."""
+
+import dataclasses
+import re
+import shutil
+import threading
+from pathlib import Path
+
+from skills import ort
+from skills.errors import FormatError, NotFound, TrustError
+from skills.files import fsync_directory, read_bytes, sha256_file, storage_errors
+from skills.split import MAX_PLAN_BYTES, Plan, load_plan, plan_hash
+
+MAX_LOADED = 16  # plans held in memory; the one used longest ago makes room
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Loaded:
+    """A plan whose segments' hashes were checked, and its warm sessions."""
+
+    name: str
+    plan: Plan
+    chain: ort.Chain
+
+
+class Store:
+    """Finds plans by hash; safe to use from many threads."""
+
+    def __init__(self, folder: Path, threads: int = 1) -> None:
+        self._folder, self._threads = folder, threads
+        self._lock = threading.Lock()
+        self._loaded: dict[str, Loaded] = {}
+
+    def names(self) -> tuple[str, ...]:
+        """Return the hashes of the plans that lie in the folder."""
+        if not self._folder.is_dir():
+            return ()
+        return tuple(
+            sorted(path.parent.name for path in self._folder.glob("*/split.yaml") if is_hash(path.parent.name))
+        )
+
+    def get(self, name: str) -> Loaded:
+        """Return the plan of that hash, loading and warming it the first time.
+
+        Raises:
+            NotFound: no such plan lies here.
+            TrustError: its folder's name is not its hash, or a segment's hash is not the plan's.
+            FormatError: split.yaml or a segment is not what it should be.
+        """
+        with self._lock:
+            found = self._loaded.pop(name, None)
+            if found is None:
+                found = self._load(name)
+                while len(self._loaded) >= MAX_LOADED:
+                    self._loaded.pop(next(iter(self._loaded)))
+            self._loaded[name] = found
+            return found
+
+    def _load(self, name: str) -> Loaded:
+        folder = self._folder / name
+        if not is_hash(name) or not (folder / "split.yaml").is_file():
+            raise NotFound(f"no plan {name[:32]!r} lies here: publish its skill to this controller again")
+        plan = load_plan(
+            read_bytes(folder / "split.yaml", "the split plan", MAX_PLAN_BYTES).decode("utf-8", "replace"),
+            f"{name}/split.yaml",
+        )
+        if plan_hash(plan) != name:
+            raise TrustError(f"the folder {name} holds the plan {plan_hash(plan)}")
+        for part in (*plan.segments, *((plan.shared,) if plan.shared else ())):
+            file = folder / part.file
+            if not file.is_file():
+                raise NotFound(f"the plan {name} names {part.file}, which is not there")
+            if sha256_file(file) != part.sha256:
+                raise TrustError(f"the segment {part.file} of plan {name} is not the one that was planned")
+        chain = ort.chain(
+            [folder / segment.file for segment in plan.segments],
+            [tensor.name for tensor in plan.outputs],
+            self._threads,
+        )
+        _warm(plan, chain)
+        return Loaded(name, plan, chain)
+
+
+def is_hash(name: str) -> bool:
+    """Say whether `name` has the form of a plan hash."""
+    return re.fullmatch(r"[0-9a-f]{16}", name) is not None
+
+
+def install(plan_folder: Path, tails: Path) -> str:
+    """Copy a finished plan to where a tail finds it and return its hash; an interrupted copy is never served.
+
+    Raises:
+        NotFound, FormatError: the folder holds no valid plan.
+        StorageError: the disk is full.
+    """
+    text = read_bytes(plan_folder / "split.yaml", "the split plan", MAX_PLAN_BYTES).decode("utf-8", "replace")
+    plan = load_plan(text, str(plan_folder / "split.yaml"))
+    name = plan_hash(plan)
+    target, work = tails / name, tails / f".{name}.tmp"
+    if (target / "split.yaml").is_file():
+        return name
+    with storage_errors(target):
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        for file in ("split.yaml", *plan.files()):
+            (work / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(plan_folder / file, work / file)
+        shutil.rmtree(target, ignore_errors=True)
+        work.rename(target)  # commit point
+        fsync_directory(tails)
+    return name
+
+
+def _warm(plan: Plan, chain: ort.Chain) -> None:
+    """Run every segment once on zeros, so that the first request does not pay for lazy set-up."""
+    import numpy as np
+
+    from skills.codec import DTYPES
+
+    feeds = {
+        live.name: np.zeros([1 if size == -1 else size for size in live.shape], DTYPES[live.dtype])
+        for live in plan.inputs
+    }
+    try:
+        chain.run(feeds)
+    except FormatError:
+        return  # a free size that may not be one: then the first request warms the chain

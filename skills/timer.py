@@ -1,0 +1,75 @@
+"""The only way to get milliseconds: run work, learn how long it took on the device that it stands for."""
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
+
+from skills.errors import UsageError
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Timed(Generic[T]):
+    """What the work returned, and its milliseconds on the clock of that device."""
+
+    value: T
+    ms: float
+
+
+class Timer(Protocol):
+    """Runs work as a device would."""
+
+    def run(self, work: Callable[[], T]) -> Timed[T]:
+        """Run `work` to its end on the calling thread."""
+
+    def device_ms(self, wall_ms: float, cpu_ms: float) -> float:
+        """Return what a run that took this long here takes on the device, without waiting for it."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Local:
+    """This machine as it is."""
+
+    def run(self, work: Callable[[], T]) -> Timed[T]:
+        start = time.perf_counter()
+        value = work()
+        return Timed(value, (time.perf_counter() - start) * 1000)
+
+    def device_ms(self, wall_ms: float, cpu_ms: float) -> float:
+        return wall_ms
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Dilated:
+    """A device `k` times slower: after each run, sleep (k-1) times the CPU time of the calling thread.
+
+    Only one thread's work is slowed: run models with one thread.
+    """
+
+    k: float
+
+    def run(self, work: Callable[[], T]) -> Timed[T]:
+        start, cpu = time.perf_counter(), time.thread_time()
+        value = work()
+        time.sleep(max(0.0, (self.k - 1) * (time.thread_time() - cpu)))
+        return Timed(value, (time.perf_counter() - start) * 1000)
+
+    def device_ms(self, wall_ms: float, cpu_ms: float) -> float:
+        return wall_ms + (self.k - 1) * cpu_ms
+
+
+def parse_timer(text: str) -> Timer:
+    """Read `local` or `dilated(10)`.
+
+    Raises:
+        UsageError: neither of the two, or a factor below 1 or above 1000.
+    """
+    if text == "local":
+        return Local()
+    found = re.fullmatch(r"dilated\((\d+(?:\.\d+)?)\)", text)
+    if not found or not 1 <= float(found[1]) <= 1000:
+        raise UsageError(f"the timer {text!r} is not known: write local or dilated(K), K from 1 to 1000")
+    return Dilated(float(found[1]))
