@@ -262,13 +262,23 @@ def _enrolled(device: Device | None, identity: str) -> Device:
 
 
 def capabilities_of(device: Device) -> Capabilities | None:
-    """Return what a device can do, or None before its first hello."""
-    return None if device.hello is None else decode_json(Hello, device.hello, f"the hello of {device.id}").capabilities
+    """Return what a device can do, or None before its first hello (or where an older version kept another form of it)."""
+    if device.hello is None:
+        return None
+    try:
+        return decode_json(Hello, device.hello, f"the hello of {device.id}").capabilities
+    except FormatError:
+        return None
 
 
 def state_of(device: Device) -> DeviceState | None:
-    """Return what a device last reported, or None before its first report."""
-    return None if device.state is None else decode_json(DeviceState, device.state, f"the state of {device.id}")
+    """Return what a device last reported, or None before its first report (or where an older version kept another form)."""
+    if device.state is None:
+        return None
+    try:
+        return decode_json(DeviceState, device.state, f"the state of {device.id}")
+    except FormatError:
+        return None
 
 
 def matches(selector: Selector, device: Device) -> bool:

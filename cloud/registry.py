@@ -61,6 +61,7 @@ class Registry:
             stray.unlink(missing_ok=True)
         self.keys = self._open_keys()
         self._bundles: dict[str, Bundle] = {}
+        self._signed_for = ""  # the targets that the online metadata speaks of
         self.metadata = self.refresh()
         self._adopt()
 
@@ -189,7 +190,7 @@ class Registry:
         write_atomic(snapshot_path, snapshot)
         write_atomic(timestamp_path, timestamp)
         self._forget_old_sets(ref.sha256)
-        self.metadata = ref
+        self.metadata, self._signed_for = ref, sha256_hex(targets)
         return ref
 
     def refresh_due(self) -> bool:
@@ -217,8 +218,10 @@ class Registry:
             raise TrustError(f"targets.json does not list {target} with the manifest {manifest_sha256[:12]}…")
         self._materialise_tails(bundle)
         if targets != current:
-            # Commit point: from here on the release is in the repository. The rest is made again at the next start.
+            # Commit point: from here on the release is in the repository. The rest is made again at the next start
+            # or, where the disk was full just now, when the same release is sent again.
             write_atomic(self._repository / "targets.json", targets)
+        if self._signed_for != sha256_hex(targets):
             self.refresh()
         self._adopt()
         return self.release(bundle.skill.name, bundle.skill.version)

@@ -30,6 +30,10 @@ def registry(tmp_path: Path, database: Database) -> Registry:
     return Registry(tmp_path, database, open_journal(None), lambda: 1_800_000_000.0)
 
 
+def full_disk(registry: Registry) -> None:
+    raise StorageError("no space left")
+
+
 async def body(*pieces: bytes) -> AsyncIterator[bytes]:
     for piece in pieces:
         yield piece
@@ -108,7 +112,7 @@ def test_online_metadata_never_goes_back_even_after_a_restored_backup(
 
 
 async def test_a_release_lost_by_the_database_is_adopted_from_the_repository_again(
-    tmp_path: Path, registry: Registry, small_bundle: Callable[..., object]
+    tmp_path: Path, registry: Registry, small_bundle: Callable[..., object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import datetime as dt
 
@@ -123,7 +127,13 @@ async def test_a_release_lost_by_the_database_is_adopted_from_the_repository_aga
     ref = ObjectRef(bundle.digest, len(bundle.manifest_bytes))
     now = dt.datetime.fromtimestamp(1_800_000_000, dt.UTC)
     targets = signing.add_release(registry.role("targets"), "skills/tiny/1.0.0.json", ref, key, now)
+    with monkeypatch.context() as patched:
+        patched.setattr(Registry, "refresh", full_disk)
+        with pytest.raises(StorageError):
+            registry.accept(bundle.digest, targets)
     first = registry.accept(bundle.digest, targets)
+    shown = signing.unpack_metadata(registry.path_of(registry.metadata.sha256).read_bytes())
+    assert shown.targets.encode() == targets
     assert registry.accept(bundle.digest, targets).id == first.id  # a lost answer is asked for again
     other = Database(f"sqlite:///{tmp_path / 'fresh.db'}")
     again = Registry(tmp_path, other, open_journal(None), lambda: 1_800_000_000.0)
