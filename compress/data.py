@@ -65,7 +65,9 @@ def load(source: object) -> Data:
     else:
         raise FormatError(f"the data is {type(source).__name__}, expected an .npz file or a mapping with x and y")
     if "x" not in arrays:
-        raise FormatError(f"{name} has the arrays {', '.join(sorted(arrays)) or 'none'}, expected x (and y, x_train, y_train)")
+        raise FormatError(
+            f"{name} has the arrays {', '.join(sorted(arrays)) or 'none'}, expected x (and y, x_train, y_train)"
+        )
     for x_name, y_name in (("x", "y"), ("x_train", "y_train")):
         _check(name, x_name, y_name, arrays)
     return Data(*(arrays.get(key) for key in KEYS))  # type: ignore[arg-type]  # x was checked above
@@ -90,7 +92,9 @@ def _check(name: str, x_name: str, y_name: str, arrays: Mapping[str, Array]) -> 
             raise FormatError(f"{name} has {y_name} without {x_name}")
         return
     if x.dtype.kind not in "fiub" or x.ndim < 1:
-        raise FormatError(f"{name}: {x_name} has dtype {x.dtype} and shape {x.shape}, expected numbers, one sample a row")
+        raise FormatError(
+            f"{name}: {x_name} has dtype {x.dtype} and shape {x.shape}, expected numbers, one sample a row"
+        )
     if x.dtype.kind == "f":
         bad = int(len(x) - np.isfinite(x.reshape(len(x), -1)).all(axis=1).sum())
         if bad:
@@ -137,7 +141,9 @@ def split(data: Data, seed: int) -> Splits:
     order = np.random.default_rng(seed)
     if data.x_train is not None:
         if len(data.x) < 1 or len(data.x_train) < LEAST_SAMPLES:
-            raise FormatError(f"x_train has {len(data.x_train)} samples and x {len(data.x)}, expected at least {LEAST_SAMPLES} and 1")
+            raise FormatError(
+                f"x_train has {len(data.x_train)} samples and x {len(data.x)}, expected at least {LEAST_SAMPLES} and 1"
+            )
         rows = order.permutation(len(data.x_train))
         cut = min(MAX_CALIBRATE, len(rows) // 2)
         return Splits(
@@ -146,7 +152,9 @@ def split(data: Data, seed: int) -> Splits:
             _take(data.x, data.y, np.arange(len(data.x)), "x"),
         )
     if len(data.x) < LEAST_SAMPLES:
-        raise FormatError(f"x has {len(data.x)} samples, expected at least {LEAST_SAMPLES} to split into calibrate, select and report")
+        raise FormatError(
+            f"x has {len(data.x)} samples, expected at least {LEAST_SAMPLES} to split into calibrate, select and report"
+        )
     rows = order.permutation(len(data.x))
     fifth = len(rows) // 5
     calibrate = rows[: min(fifth, MAX_CALIBRATE)]

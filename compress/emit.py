@@ -126,7 +126,13 @@ class _Emitter:
         maker = self.makers.get(node.input[0])
         layer = self.layers.get(maker.name) if maker is not None else None
         limits = self.scheme.ranges[node.output[0]]
-        if layer is None or layer[1].compute == "int8" or maker.input[0] not in self.codes_of or limits.lo < 0:
+        if (
+            maker is None
+            or layer is None
+            or layer[1].compute == "int8"
+            or maker.input[0] not in self.codes_of
+            or limits.lo < 0
+        ):
             return
         upper = self.values.get(node.input[2]) if node.op_type == "Clip" and len(node.input) > 2 else None
         if node.op_type == "Clip" and (upper is None or float(upper.reshape(())) < limits.hi):
@@ -170,7 +176,9 @@ class _Emitter:
     def _int32(self, bias: Array, scales: Array) -> str:
         limit = float(np.iinfo(np.int32).max)
         whole = np.clip(np.rint(bias.astype(np.float64) / scales), -limit, limit).astype(np.int32)
-        return self._make("DequantizeLinear", [self._constant(whole), self._constant(scales.astype(np.float32))], axis=0)
+        return self._make(
+            "DequantizeLinear", [self._constant(whole), self._constant(scales.astype(np.float32))], axis=0
+        )
 
     def _make(self, kind: str, inputs: list[str], **facts: object) -> str:
         name = self._name("t")

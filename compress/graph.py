@@ -19,7 +19,12 @@ def copy(model: Any) -> Any:
 
 def arrays(model: Any) -> dict[str, Array]:
     """Return every initializer as an array."""
-    return {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
+    return {item.name: array(item) for item in model.graph.initializer}
+
+
+def array(item: Any) -> Array:
+    """Return one initializer as an array."""
+    return np.asarray(numpy_helper.to_array(item))
 
 
 def producers(model: Any) -> dict[str, Any]:

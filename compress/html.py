@@ -2,23 +2,10 @@
 
 from collections.abc import Sequence
 from html import escape
+from importlib import resources
 
 from compress.report import LayerRow, Report
 
-STYLE = """
-:root{--ink:#1c2733;--soft:#5d6b7a;--line:#dfe6ec;--paper:#fff;--ground:#f4f7f9;--sea:#0b7285;--deep:#083b4c;--sand:#e8a33d;--moss:#2b8a3e;--brick:#c92a2a}
-@media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#93a1af;--line:#2b3640;--paper:#161d24;--ground:#0f151a;--sea:#3bc9db;--deep:#99e9f2;--moss:#69db7c;--brick:#ff8787}}
-*{box-sizing:border-box}body{margin:0;background:var(--ground);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:980px;margin:0 auto;padding:40px 20px 64px}h1{font-size:28px;margin:0 0 4px;letter-spacing:-.01em}h2{font-size:19px;margin:0 0 12px}
-p{margin:0 0 12px}.soft{color:var(--soft)}section{background:var(--paper);border:1px solid var(--line);border-radius:12px;padding:22px 24px;margin-top:18px}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));gap:14px;margin-top:22px}.tile{background:var(--paper);border:1px solid var(--line);border-radius:12px;padding:16px 18px}
-.tile b{display:block;font-size:32px;line-height:1.15;letter-spacing:-.02em;color:var(--deep)}.tile span{color:var(--soft);font-size:14px}
-.verdict{display:inline-block;border-radius:99px;padding:3px 12px;font-size:14px;font-weight:600;color:#fff;background:var(--moss)}.verdict.unproven{background:#b7791f}.verdict.missed{background:#c92a2a}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}th,td{padding:7px 10px;border-bottom:1px solid var(--line);text-align:right}th:first-child,td:first-child{text-align:left}
-th{font-weight:600;color:var(--soft);font-size:14px}tr:last-child td{border-bottom:0}.wide{overflow-x:auto}ul{margin:0;padding-left:20px}li{margin:4px 0}
-svg{display:block;width:100%;height:auto}svg text{fill:var(--ink);font-size:12px}svg .soft{fill:var(--soft)}.warn{border-left:4px solid var(--sand)}code{font-family:ui-monospace,Menlo,monospace;font-size:13px}
-.key{display:inline-block;width:11px;height:11px;border-radius:3px;margin:0 5px 0 14px;vertical-align:-1px}
-"""
 VERDICTS = {
     "proven": ("", "Proven", "even the worse end of the 95 % interval is inside the budget."),
     "within_budget_unproven": (
@@ -39,9 +26,10 @@ def page(report: Report) -> str:
     if report.details.layers:
         sections += [_bits(report.details.layers), _bytes(report), _audit(report)]
     sections.append(_notes(report))
+    style = (resources.files("compress") / "report.css").read_text()
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{escape(report.details.model)}: compressed</title><style>{STYLE}</style></head><body><main>"
+        f"<title>{escape(report.details.model)}: compressed</title><style>{style}</style></head><body><main>"
         f"{''.join(sections)}</main></body></html>\n"
     )
 
@@ -54,7 +42,7 @@ def _head(report: Report) -> str:
         f'<p class="soft">compressed for <b>{escape(report.device)}</b>, at most {report.details.max_drop:g} points of drop, '
         f"in {report.seconds:.0f} s</p>"
         f'<p><span class="verdict{kind}">{word}</span>&ensp;{_points(report.drop)} (95 % interval {low:+.2f} to {high:+.2f}, '
-        f"{report.n_report:,} samples that nothing was chosen on): {sense}</p>"
+        f"{report.n_report:,} samples set aside for this): {sense}</p>"
     )
 
 
@@ -69,7 +57,11 @@ def _tiles(report: Report) -> str:
         (f"{report.speedup:.2f}×", "as fast, one thread"),
         (f"{report.result.metric:.2%}", METRICS[report.metric_name].lower()),
     )
-    return '<div class="tiles">' + "".join(f'<div class="tile"><b>{a}</b><span>{b}</span></div>' for a, b in tiles) + "</div>"
+    return (
+        '<div class="tiles">'
+        + "".join(f'<div class="tile"><b>{a}</b><span>{b}</span></div>' for a, b in tiles)
+        + "</div>"
+    )
 
 
 def _warnings(report: Report) -> str:
@@ -143,11 +135,20 @@ def _bytes(report: Report) -> str:
         x, drawn = 70.0, []
         for size, colour, title in parts:
             wide = 720 * size / before
-            drawn.append(f'<rect x="{x:.1f}" y="{y}" width="{max(wide, 0.5 if size else 0):.1f}" height="26" rx="2" fill="{colour}"><title>{title}</title></rect>')
+            drawn.append(
+                f'<rect x="{x:.1f}" y="{y}" width="{max(wide, 0.5 if size else 0):.1f}" height="26" rx="2" fill="{colour}"><title>{title}</title></rect>'
+            )
             x += wide
         return f'<text x="2" y="{y + 17}">{label}</text>{"".join(drawn)}<text x="{x + 8:.1f}" y="{y + 17}">{_size(sum(p[0] for p in parts))}</text>'
 
-    top = row(6, "before", ((before - rest_before, "var(--soft)", f"weights in float: {_size(before - rest_before)}"), (rest_before, "var(--deep)", f"graph, biases: {_size(rest_before)}")))
+    top = row(
+        6,
+        "before",
+        (
+            (before - rest_before, "var(--soft)", f"weights in float: {_size(before - rest_before)}"),
+            (rest_before, "var(--deep)", f"graph, biases: {_size(rest_before)}"),
+        ),
+    )
     low = row(
         44, "after",
         [(size, COLOURS[bits], f"weights in {bits} bits: {_size(size)}") for bits, size in split_after.items()]
@@ -168,7 +169,7 @@ def _bytes(report: Report) -> str:
 def _audit(report: Report) -> str:
     layers = report.details.layers
     if not report.details.kernels:
-        return '<section><h2>What the runtime made of it</h2><p>LiteRT runs the graph as written: every layer listed as int8 is int8.</p></section>'
+        return "<section><h2>What the runtime made of it</h2><p>LiteRT runs the graph as written: every layer listed as int8 is int8.</p></section>"
     inside = sum(la.compute == "int8" for la in layers)
     rows = "".join(
         f"<tr><td><code>{escape(la.name)}</code></td><td>{escape(la.op)}</td><td>{escape(la.kernel or 'merged with others')}</td><td>{escape(la.reason)}</td></tr>"
@@ -176,7 +177,9 @@ def _audit(report: Report) -> str:
         if la.compute != "int8"
     )
     table = (
-        f'<div class="wide"><table><tr><th>in float</th><th>operator</th><th>kernel</th><th>why</th></tr>{rows}</table></div>' if rows else ""
+        f'<div class="wide"><table><tr><th>in float</th><th>operator</th><th>kernel</th><th>why</th></tr>{rows}</table></div>'
+        if rows
+        else ""
     )
     kernels = ", ".join(f"{count} {escape(name)}" for name, count in report.details.kernels.items())
     return (
@@ -188,7 +191,7 @@ def _audit(report: Report) -> str:
 def _notes(report: Report) -> str:
     counts = ", ".join(f"{count:,} to {name}" for name, count in report.details.samples.items())
     items = "".join(f"<li>{escape(line)}</li>" for line in report.details.notes)
-    return f'<section><h2>How it came about</h2><ul>{items}<li>Samples: {counts}; no sample is in two parts.</li></ul></section>'
+    return f"<section><h2>How it came about</h2><ul>{items}<li>Samples: {counts}; no sample is in two parts.</li></ul></section>"
 
 
 def _size(count: int) -> str:

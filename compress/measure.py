@@ -49,7 +49,9 @@ def batches(port: Port, x: Array) -> list[Array]:
     """
     fixed = port.shape[0] if port.shape else -1
     if fixed > 1 and len(x) % fixed:
-        raise FormatError(f"the model takes batches of exactly {fixed}, the data part has {len(x)}: export it with a free batch")
+        raise FormatError(
+            f"the model takes batches of exactly {fixed}, the data part has {len(x)}: export it with a free batch"
+        )
     size = fixed if fixed > 0 else max(1, min(64, BATCH_ELEMENTS // max(1, x[0].size)))
     return [x[at : at + size] for at in range(0, len(x), size)]
 
@@ -78,11 +80,14 @@ def marks(metric: Metric, output: Array, part: Part, original: Array) -> Array:
     """Return each sample's mark between 0 and 1: right or wrong, same or other answer, or cosine."""
     match metric:
         case "top1":
-            return (output.argmax(axis=1) == part.y).astype(np.float64)
+            return np.asarray(output.argmax(axis=1) == part.y, np.float64)
         case "agreement":
-            return (output.argmax(axis=1) == original.argmax(axis=1)).astype(np.float64)
+            return np.asarray(output.argmax(axis=1) == original.argmax(axis=1), np.float64)
         case "cosine":
-            a, b = output.reshape(len(output), -1).astype(np.float64), original.reshape(len(output), -1).astype(np.float64)
+            a, b = (
+                output.reshape(len(output), -1).astype(np.float64),
+                original.reshape(len(output), -1).astype(np.float64),
+            )
             norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
             return np.asarray(np.clip((a * b).sum(axis=1) / np.maximum(norms, 1e-30), 0, 1))
     raise SkerryError(f"there is no metric {metric}")
@@ -105,7 +110,9 @@ def paired_drop(before: Array, after: Array) -> Drop:
         middle = float(change.mean())
         half = Z95 * float(change.std(ddof=1)) / math.sqrt(n) if n > 1 else 1.0
     points = float(change.mean()) * 100
-    return Drop(points, max(-100.0, min(points, (middle - half) * 100)), min(100.0, max(points, (middle + half) * 100)), n)
+    return Drop(
+        points, max(-100.0, min(points, (middle - half) * 100)), min(100.0, max(points, (middle + half) * 100)), n
+    )
 
 
 def verdict(drop: Drop, max_drop: float) -> Verdict:
@@ -113,6 +120,20 @@ def verdict(drop: Drop, max_drop: float) -> Verdict:
     if drop.hi <= max_drop:
         return "proven"
     return "within_budget_unproven" if drop.points <= max_drop else "not_reached"
+
+
+def soft_drop(original: Array, output: Array) -> float:
+    """Return the drop in points that the original's own confidence predicts, 0 for outputs that are no class scores.
+
+    Where the top answer changed, the loss is the probability that the original gave to its own answer less what it
+    gave to the new one. No labels are needed, and lucky changes do not hide unlucky ones, so a hundred samples say
+    as much as a thousand labelled ones would.
+    """
+    if output.ndim != 2 or output.shape[1] < 2:
+        return 0.0
+    odds, rows = np.exp(_log_probabilities(original)), np.arange(len(original))
+    lost = odds[rows, original.argmax(axis=1)] - odds[rows, output.argmax(axis=1)]
+    return float(lost.mean()) * 100
 
 
 def divergence(original: Array, output: Array) -> float:

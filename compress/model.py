@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import onnx
 
-from compress import graph
 from compress.graph import Array
 from compress.measure import answers, batches
 from skills import ort
@@ -153,7 +152,7 @@ def export(module: Any, name: str, weights: Path | None, sample: Array) -> bytes
                 module, (tensor,), buffer, dynamo=False, input_names=["x"], output_names=["logits"],
                 opset_version=EXPORT_OPSET, dynamic_axes={"x": {0: "n"}, "logits": {0: "n"}},
             )  # fmt: skip
-        except Exception as error:  # noqa: BLE001  the exporter raises anything
+        except Exception as error:
             raise FormatError(f"{name} cannot be exported to ONNX: {_first_line(error)}") from error
     data = buffer.getvalue()
     _check_parity(data, name, expected, sample[:PARITY_SAMPLES])

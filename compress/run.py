@@ -17,7 +17,7 @@ from compress.graph import Array
 from compress.html import page
 from compress.measure import Drop, Metric, Runner
 from compress.passes.bias import BIAS
-from compress.passes.bits import BITS
+from compress.passes.bits import BITS, order
 from compress.passes.canonicalise import CANONICALISE
 from compress.passes.guard import GUARD
 from compress.passes.place import PLACE
@@ -89,7 +89,10 @@ def run(
     original, splits, warnings = _meet(model.load(source, weights, samples.x), samples, seed)
     state = State(_parse(original.stripped))
     state = apply(
-        passes, state, _benches(profile, splits, original, max_drop, goal, say, passes), original.calibrate[:CHECK_SAMPLES]
+        passes,
+        state,
+        _benches(profile, splits, original, max_drop, goal, say, passes),
+        original.calibrate[:CHECK_SAMPLES],
     )
     say("writing the model and measuring it", 0.9, "")
     emitted = _emit(state, profile, splits, original, max_drop)
@@ -157,7 +160,13 @@ def _warnings(original: Original, splits: Splits, classes: int) -> tuple[str, ..
 
 
 def _benches(
-    profile: Profile, splits: Splits, original: Original, max_drop: float, goal: str, say: Progress, passes: Sequence[Pass]
+    profile: Profile,
+    splits: Splits,
+    original: Original,
+    max_drop: float,
+    goal: str,
+    say: Progress,
+    passes: Sequence[Pass],
 ) -> Callable[[Pass], Bench]:
     """Return what makes a pass's bench: its share of the progress bar starts where the one before ended."""
     metric = "agreement" if original.metric == "top1" and splits.select.y is None else original.metric
@@ -174,23 +183,34 @@ def _benches(
 
 
 def _emit(state: State, profile: Profile, splits: Splits, original: Original, max_drop: float) -> Emitted:
-    """Emit the scheme; where the unseen report part contradicts the search, step back once to 8 bits everywhere."""
-    emitted = _judge(state, profile, splits, original)
+    """Emit the scheme; where the report part contradicts the search, step back to fewer 4-bit layers, at most twice.
+
+    That is the only use of the report part for a choice, it goes one way only, and the notes say that it happened.
+    """
+    best = _judge(state, profile, splits, original)
     scheme = state.scheme
-    if emitted.drop.points > max_drop and scheme is not None and any(layer.bits == 4 for layer in scheme.layers):
-        note = f"With 4-bit layers the report part lost {emitted.drop.points:.2f} points: all layers went back to 8 bits."
-        wider = scheme.with_bits({layer.node: 8 for layer in scheme.layers if layer.bits == 4})
-        again = _judge(dataclasses.replace(state, scheme=wider, notes=(*state.notes, note)), profile, splits, original)
-        if again.drop.points < emitted.drop.points:
-            return again
-    return emitted
+    if best.drop.points <= max_drop or scheme is None:
+        return best
+    narrow = [layer for layer in scheme.layers if layer.bits == 4]
+    ranked = order(narrow, {layer.node: state.harm.get(layer.node, 0.0) for layer in narrow})
+    for keep in sorted({len(ranked) // 2, 0} - {len(ranked)}, reverse=True):
+        note = (
+            f"With {len(narrow)} layers in 4 bits the report part lost {best.drop.points:.2f} points, more than the "
+            f"search foresaw: stepped back to {keep}."
+        )
+        stepped = scheme.with_bits(dict.fromkeys(ranked[keep:], 8))
+        again = _judge(
+            dataclasses.replace(state, scheme=stepped, notes=(*state.notes, note)), profile, splits, original
+        )
+        if again.drop.points < best.drop.points:
+            best = again
+        if best.drop.points <= max_drop:
+            break
+    return best
 
 
 def _judge(state: State, profile: Profile, splits: Splits, original: Original) -> Emitted:
-    if state.scheme is None:
-        quantized = state.model
-    else:
-        quantized = emit(state.model, state.scheme, state.seen())
+    quantized = state.model if state.scheme is None else emit(state.model, state.scheme, state.seen())
     written = quantized.SerializeToString()
     audit: ort.Audit | None = None
     runner: Runner

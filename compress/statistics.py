@@ -67,7 +67,9 @@ class Histogram:
             self.counts = np.concatenate([merged, empty])
 
 
-def observe(model: Any, names: list[str], x: Array, say: Callable[[float], None], threads: int = 1) -> dict[str, Observed]:
+def observe(
+    model: Any, names: list[str], x: Array, say: Callable[[float], None], threads: int = 1
+) -> dict[str, Observed]:
     """Run the float `model` on `x` and return what the tensors in `names` held."""
     probe = graph.copy(model)
     have = graph.outputs(model)

@@ -99,7 +99,9 @@ def check_same(lowered: Runner, original: Runner, x: Array) -> None:
     got, want = answers(lowered, x), answers(original, x)
     same = float((got.argmax(axis=-1) == want.argmax(axis=-1)).mean())
     if same < LEAST_AGREEMENT:
-        raise SkerryError(f"the .tflite agrees with the ONNX graph in {same:.1%} of {len(x)} cases, at least {LEAST_AGREEMENT:.0%} is expected")
+        raise SkerryError(
+            f"the .tflite agrees with the ONNX graph in {same:.1%} of {len(x)} cases, at least {LEAST_AGREEMENT:.0%} is expected"
+        )
 
 
 def lower(model: Any) -> bytes:
@@ -178,7 +180,9 @@ class _Lowering:
             "GlobalAveragePool": self._global_pool, "Flatten": self._flatten, "Reshape": self._flatten,
         }  # fmt: skip
         if kind not in lowerings:
-            raise FormatError(f"the operator {kind} has no int8 form for LiteRT here: give a profile of another runtime")
+            raise FormatError(
+                f"the operator {kind} has no int8 form for LiteRT here: give a profile of another runtime"
+            )
         scale, zero, result = self._result(node)
         lowerings[kind](node, scale, zero, result)
 
@@ -283,7 +287,9 @@ class _Lowering:
         kernel = tuple(facts["kernel_shape"])
         plain = len(kernel) == 2 and not facts.get("ceil_mode", 0) and facts.get("auto_pad", b"NOTSET") == b"NOTSET"
         if not plain or any(facts.get("pads", [0])) or any(d != 1 for d in facts.get("dilations", [1])):
-            raise FormatError(f"LiteRT takes {node.op_type} in two dimensions without padding, ceil_mode or dilations here")
+            raise FormatError(
+                f"LiteRT takes {node.op_type} in two dimensions without padding, ceil_mode or dilations here"
+            )
         options = self.s.Pool2DOptionsT()
         options.padding = self.s.Padding.VALID
         options.filterHeight, options.filterWidth = kernel
@@ -339,7 +345,7 @@ class _Lowering:
         item = self.values[name]
         if item.data_type == INT4:
             return unpack4(item.raw_data, tuple(item.dims))
-        return np.asarray(graph.numpy_helper.to_array(item))
+        return np.asarray(graph.array(item))
 
     # --- layout
 
@@ -393,7 +399,9 @@ class _Lowering:
         self.body.tensors.append(tensor)
         return len(self.body.tensors) - 1
 
-    def _op(self, kind: str, version: int, inputs: list[int], outputs: list[int], options_kind: str, options: Any) -> None:
+    def _op(
+        self, kind: str, version: int, inputs: list[int], outputs: list[int], options_kind: str, options: Any
+    ) -> None:
         builtin = getattr(self.s.BuiltinOperator, kind)
         if builtin not in self.kinds:
             code = self.s.OperatorCodeT()

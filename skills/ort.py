@@ -57,7 +57,7 @@ class Session:
         wanted = [port.name for port in self.outputs] if names is None else list(names)
         try:
             return dict(zip(wanted, self.raw.run(wanted, dict(feeds)), strict=True))
-        except Exception as error:  # noqa: BLE001  onnxruntime raises a dozen unrelated classes
+        except Exception as error:
             raise FormatError(f"onnxruntime refuses the input: {_one_line(error)}") from error
 
 
@@ -66,7 +66,9 @@ class Chain:
     """The segments of a model, run in order; between two of them the live tensors are kept by name, the others dropped."""
 
     sessions: tuple[Session, ...]
-    live: tuple[tuple[str, ...], ...]  # live[n]: what lives on after the first n segments; the last one holds the outputs
+    live: tuple[
+        tuple[str, ...], ...
+    ]  # live[n]: what lives on after the first n segments; the last one holds the outputs
 
     @classmethod
     def of(cls, sessions: Sequence[Session], outputs: Sequence[str]) -> "Chain":
@@ -155,10 +157,10 @@ def version() -> str:
 
 def versions() -> dict[str, str]:
     """Return what a measurement was made with: onnxruntime, numpy, Python and the machine."""
-    import numpy
+    import numpy as np
 
     return {
-        "onnxruntime": version(), "numpy": numpy.__version__, "python": platform.python_version(),
+        "onnxruntime": version(), "numpy": np.__version__, "python": platform.python_version(),
         "machine": platform.machine(), "isa": ",".join(isa()),
     }  # fmt: skip
 
@@ -219,7 +221,9 @@ def audit(model: bytes) -> Audit:
         if node.op_type in INT8_OPS:
             rows.append(AuditRow(node.name or node.output[0], node.op_type, int8=True))
         elif node.op_type in FLOAT_OPS:
-            rows.append(AuditRow(node.name or node.output[0], node.op_type, int8=False, reason=_why_float(written, node)))
+            rows.append(
+                AuditRow(node.name or node.output[0], node.op_type, int8=False, reason=_why_float(written, node))
+            )
     return Audit(tuple(rows), dict(sorted(counts.items())))
 
 
@@ -276,7 +280,7 @@ def _load(model: bytes | Path, threads: int, *, optimise: bool, save_to: Path | 
     try:
         source = str(model) if isinstance(model, Path) else model
         raw = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # noqa: BLE001  onnxruntime raises a dozen unrelated classes
+    except Exception as error:
         name = model if isinstance(model, Path) else "the model"
         raise FormatError(f"onnxruntime cannot load {name}: {_one_line(error)}") from error
     load_ms = (time.perf_counter() - start) * 1e3

@@ -26,9 +26,13 @@ class Profile:
     stored_bits: Annotated[
         tuple[Literal[4, 8], ...], Doc("widths in which weights may be stored"), Limits(min=1, max_items=2)
     ] = (4, 8)
-    quantize_outputs: Annotated[bool, Doc("also quantize the graph's outputs (runtimes that compute in int8 only)")] = False
+    quantize_outputs: Annotated[bool, Doc("also quantize the graph's outputs (runtimes that compute in int8 only)")] = (
+        False
+    )
     keep_float: Annotated[tuple[str, ...], Doc("operators that are never quantized"), Limits(max_items=64)] = ()
-    channel_multiple: Annotated[int, Doc("channel counts that the kernels like are multiples of this"), Limits(min=1)] = 8
+    channel_multiple: Annotated[
+        int, Doc("channel counts that the kernels like are multiples of this"), Limits(min=1)
+    ] = 8
     ram_mb: Annotated[int | None, Doc("memory budget for the running model, in MiB"), Limits(min=1)] = None
     flash_kb: Annotated[int | None, Doc("storage budget for the model file, in KiB"), Limits(min=1)] = None
     format: Literal["profile/v1"] = "profile/v1"

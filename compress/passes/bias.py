@@ -27,9 +27,7 @@ def _run(state: State, bench: Bench) -> State:
     keep = corrected < without
     word = "kept" if keep else "not kept"
     note = f"Bias correction: distance to the original {without:.4g} without, {corrected:.4g} with it: {word}."
-    return dataclasses.replace(
-        state, scheme=dataclasses.replace(scheme, correct_bias=keep), notes=(*state.notes, note)
-    )
+    return dataclasses.replace(state, scheme=dataclasses.replace(scheme, correct_bias=keep), notes=(*state.notes, note))
 
 
 BIAS = Pass("bias", "correcting biases", _run)

@@ -19,7 +19,17 @@ from compress.scheme import HEAVY, Compute, Layer, Range, Scheme
 from compress.statistics import Statistics
 from skills.profile import Profile
 
-MOVES = ("MaxPool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "AveragePool", "Slice", "Pad")  # codes keep their scale
+MOVES = (
+    "MaxPool",
+    "Flatten",
+    "Reshape",
+    "Transpose",
+    "Squeeze",
+    "Unsqueeze",
+    "AveragePool",
+    "Slice",
+    "Pad",
+)  # codes keep their scale
 LIGHT = (*MOVES, "Add", "GlobalAveragePool", "Concat")
 FLOAT_RESULT = ("Gemm", "MatMul")  # may answer in float at no cost
 

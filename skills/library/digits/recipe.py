@@ -232,7 +232,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="the skill folder to make")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end and no progress")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--calibration", choices=("right", "wrong"), default="right", help="wrong: a model that fails its probe")
+    parser.add_argument(
+        "--calibration", choices=("right", "wrong"), default="right", help="wrong: a model that fails its probe"
+    )
     given = parser.parse_args(arguments)
     last = ""
 
