@@ -125,6 +125,7 @@ async def _serve(data: Path, identity: Any, config: Any) -> bool:
     """Run the agent until a signal comes; True when it was Ctrl-C."""
     from edge_agent.agent import Agent, Parts
     from edge_agent.capabilities import capabilities
+    from edge_agent.links import LinkKeeper
     from edge_agent.store import Store
     from edge_agent.trust import TrustProcess
     from edge_agent.workers import ZygoteWorkers
@@ -143,6 +144,7 @@ async def _serve(data: Path, identity: Any, config: Any) -> bool:
         workers=ZygoteWorkers(config.runtimes),
         trust=TrustProcess(data),
         capabilities=lambda: capabilities(config, data),
+        links=LinkKeeper(identity.controller.tail_url, files.folder),
     )
     agent = Agent(data, identity, config, parts)
     ended: asyncio.Future[bool] = asyncio.get_running_loop().create_future()

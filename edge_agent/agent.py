@@ -20,6 +20,7 @@ from typing import Any
 from edge_agent.config import AgentConfig
 from edge_agent.identity import Identity
 from edge_agent.intake import Intake, Offload
+from edge_agent.links import Links, NoLinks
 from edge_agent.logs import last_lines
 from edge_agent.reconcile import Reconciler
 from edge_agent.serve import LocalEndpoint
@@ -58,6 +59,7 @@ class Parts:
     workers: Workers
     trust: Trust
     capabilities: Callable[[], Capabilities]
+    links: Links = dataclasses.field(default_factory=NoLinks)
     offload: Offload = asyncio.to_thread
     chance: Callable[[], float] = secrets.SystemRandom().random
 
@@ -79,6 +81,7 @@ class Agent:
             parts.workers,
             parts.trust,
             parts.capabilities,
+            parts.links,
             offload=parts.offload,
         )
         self.endpoint = LocalEndpoint(

@@ -29,7 +29,7 @@ def check(loaded: "LoadedSkill") -> str:
     golden = {name[4:]: array for name, array in arrays.items() if name.startswith("out.")}
     if not inputs or not golden:
         raise FormatError(f"the probe file {probe.file} needs arrays in.NAME and out.NAME")
-    outputs = loaded.run(inputs).outputs
+    outputs = loaded.run_here(inputs).outputs
     for name, expected in golden.items():
         if name not in outputs:
             return f"the probe expects the output '{name}', the skill returned {', '.join(sorted(outputs))}"

@@ -11,6 +11,7 @@ from typing import Any
 from edge_agent import plan
 from edge_agent.config import AgentConfig
 from edge_agent.intake import Intake, Lacking, Offload
+from edge_agent.links import Links
 from edge_agent.plan import Facts, Installed, Pointer, Refusal, Running
 from edge_agent.service import Service
 from edge_agent.store import Store
@@ -80,12 +81,13 @@ class Reconciler:
         workers: Workers,
         trust: Trust,
         capabilities: Callable[[], Capabilities],
+        links: Links,
         *,
         offload: Offload = asyncio.to_thread,
     ) -> None:
         self._store, self._config, self._intake, self._service = store, config, intake, service
         self._workers, self._trust, self._offload = workers, trust, offload
-        self._read_capabilities = capabilities
+        self._read_capabilities, self._links = capabilities, links
         self.capabilities = capabilities()
         self._pointers: dict[str, Pointer] = {}
         self._running: dict[str, Worker] = {}
@@ -166,6 +168,7 @@ class Reconciler:
             task.cancel()
         await asyncio.gather(*self._stopping, return_exceptions=True)
         await self._workers.stop()
+        await self._links.close()
 
     # --- the loop ---------------------------------------------------------------------------------
 
@@ -416,6 +419,10 @@ class Reconciler:
             task = asyncio.create_task(worker.stop(0 if at_once else DRAIN_S))
             self._stopping.add(task)
             task.add_done_callback(self._stopping.discard)
+            if worker.load.link is not None and all(other.load.link is None for other in self._running.values()):
+                closing = asyncio.create_task(self._links.close())
+                self._stopping.add(closing)
+                closing.add_done_callback(self._stopping.discard)
 
     def _died(self, worker: Worker) -> None:
         """A worker ended by itself."""
@@ -499,6 +506,8 @@ class Reconciler:
         return bundle
 
     def _load(self, skill: str, installed: Installed) -> Load:
+        models = self._bundle(installed.manifest).skill.models
+        chosen = [v for name, model in models.items() for v in model.variants if v.name == installed.variants.get(name)]
         return Load(
             skill=skill,
             version=installed.version,
@@ -508,6 +517,7 @@ class Reconciler:
             variants=installed.variants,
             timer=self._config.timer,
             tail_deadline_ms=self._config.tail_deadline_ms,
+            link=self._links.open() if any(variant.split for variant in chosen) else None,
         )
 
 

@@ -142,7 +142,7 @@ class Service:
                 version=installed.version,
                 release=installed.manifest,
                 variants=installed.variants,
-                where=str(header.get("where", "device")),
+                where=str(header.get("where", "local")),
                 cut=str(header.get("cut", "local")),
                 ms=ms,
                 confidence=header.get("confidence"),

@@ -4,19 +4,20 @@ Forked by the zygote; speaks frames (edge_agent/ipc.py) with the supervisor, one
 `probe`, `infer`. Answers carry "ok"; a failure carries "error" (one sentence) and "code" (skills/errors.py).
 """
 
+import contextlib
 import importlib.util
 import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_agent import ipc, runtimes
 from edge_agent.answer import Answer, answer_request
 from skills.bundle import MAX_MANIFEST_BYTES, decode_bundle
-from skills.errors import FormatError, NotFound, SkerryError
+from skills.errors import FormatError, SkerryError
 from skills.files import read_bytes
 from skills.manifest import Skill, Variant
 from skills.timer import Timer, parse_timer
@@ -31,29 +32,54 @@ if TYPE_CHECKING:
 class CallableModel:
     """What control code is handed: `model(x=array)` runs the chosen variant and returns its outputs by name."""
 
-    def __init__(self, variant: Variant, folder: Path, timer: Timer, channel: socket.socket | None, deadline_ms: int):
-        self.where, self.cut = "device", "local"
-        self._timer = timer
-        if variant.file is not None:
-            self._run = runtimes.door(variant.runtime).load(folder / variant.file).run
+    def __init__(self, variant: Variant, folder: Path, timer: Timer, link: Path | None, wait_s: float) -> None:
+        self._timer, self._split, self._run = timer, None, None
+        if variant.split is not None:
+            from edge_agent.infer import SplitModel
+
+            plan_folder = (folder / variant.split).parent
+            self._split = SplitModel(plan_folder, timer=timer, link=link, wait_s=wait_s)
         else:
-            raise NotFound(f"variant '{variant.name}' is split, and no link to the cloud is up")
+            self._run = runtimes.door(variant.runtime).load(folder / str(variant.file)).run
 
     def __call__(self, **feeds: "NDArray[Any]") -> "Arrays":
-        return self._timer.run(lambda: self._run(feeds)).value
+        if self._split is not None:
+            inputs: dict[str, Any] = dict(feeds)
+            return self._split(**inputs)
+        return self._timer.run(lambda: self._run(feeds)).value  # type: ignore[misc]
+
+    @property
+    def ran(self) -> tuple[str, str]:
+        """Return where the last run was and which cut it took."""
+        return ("local", "local") if self._split is None else (self._split.last.where, self._split.last.cut)
+
+    @contextlib.contextmanager
+    def kept_local(self) -> Iterator[None]:
+        """Run everything here meanwhile: a probe must say something of this device, not of the network."""
+        if self._split is None:
+            yield
+            return
+        plan = self._split.plan
+        self._split.use("local")
+        try:
+            yield
+        finally:
+            self._split.plan = plan
 
 
 class LoadedSkill:
     """A version with its models loaded and its control code imported."""
 
-    def __init__(self, skill: Skill, folder: Path, variants: Mapping[str, str], timer: Timer, deadline_ms: int) -> None:
+    def __init__(
+        self, skill: Skill, folder: Path, variants: Mapping[str, str], timer: Timer, link: Path | None, wait_s: float
+    ) -> None:
         self.skill, self.folder = skill, folder
-        self._models = {}
+        self._models: dict[str, CallableModel] = {}
         for name, model in skill.models.items():
             variant = next((v for v in model.variants if v.name == variants.get(name)), None)
             if variant is None:
                 raise FormatError(f"model '{name}' has no variant called '{variants.get(name)}'")
-            self._models[name] = CallableModel(variant, folder, timer, None, deadline_ms)
+            self._models[name] = CallableModel(variant, folder, timer, link, wait_s)
         self._stages = [(stage, load_stage(folder, stage.code, stage.name)) for stage in skill.stages]
 
     def run(self, inputs: "Arrays") -> Answer:
@@ -67,13 +93,17 @@ class LoadedSkill:
             arrays = function(arrays, self._models[stage.model])
             if not isinstance(arrays, Mapping):
                 raise FormatError(f"stage '{stage.name}' returned {type(arrays).__name__}, expected arrays by name")
-        places = [model.where for model in self._models.values()]
-        cuts = [model.cut for model in self._models.values() if model.cut != "local"]
-        return Answer(
-            outputs=dict(arrays),
-            where="cloud" if "cloud" in places else "device",
-            cut=",".join(cuts) or "local",
-        )
+        ran = [model.ran for model in self._models.values()]
+        away = [entry for entry in ran if entry[0] != "local"]
+        where, cut = away[0] if away else ("local", "local")
+        return Answer(outputs=dict(arrays), where=where, cut=cut)
+
+    def run_here(self, inputs: "Arrays") -> Answer:
+        """Run as `run` does, with every model wholly on the device."""
+        with contextlib.ExitStack() as stack:
+            for model in self._models.values():
+                stack.enter_context(model.kept_local())
+            return self.run(inputs)
 
 
 def load_stage(folder: Path, code: str, name: str) -> "StageFunction":
@@ -122,7 +152,12 @@ def _load(header: Mapping[str, Any]) -> LoadedSkill:
     bundle = decode_bundle(read_bytes(Path(header["manifest"]), "the manifest", MAX_MANIFEST_BYTES), "the manifest")
     os.chdir(folder)
     return LoadedSkill(
-        bundle.skill, folder, header["variants"], parse_timer(header["timer"]), int(header["tail_deadline_ms"])
+        bundle.skill,
+        folder,
+        header["variants"],
+        parse_timer(header["timer"]),
+        Path(header["link"]) if header.get("link") else None,
+        header["tail_deadline_ms"] / 1e3,
     )
 
 

@@ -39,6 +39,7 @@ class Load:
     variants: Mapping[str, str]
     timer: str
     tail_deadline_ms: int
+    link: Path | None = None
 
 
 class Worker(Protocol):
@@ -121,6 +122,7 @@ class ZygoteWorkers:
             "variants": dict(load.variants),
             "timer": load.timer,
             "tail_deadline_ms": load.tail_deadline_ms,
+            "link": str(load.link or ""),
         }
         try:
             reply, _ = await worker.call(header, b"", LOAD_S)

@@ -64,7 +64,7 @@ class FakeWorker:
         if header["op"] == "probe":
             return {"ok": True, "probe": self._pool.probe.get(self.load.digest, "")}, b""
         answer = self._pool.answer(self.load, bytes(body))
-        return {"ok": True, "json_len": len(answer), "where": "device", "cut": "local"}, answer
+        return {"ok": True, "json_len": len(answer), "where": "local", "cut": "local"}, answer
 
     def last_words(self) -> str:
         return self.words

@@ -177,7 +177,7 @@ class FakeController:
                 self.hear(event)
 
     def hear(self, message: Message) -> None:
-        device, kind = topics.parse_up(message.topic)
+        _, kind = topics.parse_up(message.topic)
         match kind:
             case "hello":
                 self.hellos.append(decode_json(Hello, message.payload, "hello"))

@@ -1,6 +1,5 @@
 """From an assignment to a serving skill, and everything that may go wrong between, on a clock that jumps."""
 
-import asyncio
 import json
 
 DIGITS1, DIGITS2 = ("digits", "1.0.0"), ("digits", "2.0.0")
