@@ -33,6 +33,7 @@ from skills.errors import (
     Unreachable,
     UsageError,
 )
+from skills.wire import to_plain
 
 if TYPE_CHECKING:
     from cloud.controller import Controller
@@ -149,7 +150,8 @@ def _fleet_routes(app: FastAPI, controller: "Controller", guard: list[Any]) -> N
     @app.get("/v1/devices", dependencies=guard, tags=["devices"])
     async def devices() -> list[dict[str, Any]]:
         """List all devices."""
-        return [device_json(device, controller.fleet.wanted(device.id)) for device in controller.fleet.devices()]
+        wanted = controller.fleet.all_wanted()
+        return [device_json(device, wanted.get(device.id, {})) for device in controller.fleet.devices()]
 
     @app.get("/v1/devices/{device}", dependencies=guard, tags=["devices"])
     async def device(device: str) -> dict[str, Any]:
@@ -200,6 +202,13 @@ def _release_routes(app: FastAPI, controller: "Controller", guard: list[Any]) ->
     async def releases() -> list[dict[str, Any]]:
         """List all releases, newest first."""
         return [release_json(row) for row in controller.registry.releases()]
+
+
+    @app.get("/v1/releases/{skill}/{version}", dependencies=guard, tags=["releases"])
+    async def one_release(skill: str, version: str) -> dict[str, Any]:
+        """Show one release (`latest`: the newest) with its skill.yaml."""
+        row = controller.registry.release(skill, None if version == "latest" else version)
+        return {**release_json(row), "manifest": to_plain(controller.registry.manifest(row.manifest_sha256).skill)}
 
 
 def _rollout_routes(app: FastAPI, controller: "Controller", guard: list[Any]) -> None:

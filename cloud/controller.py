@@ -8,15 +8,13 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import os
 import secrets
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +22,16 @@ import skills
 from cloud.authority import Authority
 from cloud.broker import Broker, bracket, choose_broker, loopback_of
 from cloud.children import Child
-from cloud.config import Ports, Run, Settings, add_options, choose_ports, hosts_of, make_directory, settings_from
+from cloud.config import Ports, Run, Settings, add_options, choose_ports, hosts_of, settings_from
 from cloud.database import Database, Release
 from cloud.delivery import Delivery
 from cloud.fleet import Fleet
+from cloud.https import serve_https
 from cloud.journal import Journal, open_journal
+from cloud.lock import only_one
 from cloud.orders import Orders
 from cloud.registry import Registry
-from skills.errors import SkerryError, StorageError, Unreachable
+from skills.errors import SkerryError, Unreachable
 from skills.files import read_bytes, write_atomic
 from skills.messaging import Connected, MqttClient
 from skills.mqtt import Mqtt, TlsFiles
@@ -40,7 +40,6 @@ from skills.wire import encode_json
 TAIL_DEADLINE_S = 15.0
 REFRESH_EVERY_S = 600.0
 KICK_DEADLINE_S = 5.0
-DRAIN_S = 3
 
 
 class Controller:
@@ -143,7 +142,7 @@ class Controller:
 
     def status(self) -> dict[str, Any]:
         """Return how the controller is."""
-        devices = self.fleet.devices()
+        enrolled, online = self.fleet.count()
         broker, tail = self.children.get("broker"), self.children.get("tail")
         return {
             "version": skills.__version__,
@@ -159,7 +158,7 @@ class Controller:
                 "pid": broker.pid if broker else None,
             },
             "tail": {"url": self.tail_url, "pid": tail.pid if tail else None},
-            "devices": {"enrolled": len(devices), "online": sum(device.online for device in devices)},
+            "devices": {"enrolled": enrolled, "online": online},
             "releases": len(self.registry.releases()),
             "rollouts": {"open": sum(row["state"] in ("running", "paused") for row in self.orders.rollouts())},
             "sent_bytes": self.delivery.sent_bytes,
@@ -218,7 +217,7 @@ async def serve(settings: Settings, journal: Journal, stop: asyncio.Event) -> No
             await child.ready(lambda: _answers(broker.host, broker.port), settings.broker_deadline_s)
         await controller.start()
         await _connected(controller, settings.broker_deadline_s)
-        async with _api(create_app(controller), settings.listen, ports.api, authority):
+        async with serve_https(create_app(controller), settings.listen, ports.api, authority):
             await _start_tail(controller, settings, ports)
             run = Run(
                 pid=os.getpid(),
@@ -289,44 +288,6 @@ async def _start_tail(controller: Controller, settings: Settings, ports: Ports) 
     await child.ready(port_file.exists, TAIL_DEADLINE_S)
 
 
-@contextlib.asynccontextmanager
-async def _api(app: Any, listen: str, port: int, authority: Authority) -> Any:
-    import uvicorn
-
-    class Server(uvicorn.Server):
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            yield  # signals belong to the process that holds all parts
-
-    try:
-        listener = socket.create_server((listen, port), family=socket.AF_INET6 if ":" in listen else socket.AF_INET)
-    except OSError as error:
-        raise Unreachable(f"cannot listen for the API on {bracket(listen)}:{port}: {error.strerror or error}") from None
-    config = uvicorn.Config(
-        app,
-        ssl_certfile=authority.server.cert,
-        ssl_keyfile=authority.server.key,
-        log_level="critical",
-        access_log=False,
-        lifespan="off",
-        timeout_graceful_shutdown=DRAIN_S,
-        limit_concurrency=200,
-        h11_max_incomplete_event_size=64 << 10,
-    )
-    server = Server(config)
-    task = asyncio.create_task(server.serve(sockets=[listener]), name="api")
-    try:
-        while not server.started and not task.done():  # noqa: ASYNC110 - uvicorn offers no event
-            await asyncio.sleep(0.01)
-        if task.done():
-            await task
-        yield
-    finally:
-        server.should_exit = True
-        await asyncio.gather(task, return_exceptions=True)
-        listener.close()
-
-
 def _answers(host: str, port: int) -> bool:
     try:
         socket.create_connection((loopback_of(host), port), timeout=0.5).close()
@@ -339,33 +300,6 @@ def _host(url: str) -> str:
     from cloud.broker import external_broker
 
     return external_broker(url).host
-
-
-@contextlib.contextmanager
-def only_one(data: Path) -> Iterator[None]:
-    """Hold the data directory for this process; the kernel lets go of it whatever happens.
-
-    Raises:
-        Unreachable: another controller runs on it.
-        StorageError: it cannot be written.
-    """
-    make_directory(data)
-    try:
-        descriptor = os.open(data / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise StorageError(f"cannot write to the data directory {data}: {error.strerror or error}") from None
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise
-            raise Unreachable(
-                f"another controller runs on {data}: stop it with skerry down, or give another --data"
-            ) from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 async def _run(settings: Settings, journal: Journal, *, until_eof: bool) -> None:

@@ -28,9 +28,16 @@ MAX_PENDING_RELAYS = 256
 LISTEN_S = 5.0
 PUBLISH_DEADLINE_S = 5.0
 FULL_LOOK_EVERY_S = 60.0
+TOLD_AT_ONCE = 20
+RETRY_S = 0.5
 TELL_PAUSE_S = 0.05  # reports that come close together are looked at together
 
 Asked = tuple[int, str, int]  # transfer, sha256, index
+
+
+def _sign_of_life() -> bytes:
+    """Return a question to which any answer will do."""
+    return pack_frame({"id": secrets.token_hex(8), "op": "hello", "deadline_ms": 10_000})
 
 
 class Delivery:
@@ -42,6 +49,8 @@ class Delivery:
         self._asked = asyncio.Event()
         self._reported = asyncio.Event()
         self._untold: set[str] = set()
+        self._uncalled: set[str] = set()
+        self._telling = asyncio.Event()
         self._reports: set[str] = set()
         self._relays: dict[str, tuple[str, asyncio.Future[tuple[dict[str, object], bytes]]]] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -53,7 +62,7 @@ class Delivery:
         """Connect and begin to serve."""
         self._mqtt.subscribe((topics.CONTROLLER_FILTER,))
         await self._mqtt.start()
-        for work in (self._listen, self._send_chunks, self._follow):
+        for work in (self._listen, self._send_chunks, self._follow, self._tell):
             self._tasks.append(asyncio.create_task(self._forever(work), name=f"delivery{work.__name__}"))
 
     async def stop(self) -> None:
@@ -78,35 +87,47 @@ class Delivery:
     # --- telling ----------------------------------------------------------------------------------
 
     def tell(self, devices: set[str]) -> None:
-        """Publish the assignments of these devices; whoever cannot be told now is told after the next connect."""
-        self._untold |= devices
-        while self._untold and self.connected.is_set():
-            device = self._untold.pop()
-            try:
-                self._mqtt.publish(topics.down(device, "desired"), self._orders.assignment(device), qos=1, retain=True)
-            except NotFound:
-                continue
-            except Unreachable as error:
-                self._untold.add(device)
-                self._journal.debug("assignment.delayed", device=device, error=error)
-                return
+        """Have the assignments of these devices published; whoever cannot be told now is told after the next connect."""
+        if devices:
+            self._untold |= devices
+            self._telling.set()
 
     def tell_all(self) -> None:
-        """Publish every assignment again: the broker may have forgotten them."""
+        """Have every assignment published again: the broker may have forgotten them."""
         self.tell({device.id for device in self._fleet.devices()})
 
-    def call_all(self) -> None:
-        """Ask every device for a sign of life: who came or left while we were away is not known otherwise."""
-        for device in self._fleet.devices():
-            frame = pack_frame({"id": secrets.token_hex(8), "op": "hello", "deadline_ms": 10_000})
-            try:
-                self._mqtt.publish(topics.down(device.id, "cmd"), frame, qos=1)
-            except Unreachable:
-                return
+    async def _tell(self) -> None:
+        """Publish what is to be told, a few at a time: ten thousand devices must not hold up everything else."""
+        while True:
+            if not self._untold:
+                await self._telling.wait()
+            self._telling.clear()
+            await self.connected.wait()
+            count = 0
+            while self._untold:
+                device = self._untold.pop()
+                try:
+                    self._mqtt.publish(
+                        topics.down(device, "desired"), self._orders.assignment(device), qos=1, retain=True
+                    )
+                    if device in self._uncalled:
+                        self._mqtt.publish(topics.down(device, "cmd"), _sign_of_life(), qos=1)
+                        self._uncalled.discard(device)
+                except NotFound:
+                    continue
+                except SkerryError as error:
+                    self._untold.add(device)
+                    self._journal.debug("assignment.delayed", device=device, error=error)
+                    await asyncio.sleep(RETRY_S)
+                    await self.connected.wait()
+                count += 1
+                if count % TOLD_AT_ONCE == 0:
+                    await asyncio.sleep(0)
 
     def clear(self, device: str) -> None:
         """Take back the retained assignment of a device that was removed."""
         self._untold.discard(device)
+        self._uncalled.discard(device)
         self._queues.pop(device, None)
         if self.connected.is_set():
             self._mqtt.publish(topics.down(device, "desired"), b"", qos=1, retain=True)
@@ -136,15 +157,14 @@ class Delivery:
             try:
                 event = await self._mqtt.next(LISTEN_S)
             except DeadlineExceeded:
-                if self._untold:
-                    self.tell(set())
                 continue
             match event:
                 case Connected():
                     self._journal.info("broker.connected")
                     self.connected.set()
-                    self.tell_all()
-                    self.call_all()
+                    # Who came or left while we were away is not known otherwise.
+                    self._uncalled = {device.id for device in self._fleet.devices()}
+                    self.tell(set(self._uncalled))
                 case Disconnected(reason):
                     if self.connected.is_set():
                         self._journal.warning("broker.lost", reason=reason)

@@ -151,6 +151,20 @@ class Fleet:
         with self._database.begin() as session:
             return {row.skill: row.version for row in session.query(Wanted).filter_by(device=identity)}
 
+    def all_wanted(self) -> dict[str, dict[str, str]]:
+        """Return the same for all devices that should run anything."""
+        found: dict[str, dict[str, str]] = {}
+        with self._database.begin() as session:
+            for row in session.query(Wanted):
+                found.setdefault(row.device, {})[row.skill] = row.version
+        return found
+
+    def count(self) -> tuple[int, int]:
+        """Return how many devices are enrolled and how many of them are online."""
+        with self._database.begin() as session:
+            enrolled = session.scalar(select(func.count()).select_from(Device)) or 0
+            return enrolled, session.scalar(select(func.count()).where(Device.online.is_(True))) or 0
+
     # --- what devices say -------------------------------------------------------------------------
 
     def heard_hello(self, identity: str, payload: bytes) -> Hello:

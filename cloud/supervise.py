@@ -6,8 +6,6 @@ run.json that a crash left behind is recognised by that and ignored. Imports not
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import os
 import signal
 import sys
@@ -17,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cloud.config import Run, Settings, make_directory, read_run
+from cloud.lock import is_held
 from skills.errors import DeadlineExceeded, NotFound, SkerryError, StorageError, error_for
 from skills.files import read_bytes
 
@@ -88,7 +87,7 @@ def _spawn(settings: Settings, *, detach: bool) -> int:
 def status(data: Path) -> Running | None:
     """Return the controller that runs on a data directory, or None."""
     run = read_run(data / "run.json")
-    if run is None or not _held(data / "lock") or not _alive(run.pid):
+    if run is None or not is_held(data) or not _alive(run.pid):
         return None
     try:
         token = read_bytes(data / "token", "the API's token", 4096).decode().strip()
@@ -106,10 +105,10 @@ def stop(data: Path, deadline_s: float = STOP_DEADLINE_S) -> bool:
     path = data / "run.json"
     running = status(data)
     if running is None:
-        if not _held(data / "lock"):
+        if not is_held(data):
             path.unlink(missing_ok=True)  # left behind by a crash
         return False
-    _end(running.run.pid, lambda: not _held(data / "lock"), deadline_s)
+    _end(running.run.pid, lambda: not is_held(data), deadline_s)
     with contextlib.suppress(ChildProcessError):
         os.waitpid(running.run.pid, 0)  # ours, and ended: nothing of it shall remain
     path.unlink(missing_ok=True)
@@ -163,25 +162,6 @@ def _unquoted(text: str) -> str:
     except ValueError:
         return text
     return value if isinstance(value, str) else text
-
-
-def _held(lock: Path) -> bool:
-    """Say whether a living process holds the lock of a data directory."""
-    try:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise StorageError(f"cannot open {lock}: {error.strerror or error}") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return False
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            return True
-        raise StorageError(f"cannot lock {lock}: {error.strerror or error}") from None
-    finally:
-        os.close(descriptor)
 
 
 def _exit_code(pid: int) -> int | None:

@@ -1,14 +1,21 @@
 """What all tests share: where the reference models are, and a clean environment."""
 
+import dataclasses
+import functools
 import os
 import random
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from skills.bundle import BundleFile
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 ROOT = Path(__file__).parent.parent
 IN_CI = os.environ.get("CI") == "true"
@@ -103,3 +110,100 @@ models:
   tiny: {{variants: [{{name: float, runtime: onnxruntime, file: model.onnx}}]}}
 stages: [{{name: run, model: tiny, code: run.py}}]
 """
+
+
+@pytest.fixture
+def small_net() -> "Callable[[str], SmallNet]":
+    """Build a small convolutional net that tells four patterns apart: `plain`, `residual` or `depthwise`."""
+    return make_small_net
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SmallNet:
+    """An ONNX model with unfolded batch-norm, and 1,000 noisy 12x12 pictures with labels that it gets right."""
+
+    model: Any
+    x: "NDArray[np.float32]"
+    y: "NDArray[np.int64]"
+
+    @property
+    def data(self) -> "dict[str, NDArray[Any]]":
+        return {"x": self.x, "y": self.y}
+
+
+@functools.cache
+def make_small_net(kind: str) -> SmallNet:
+    import numpy as np
+    import onnx
+    from onnx import helper, numpy_helper
+
+    from skills import ort
+
+    chance = np.random.default_rng(7)
+    nodes: list[Any] = []
+    stored: list[Any] = []
+
+    def constant(name: str, value: Any) -> str:
+        stored.append(numpy_helper.from_array(np.asarray(value, np.float32), name))
+        return name
+
+    def conv(source: str, into: int, out: int, size: int, *, act: str = "Relu", groups: int = 1) -> str:
+        name = f"c{len(nodes)}"
+        weight = chance.standard_normal((out, into // groups, size, size)) * (2 / (into // groups * size * size)) ** 0.5
+        pads = [size // 2] * 4
+        nodes.append(
+            helper.make_node("Conv", [source, constant(name + "w", weight)], [name], name, pads=pads, group=groups)
+        )
+        norm = [
+            0.5 + chance.random(out),
+            0.2 * chance.standard_normal(out),
+            0.1 * chance.standard_normal(out),
+            0.5 + chance.random(out),
+        ]
+        nodes.append(
+            helper.make_node(
+                "BatchNormalization", [name, *(constant(f"{name}n{at}", v) for at, v in enumerate(norm))], [name + "b"]
+            )
+        )
+        if act == "Clip":
+            nodes.append(
+                helper.make_node(
+                    "Clip", [name + "b", constant(name + "lo", 0.0), constant(name + "hi", 6.0)], [name + "a"]
+                )
+            )
+        elif act:
+            nodes.append(helper.make_node(act, [name + "b"], [name + "a"]))
+        return name + ("a" if act else "b")
+
+    last = conv("x", 1, 16, 3)
+    nodes.append(helper.make_node("MaxPool", [last], ["pooled"], kernel_shape=[2, 2], strides=[2, 2]))
+    last = "pooled"
+    if kind == "residual":
+        nodes.append(helper.make_node("Add", [conv(conv(last, 16, 16, 3), 16, 16, 3, act=""), last], ["sum"]))
+        nodes.append(helper.make_node("Relu", ["sum"], ["summed"]))
+        last = "summed"
+    if kind == "depthwise":
+        last = conv(last, 16, 16, 3, act="Clip", groups=16)
+        last = conv(last, 16, 16, 1, act="Clip")
+    last = conv(last, 16, 32, 3)
+    nodes.append(helper.make_node("GlobalAveragePool", [last], ["mean"]))
+    nodes.append(helper.make_node("Flatten", ["mean"], ["features"]))
+
+    def finished(ends: list[Any], nodes: list[Any]) -> Any:
+        body = helper.make_graph(nodes, kind, [helper.make_tensor_value_info("x", 1, ["n", 1, 12, 12])], ends, stored)
+        return helper.make_model(
+            body, opset_imports=[helper.make_opsetid("", 17)], ir_version=8, producer_name="a test"
+        )
+
+    pattern = chance.standard_normal((4, 1, 12, 12))
+    y = chance.integers(0, 4, 1000)
+    x = (pattern[y] + 0.35 * chance.standard_normal((1000, 1, 12, 12))).astype(np.float32)
+    trunk = finished([helper.make_tensor_value_info("features", 1, ["n", 32])], nodes)
+    features = ort.session(trunk.SerializeToString()).run({"x": x})["features"]
+    design = np.concatenate([features, np.ones((len(x), 1))], axis=1)
+    answer = np.linalg.lstsq(design, np.eye(4)[y] * 8, rcond=None)[0]
+    head = [constant("head", answer[:-1]), constant("offset", answer[-1])]
+    nodes.append(helper.make_node("Gemm", ["features", *head], ["logits"], "head"))
+    model = finished([helper.make_tensor_value_info("logits", 1, ["n", 4])], nodes)
+    onnx.checker.check_model(model)
+    return SmallNet(model, x, y)
