@@ -23,7 +23,7 @@ from skills.errors import SkerryError, Unreachable, UsageError
 from skills.split import Link, parse_link
 
 PIECE_BYTES = 4096
-START_DEADLINE_S = 20.0
+ROUNDING_S = 0.0008
 
 
 class Proxy:
@@ -73,8 +73,7 @@ class Proxy:
                 free_at = max(free_at, time.monotonic()) + len(data) * 8 / (self.link.mbit * 1e6)
                 await waiting.put((free_at + self.link.rtt_ms / 2000, data))
                 # Reading on only when the wire is free again is what makes the sender feel the rate.
-                if free_at - time.monotonic() > 0.002:
-                    await asyncio.sleep(free_at - time.monotonic())
+                await _until(free_at)
         except OSError:
             pass
         finally:
@@ -89,9 +88,16 @@ class Proxy:
                 if not data:
                     writer.write_eof()
                     return
-                await asyncio.sleep(max(0.0, max(due, self._stalled_until_s) - time.monotonic()))
+                await _until(max(due, self._stalled_until_s))
                 writer.write(data)
                 await writer.drain()
+
+
+async def _until(due_s: float) -> None:
+    """Sleep to within a fraction of a millisecond: the event loop rounds every wait up to the next whole one."""
+    left = due_s - time.monotonic()
+    if left > ROUNDING_S:
+        await asyncio.sleep(left - ROUNDING_S)
 
 
 class EmulatedLink:

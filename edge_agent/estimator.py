@@ -11,7 +11,7 @@ from skills.split import Estimate
 RTT_WINDOW_S = 10.0
 COLD_AFTER_S = 0.5  # TCP forgets its window after one retransmission timeout without traffic (RFC 2861)
 LEAST_SAMPLE_BYTES = 8192  # below, the time says more about the machine than about the network
-CALL_MS = 0.7  # what one call costs on a link without delay
+CALL_MS = 0.7  # what a tiny call costs on a link without delay
 FAST, SLOW = 0.5, 0.1
 SURPRISES = 3  # samples in a row that the slow average does not explain: the network has changed
 MISSES = 2
@@ -42,12 +42,12 @@ class Estimator:
     def on_transfer(
         self, now_s: float, size: int, total_ms: float, server_ms: float, queue_ms: float = 0.0, cold: bool = False
     ) -> None:
-        """A request of `size` bytes came back after `total_ms`, of which the tail says it took `server_ms` for itself."""
+        """A request and its answer, of `size` bytes together, took `total_ms`, of which the tail says it had `server_ms`."""
         self._queue_ms += (queue_ms - self._queue_ms) * FAST
         self.on_traffic(now_s)
         if size < LEAST_SAMPLE_BYTES or cold:
             return
-        moving_ms = max(total_ms - server_ms - self.rtt_ms(now_s) - CALL_MS, 0.02)
+        moving_ms = max(total_ms - server_ms - self.rtt_ms(now_s) - 2 * CALL_MS, 0.02)
         mbit = min(size * 8 / moving_ms / 1000, 10_000.0)
         if not self._slow:
             self._fast = self._slow = mbit

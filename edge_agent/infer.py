@@ -4,6 +4,7 @@ While a request is away the device still holds the tensors that it sent. If no r
 what the remaining segments need, they run here; the first to finish wins. So an outage costs time, never an answer.
 """
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from edge_agent.tail_client import LinkClient, Tail
 from skills import codec, ort
 from skills.errors import FormatError, NotFound
 from skills.files import read_bytes
-from skills.split import MAX_PLAN_BYTES, Choice, Estimate, Held, Plan, choose_cut, load_plan, plan_hash, settle
+from skills.split import MAX_PLAN_BYTES, Choice, Coding, Estimate, Held, Plan, choose_cut, load_plan, plan_hash, settle
 from skills.timer import Local, Timer
 
 if TYPE_CHECKING:
@@ -63,42 +64,63 @@ class SplitModel:
         private: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.plan = _read_plan(plan_folder)
+        self.plan = self._planned = _read_plan(plan_folder)
         self._hash = plan_hash(self.plan)
         self._chain = ort.chain(
             [plan_folder / one.file for one in self.plan.segments], [live.name for live in self.plan.outputs]
         )
-        self._timer: Timer = timer or Local()
-        self._tail: Tail | None = LinkClient(link) if isinstance(link, Path) else link
+        self.timer: Timer = timer or Local()
+        self.tail: Tail | None = LinkClient(link) if isinstance(link, Path) else link
         self._deadline_s, self._wait_s, self._private, self._clock = deadline_s, wait_s, private, clock
         self._held: Held | None = None
         self._alpha = 1.0
         self._refused_until_s = float("-inf")
         self.last = Ran("local", "local", "", 0.0, 0, 0.0)
+        self._warm()
 
-    def __call__(self, *, deadline_s: float | None = None, **inputs: "NDArray[Any]") -> "Arrays":
-        """Answer one request.
+    def __call__(self, **inputs: "NDArray[Any]") -> "Arrays":
+        """Answer one request; see `answer`."""
+        return self.answer(inputs)
+
+    def answer(self, inputs: "Arrays", deadline_s: float | None = None) -> "Arrays":
+        """Answer one request; `deadline_s` overrides the model's.
 
         Raises:
             FormatError: an input is missing or does not fit the model.
         """
         start = self._clock()
         choice, reason = self._choose(start)
-        if choice.coding is None or self._tail is None:
+        if choice.coding is None or self.tail is None:
             outputs: Arrays = self._run(inputs, 0, len(self.plan.segments), choice.cut.device_ms.p50)
             return self._done(start, choice, "local", 0, outputs, reason)
         return self._remote(start, choice, inputs, self._deadline_s if deadline_s is None else deadline_s)
 
-    def use(self, name: str) -> None:
-        """Pin a cut from now on, whatever the link is like (while it is up); for measuring and for people."""
-        self.plan.cut(name)
-        self.plan = dataclasses.replace(self.plan, policy=dataclasses.replace(self.plan.policy, pin=name))
-        self._held = None
+    def use(self, cut: str | None, coding: Coding | None = None) -> None:
+        """Pin a cut (and one of its codings) while the tail answers, or choose freely again with None; for measuring."""
+        plan = self._planned
+        if cut is not None:
+            pinned = plan.cut(cut)
+            pinned = dataclasses.replace(pinned, codings=(coding,)) if coding is not None else pinned
+            cuts = tuple(pinned if one.name == cut else one for one in plan.cuts)
+            plan = dataclasses.replace(plan, cuts=cuts, policy=dataclasses.replace(plan.policy, pin=cut))
+        self.plan, self._held = plan, None
 
     def close(self) -> None:
         """Let go of the link."""
-        if self._tail is not None:
-            self._tail.close()
+        if self.tail is not None:
+            self.tail.close()
+
+    def _warm(self) -> None:
+        """Run every segment and every coding once on noughts: the first real request must not pay for lazy set-up."""
+        import numpy as np
+
+        sizes = {live.name: [1 if size == -1 else size for size in live.shape] for live in self.plan.inputs}
+        feeds: Arrays = {live.name: np.zeros(sizes[live.name], codec.DTYPES[live.dtype]) for live in self.plan.inputs}
+        with contextlib.suppress(FormatError):  # a free size that may not be one: then the first request warms
+            for cut in self.plan.cuts:
+                values = self._chain.run(feeds, 0, cut.after) if cut.after else feeds
+                for coding in cut.codings:
+                    codec.encode(coding, cut.tensors, values)
 
     def _choose(self, now_s: float) -> tuple[Choice, str]:
         estimate, reason = self._estimate(now_s)
@@ -108,9 +130,9 @@ class SplitModel:
 
     def _estimate(self, now_s: float) -> tuple[Estimate, str]:
         assumed = self.plan.network
-        if self._tail is None:
+        if self.tail is None:
             return Estimate(assumed.mbit, assumed.rtt_ms, up=False), "no link"
-        found = self._tail.estimate()
+        found = self.tail.estimate()
         refused = now_s < self._refused_until_s
         reason = "the tail refuses this plan" if refused else "" if found.up else "the tail does not answer"
         # Unmeasured is not slow: until the first transfer the plan's assumption stands.
@@ -122,10 +144,10 @@ class SplitModel:
         ), reason
 
     def _remote(self, start: float, choice: Choice, inputs: "Arrays", deadline_s: float | None) -> "Arrays":
-        tail, cut, coding = self._tail, choice.cut, choice.coding
+        tail, cut, coding = self.tail, choice.cut, choice.coding
         if tail is None or coding is None:
             raise FormatError("a remote request needs a tail and a coding")
-        head = self._timer.run(lambda: self._head(inputs, choice))
+        head = self.timer.run(lambda: self._head(inputs, choice))
         values, frame = head.value
         self._learn(head.ms, cut.device_ms.p50 + coding.encode_ms)
         if frame is None:
@@ -158,8 +180,8 @@ class SplitModel:
     ) -> "Arrays":
         """Run the remaining segments here, looking between them whether the reply has come after all."""
         for at in range(choice.cut.after, len(self.plan.segments)):
-            if request is not None and self._tail is not None:
-                reply = self._tail.wait(request, 0)
+            if request is not None and self.tail is not None:
+                reply = self.tail.wait(request, 0)
                 if reply is not None and reply.outputs is not None and self._complete(reply.outputs):
                     return self._done(
                         start,
@@ -171,12 +193,12 @@ class SplitModel:
                     )
                 request = None if reply is not None else request
             values = self._run(values, at, at + 1, None)
-        if request is not None and self._tail is not None:
-            self._tail.cancel(request, late=True)
+        if request is not None and self.tail is not None:
+            self.tail.cancel(request, late=True)
         return self._done(start, choice, "continued", size, values, reason)
 
     def _run(self, values: "Arrays", first: int, stop: int, expected_ms: float | None) -> "Arrays":
-        timed = self._timer.run(lambda: self._chain.run(values, first, stop))
+        timed = self.timer.run(lambda: self._chain.run(values, first, stop))
         if expected_ms is not None:
             self._learn(timed.ms, expected_ms)
         return timed.value
@@ -184,7 +206,8 @@ class SplitModel:
     def _learn(self, ms: float, expected_ms: float) -> None:
         """Follow how much slower the device runs now than when it was measured (heat, other work), slowly and within bounds."""
         if expected_ms > 1.0:
-            self._alpha += (min(max(ms / expected_ms, 0.1), 10.0) - self._alpha) * 0.1
+            self._alpha += (min(max(ms / expected_ms, 0.5 * self._alpha), 2.0 * self._alpha) - self._alpha) * 0.1
+            self._alpha = min(max(self._alpha, 0.1), 10.0)
 
     def _rest_s(self, choice: Choice) -> float:
         """Return how long the segments behind the cut take here."""

@@ -27,7 +27,7 @@ from edge_agent.estimator import Breaker, Estimator
 from skills import oip
 from skills.errors import FormatError, MissingExtra, SkerryError, Unreachable
 from skills.files import read_bytes
-from skills.split import Estimate
+from skills.split import CALL_BYTES, Estimate
 
 KEEP_WARM_S = 0.15
 IDLE_AFTER_S = 5.0
@@ -150,7 +150,8 @@ class Link:
             return
         now = time.monotonic()
         queue_ms = times.get("split-queue-us", 0.0)
-        self._estimator.on_transfer(now, len(frame), (now - start) * 1e3, sum(times.values()), queue_ms, cold)
+        moved = len(frame) + sum(map(len, response.raw_output_contents)) + CALL_BYTES
+        self._estimator.on_transfer(now, moved, (now - start) * 1e3, sum(times.values()), queue_ms, cold)
         self._answered()
         outputs = [
             [one.name, one.datatype, list(one.shape), len(raw)]

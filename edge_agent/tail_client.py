@@ -96,6 +96,14 @@ class LinkClient:
         self._replies.pop(request, None)
         self._put(ipc.frame({"op": "cancel", "id": request, "late": late}))
 
+    def wait_up(self, timeout_s: float) -> bool:
+        """Wait until the link reaches the tail; False when it did not in time."""
+        until = time.monotonic() + timeout_s
+        while not self.estimate().up and time.monotonic() < until:
+            if not self._receive(min(0.1, max(0.0, until - time.monotonic()))) and self._channel is None:
+                time.sleep(0.05)  # the link process itself is not there yet
+        return self._estimate.up
+
     def close(self) -> None:
         if self._channel is not None:
             self._channel.close()

@@ -25,8 +25,8 @@ VERSION = 1
 ZSTD_LEVEL = 1  # higher levels gain about one percent on activations and cost twice the time
 MAX_DECODED_BYTES = 64 << 20
 DTYPES = {
-    "BOOL": "bool", "UINT8": "uint8", "UINT16": "uint16", "UINT32": "uint32", "UINT64": "uint64", "INT8": "int8", "INT16": "int16",
-    "INT32": "int32", "INT64": "int64", "FP16": "float16", "FP32": "float32", "FP64": "float64",
+    "BOOL": "bool", "UINT8": "uint8", "UINT16": "uint16", "UINT32": "uint32", "UINT64": "uint64", "INT8": "int8",
+    "INT16": "int16", "INT32": "int32", "INT64": "int64", "FP16": "float16", "FP32": "float32", "FP64": "float64",
 }  # fmt: skip
 
 
@@ -131,8 +131,8 @@ def _encode_one(coding: Coding, at: int, live: Live, array: "Array") -> bytes:
         values += np.float32(coding.zeros[at])
         codes = np.clip(np.rint(values, out=values), 0, top, out=values).astype(np.uint8).ravel()
         if coding.kind == "u4":
-            codes = np.append(codes, np.uint8(0)) if codes.size % 2 else codes
-            codes = codes[0::2] | codes[1::2] << 4
+            even = np.append(codes, np.uint8(0)) if codes.size % 2 else codes
+            return zstd.compress((even[0::2] | even[1::2] << 4).tobytes(), ZSTD_LEVEL)
         return zstd.compress(codes.tobytes(), ZSTD_LEVEL)
     picture = pixels(_image(live), array)
     if coding.kind == "pixels":
@@ -284,7 +284,7 @@ def _per_channel(image: Image) -> tuple["Array", "Array"]:
 
 def _pillow() -> Any:
     try:
-        from PIL import Image as pillow
+        from PIL import Image as module
     except ImportError:
         raise MissingExtra("Pillow is not installed: pip install 'skerry[edge]'") from None
-    return pillow
+    return module

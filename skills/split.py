@@ -16,6 +16,7 @@ from skills.manifest import Datatype, check_path
 from skills.wire import Doc, Limits, decode_yaml, encode_json
 
 MAX_PLAN_BYTES = 1 << 20
+CALL_BYTES = 600  # headers and parameters of one call and its answer, on the wire
 INITIAL_WINDOW_BYTES = 14_600  # ten segments of 1460 bytes: what TCP sends before the first acknowledgement (RFC 6928)
 CODED_KINDS = ("u8", "u4")
 IMAGE_KINDS = ("pixels", "png", "jpeg")
@@ -156,9 +157,7 @@ class Policy:
     minimize: Literal["latency", "bytes"] = "latency"
     slo_ms: Annotated[float | None, Limits(min=0.001), Doc("with minimize: bytes, the slowest answer allowed")] = None
     pin: Annotated[CutName | None, Doc("always use this cut while the tail answers")] = None
-    overhead_ms: Annotated[float, Limits(min=0), Doc("one remote call without its bytes, on a link without delay")] = (
-        1.5
-    )
+    overhead_ms: Annotated[float, Limits(min=0), Doc("one remote call without its bytes, on a link without delay")] = 3.0
     gain: Annotated[float, Limits(min=0), Doc("switch when a cut is this share faster, several times in a row")] = 0.08
     gain_at_once: Annotated[float, Limits(min=0), Doc("switch at once when it is this share faster")] = 0.30
     streak: Annotated[int, Limits(min=1), Doc("how many times in a row")] = 3
@@ -185,6 +184,9 @@ class Plan:
         "agreement"
     )
     samples: Annotated[int, Limits(min=0), Doc("how many inputs the drops were measured on")] = 0
+    reply_bytes: Annotated[
+        int, Limits(min=0), Doc("what comes back for one input; the link is taken to be as fast both ways")
+    ] = 0
     policy: Policy = Policy()
     shared: SharedData | None = None
     verdicts: Annotated[tuple[Verdict, ...], Limits(max_items=64)] = ()
@@ -216,11 +218,11 @@ class Plan:
         for segment in self.segments:
             missing = set(segment.inputs) - known
             if missing:
-                raise FormatError(f"segment {segment.file} needs {sorted(missing)[0]!r}, which nothing before it gives")
+                raise FormatError(f"segment {segment.file} needs {min(missing)!r}, which nothing before it gives")
             known |= set(segment.outputs)
         absent = {tensor.name for tensor in self.outputs} - known
         if absent:
-            raise FormatError(f"no segment gives the output {sorted(absent)[0]!r}")
+            raise FormatError(f"no segment gives the output {min(absent)!r}")
 
     def files(self) -> Iterator[str]:
         """Yield the paths of the segments and their shared constants, relative to split.yaml."""
@@ -325,14 +327,14 @@ def slow_start_ms(size: int, mbit: float, rtt_ms: float) -> float:
 
 
 def predict_ms(plan: Plan, cut: Cut, coding: Coding | None, estimate: Estimate, alpha: float = 1.0) -> float:
-    """Predict the milliseconds from input to answer: T = H + E + RTT + 8S/B + slow start + queue + G + K + overhead.
+    """Predict the milliseconds from input to answer: T = H + E + RTT + 8(S+reply)/B + slow start + queue + G + K + overhead.
 
     `alpha` is how much slower the device runs now than when it was measured.
     """
     head = cut.device_ms.p50 * alpha
     if coding is None:
         return head
-    transfer = coding.bytes_p50 * 8 / (estimate.mbit * 1000)
+    transfer = (coding.bytes_p50 + plan.reply_bytes + CALL_BYTES) * 8 / (estimate.mbit * 1000)
     cold = slow_start_ms(coding.bytes_p50, estimate.mbit, estimate.rtt_ms) if estimate.cold else 0.0
     tail = coding.decode_ms + cut.tail_ms.p50 + estimate.queue_ms
     return head + coding.encode_ms * alpha + estimate.rtt_ms + transfer + cold + tail + plan.policy.overhead_ms

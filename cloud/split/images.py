@@ -1,6 +1,6 @@
 """Is this input a picture? Then the honest rival of every split is to send it as JPEG or PNG."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from skills.split import Image
 
@@ -26,7 +26,8 @@ def recognise(x: "NDArray[Any]", most: int = 8) -> Image | None:
 
     if x.ndim != 4 or x.dtype.kind != "f" or x.shape[2] < 8:
         return None
-    for layout, axis in (("NCHW", 1), ("NHWC", 3)):
+    layouts: tuple[tuple[Literal["NCHW", "NHWC"], int], ...] = (("NCHW", 1), ("NHWC", 3))
+    for layout, axis in layouts:
         channels = x.shape[axis]
         if channels not in (1, 3):
             continue
@@ -41,5 +42,5 @@ def recognise(x: "NDArray[Any]", most: int = 8) -> Image | None:
                     mean if len(mean) == channels else mean * channels,
                     std if len(std) == channels else std * channels,
                     layout,
-                )  # type: ignore[arg-type]
+                )
     return None

@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from cloud.split.graph import Flow, observed_types, read_flow
 from cloud.split.images import recognise
-from cloud.split.profile import Score, measure, measure_coding, possible_codings, scorer
+from cloud.split.inputs import read_data, read_model
+from cloud.split.profile import Costs, Score, measure, measure_coding, possible_codings, scorer
 from cloud.split.report import render_html, report_json
-from cloud.split.segment import write_segments
+from cloud.split.segment import Pieces, Types, write_segments
 from cloud.split.shortlist import Candidate, candidate, shortlist
-from cloud.split.verdict import LINKS, judge
+from cloud.split.verdict import LINKS, ever_best, judge
 from skills import ort
-from skills.errors import FormatError, MissingExtra, NotFound, UsageError
-from skills.files import fsync_directory, sha256_hex, storage_errors, write_atomic
-from skills.split import Coding, Cut, Image, Link, Live, Plan, Policy, Verdict, plan_hash
-from skills.timer import Dilated, Local
+from skills.errors import FormatError, UsageError
+from skills.files import fsync_directory, sha256_file, sha256_hex, storage_errors, write_atomic
+from skills.split import Coding, Cut, Image, Link, Millis, Plan, Verdict, plan_hash
+from skills.timer import Dilated, Local, Timer
 from skills.wire import encode_yaml
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ Progress = Callable[[str, int, int], None]
 HEADER = """A split plan: how this model is cut between a device and its tail in the cloud. docs/splitting.md explains every field.
 You may edit `policy` (pin a cut, change the hysteresis), `private`, `min_cut`, `network` and the measured times.
 Segments, tensors, codings and their scales are fixed: the tail knows the plan by a hash over them."""
-MOST_MODEL_BYTES = 2 << 30
+ASSUMED = Link(20, 30)
+SHORT_ROUNDS = 8
 TOLERANCE = 1e-4  # relative; segments are optimised apart, so sums may round differently in the last places
 
 
@@ -61,7 +63,7 @@ def split(
     most_cuts: int = 8,
     most_samples: int = 64,
     rounds: int = 30,
-    network: Link | None = None,
+    network: Link = ASSUMED,
     progress: Progress = lambda stage, done, of: None,
 ) -> SplitReport:
     """Plan how `model` (.onnx) is split for a device `slowdown` times slower than this machine, and write `out`.
@@ -79,8 +81,8 @@ def split(
     _check(out, slowdown, max_drop, links)
     raw, graph = read_model(model)
     feeds, labels = read_data(data, graph)
-    feeds = {name: array[:most_samples] for name, array in feeds.items()}
-    labels = None if labels is None else labels[:most_samples]
+    count = min(len(next(iter(feeds.values()))), most_samples)
+    samples = [{name: array[at : at + 1] for name, array in feeds.items()} for at in range(count)]
     progress("reading the graph", 0, 1)
     types = observed_types(graph, feeds)
     flow = read_flow(graph, types)
@@ -88,39 +90,43 @@ def split(
         image = recognise(feeds[flow.inputs[0]])
     if min_cut is not None and min_cut not in flow.producer():
         raise UsageError(f"the model has no tensor {min_cut!r} for the minimum cut")
+    device: Timer = Dilated(slowdown) if slowdown > 1 else Local()
+    task = Task(
+        raw, graph, flow, types, samples, None if labels is None else labels[:count], image, device, max_drop, progress
+    )
     cuts = shortlist(flow, most_cuts, min_cut)
     progress("reading the graph", 1, 1)
     with storage_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
     try:
-        with storage_errors(out):
-            (work / "segments").mkdir()
-        pieces = write_segments(graph, flow, [cut.prefix for cut in cuts], work / "segments", types, image)
-        plan, details = _measured(
-            raw,
-            flow,
-            cuts,
-            pieces,
-            work,
-            feeds,
-            labels,
-            slowdown,
-            max_drop,
-            private,
-            min_cut,
-            rounds,
-            network,
-            progress,
+        first = task.time(cuts, work / "first", "timing all candidates", SHORT_ROUNDS)
+        codings, score = task.code(cuts, first)
+        # Every boundary costs a little speed, so only the cuts that some link could want are cut for good.
+        least = flow.ancestors(min_cut) if min_cut is not None else None
+        wanted = ever_best(
+            _cuts(cuts, first, codings), {f"c{at}" for at, cut in enumerate(cuts, 1) if cut.prefix == least}
         )
+        kept = tuple(cut for at, cut in enumerate(cuts, 1) if f"c{at}" in wanted)
+        codings = [codings[0], *(one for at, one in enumerate(codings[1:], 1) if f"c{at}" in wanted)]
+        timed = task.time(kept, work, "timing heads and tails", rounds)
+        reply = sum(int(array.nbytes) for array in timed.chain.run(samples[0]).values())
+        plan = Plan(
+            sha256_hex(raw) if isinstance(raw, bytes) else sha256_file(raw),
+            timed.pieces.live[0], timed.pieces.outputs, timed.pieces.segments, _cuts(kept, timed, codings), network, float(slowdown),
+            private, _least(kept, flow, min_cut), float(max_drop), score.metric, count, reply, shared=timed.pieces.shared,
+        )  # fmt: skip
         plan = dataclasses.replace(plan, verdicts=tuple(judge(plan, link) for link in links))
-        details |= {
+        details = _details(timed, kept, score, rounds) | {
             "seconds": round(time.monotonic() - start, 1),
-            "model": str(model) if isinstance(model, Path) else "bytes",
+            "model": model.name if isinstance(model, Path) else "",
+            "considered": [
+                {"tensors": list(cut.tensors), "work_before": round(cut.share, 4), "kept": cut in kept} for cut in cuts
+            ],
         }
-        whole_report = report_json(plan, details)
+        shutil.rmtree(work / "first")
         write_atomic(work / "split.yaml", encode_yaml(plan, HEADER).encode())
-        write_atomic(work / "report.json", whole_report)
+        write_atomic(work / "report.json", report_json(plan, details))
         write_atomic(work / "report.html", render_html(plan, details).encode())
         _publish(work, out)
     finally:
@@ -128,64 +134,72 @@ def split(
     return SplitReport(plan, plan_hash(plan), plan.verdicts, out, details)
 
 
-def read_model(model: Path | bytes) -> tuple[bytes | Path, Any]:
-    """Return the model for the runtime, and its graph.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Timed:
+    """Segments that were written, loaded, found equal to the whole, and timed."""
 
-    Raises:
-        NotFound: there is no such file.
-        FormatError: not ONNX, or a file whose weights lie outside and are missing.
-    """
-    try:
-        import onnx
-        from google.protobuf.message import DecodeError
-    except ImportError:
-        raise MissingExtra("splitting a model needs onnx: pip install 'skerry[cloud]'") from None
-    try:
-        if isinstance(model, bytes):
-            return model, onnx.load_model_from_string(model)
-        if not model.is_file():
-            raise NotFound(f"there is no model file {model}")
-        return model, onnx.load(model)
-    except (DecodeError, ValueError, OSError, onnx.checker.ValidationError) as error:
-        name = model if isinstance(model, Path) else "the model"
-        raise FormatError(f"{name} is no ONNX model that can be read: {error}") from None
+    pieces: Pieces
+    chain: ort.Chain
+    costs: Mapping[int, Costs]
+    whole: Millis
+    gap: float
 
 
-def read_data(data: "Path | Arrays", graph: Any) -> "tuple[dict[str, NDArray[Any]], NDArray[Any] | None]":
-    """Return the inputs by name, and the labels if there are any.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Task:
+    """What is measured, on what, and for which device."""
 
-    Raises:
-        NotFound: there is no such file.
-        FormatError: arrays that do not fit the model's inputs, or none at all.
-    """
-    import numpy as np
+    raw: bytes | Path
+    graph: Any
+    flow: Flow
+    types: Types
+    samples: "Sequence[Arrays]"
+    labels: "NDArray[Any] | None"
+    image: Image | None
+    device: Timer
+    max_drop: float
+    progress: Progress
 
-    if isinstance(data, Path):
-        if not data.is_file():
-            raise NotFound(f"there is no data file {data}")
-        try:
-            with np.load(data, allow_pickle=False) as pack:
-                data = {name: pack[name] for name in pack.files}
-        except (ValueError, OSError, EOFError) as error:
-            raise FormatError(f"{data} is no .npz with arrays: {error}") from None
-    constants = {item.name for item in graph.graph.initializer}
-    inputs = [item.name for item in graph.graph.input if item.name not in constants]
-    arrays = dict(data)
-    if len(inputs) == 1 and inputs[0] not in arrays and "x" in arrays:
-        arrays[inputs[0]] = arrays["x"]
-    missing = [name for name in inputs if name not in arrays]
-    if missing:
-        raise FormatError(
-            f"the data has {', '.join(data) or 'nothing'}, the model needs {missing[0]!r}"
-            + (" (or x)" if len(inputs) == 1 else "")
+    def time(self, cuts: Sequence[Candidate], folder: Path, stage: str, rounds: int) -> Timed:
+        """Write the segments between `cuts` to `folder`/segments and time every head and tail."""
+        with storage_errors(folder):
+            (folder / "segments").mkdir(parents=True)
+        pieces = write_segments(
+            self.graph, self.flow, [cut.prefix for cut in cuts], folder / "segments", self.types, self.image
         )
-    counts = {len(arrays[name]) for name in inputs}
-    labels = arrays.get("y")
-    if len(counts) != 1 or 0 in counts or (labels is not None and len(labels) not in counts):
-        raise FormatError(
-            f"the data's arrays have {sorted(counts)} samples, expected the same number, at least one, in each"
-        )
-    return {name: arrays[name] for name in inputs}, labels
+        unused = set(self.flow.inputs) - {live.name for live in pieces.live[0]}
+        if unused:
+            raise FormatError(f"the model's input {min(unused)!r} is used by nothing: remove it, then split")
+        whole = ort.session(self.raw)
+        chain = ort.chain([folder / segment.file for segment in pieces.segments], self.flow.outputs)
+        gap = largest_gap(chain, self.samples[:8], [whole.run(sample) for sample in self.samples[:8]])
+        ticker = _ticker(self.progress, stage, rounds)
+        costs, whole_ms = measure(chain, whole, range(len(cuts) + 2), self.samples, self.device, rounds, ticker)
+        return Timed(pieces, chain, costs, whole_ms, gap)
+
+    def code(self, cuts: Sequence[Candidate], timed: Timed) -> tuple[list[tuple[Coding, ...]], Score]:
+        """Measure every coding of every cut on all samples; return them by cut, `input` first, and the whole's score."""
+        whole = ort.session(self.raw)
+        truths = [whole.run(sample) for sample in self.samples]
+        score = scorer(truths, self.flow.outputs, self.labels)
+        reference = score(truths)
+        found: list[tuple[Coding, ...]] = []
+        for after, tensors in enumerate(timed.pieces.live):
+            self.progress("measuring codings", after, len(timed.pieces.live))
+            values = [timed.chain.run(sample, 0, after) for sample in self.samples]
+
+            def finish(decoded: "Arrays", after: int = after) -> "Arrays":
+                return timed.chain.run(decoded, after)
+
+            possible = possible_codings(tensors, after == 0, values)
+            found.append(
+                tuple(
+                    measure_coding(one, tensors, values, finish, score, reference.values, self.device, self.max_drop)
+                    for one in possible
+                )
+            )
+        self.progress("measuring codings", len(found), len(found))
+        return found, reference
 
 
 def _check(out: Path, slowdown: float, max_drop: float, links: Sequence[Link]) -> None:
@@ -199,72 +213,26 @@ def _check(out: Path, slowdown: float, max_drop: float, links: Sequence[Link]) -
         raise UsageError(f"{out} exists and is no split plan: name a folder that does not exist yet")
 
 
-def _measured(
-    raw: bytes | Path,
-    flow: Flow,
-    cuts: Sequence[Candidate],
-    pieces: Any,
-    work: Path,
-    feeds: "Arrays",
-    labels: "NDArray[Any] | None",
-    slowdown: float,
-    max_drop: float,
-    private: bool,
-    min_cut: str | None,
-    rounds: int,
-    network: Link | None,
-    progress: Progress,
-) -> tuple[Plan, dict[str, Any]]:
-    whole, device = ort.session(raw), Dilated(slowdown) if slowdown > 1 else Local()
-    chain = ort.chain([work / segment.file for segment in pieces.segments], flow.outputs)
-    count = len(next(iter(feeds.values())))
-    samples = [{name: array[at : at + 1] for name, array in feeds.items()} for at in range(count)]
-    afters = range(len(cuts) + 2)
-    costs, whole_ms = measure(
-        chain, whole, afters, samples, device, rounds, _ticker(progress, "timing heads and tails", rounds)
-    )
-    truths = [whole.run(sample) for sample in samples]
-    score = scorer(truths, flow.outputs, labels)
-    reference = score(truths)
-    parity = _parity(chain, samples, truths)
-    lives: list[tuple[Live, ...]] = [*pieces.live]
-    done, made = 0, []
-    for after, tensors in enumerate(lives):
-        values = [chain.run(sample, 0, after) for sample in samples]
-        codings = []
-        for coding in possible_codings(tensors, after == 0, values):
-            codings.append(
-                measure_coding(
-                    coding, tensors, values, _finish(chain, after), score, reference.values, device, max_drop
-                )
-            )
-            done += 1
-            progress("measuring codings", done, len(lives) * 2 + 2)
-        made.append(_cut(after, costs[after], tensors, codings, after == 0 or cuts[after - 1].raw))
-    local = costs[len(cuts) + 1]
-    made.append(Cut("local", len(cuts) + 1, local.device, local.tail))
-    plan = Plan(
-        model_sha256=sha256_hex(raw) if isinstance(raw, bytes) else _sha256(raw),
-        inputs=pieces.live[0] if set(flow.inputs) == {live.name for live in pieces.live[0]} else _all_inputs(flow, pieces),
-        outputs=pieces.outputs, segments=pieces.segments, cuts=tuple(made), shared=pieces.shared,
-        network=network or Plan.__dataclass_fields__["network"].default,
-        slowdown=float(slowdown), private=private, min_cut=_least(cuts, flow, min_cut), max_drop=float(max_drop),
-        metric=reference.metric, samples=count, policy=Policy(),
-    )  # fmt: skip
-    details = {
-        "metric_name": reference.metric, "metric_whole": float(reference.values.mean()), "whole_ms_here": dataclasses.asdict(whole_ms),
-        "chain_ms_here": dataclasses.asdict(costs[0].tail), "max_abs_difference": parity, "versions": ort.versions(), "rounds": rounds,
-        "shares": {f"c{at}": round(cut.share, 4) for at, cut in enumerate(cuts, 1)},
-    }  # fmt: skip
-    return plan, details
+def _cuts(cuts: Sequence[Candidate], timed: Timed, codings: Sequence[tuple[Coding, ...]]) -> tuple[Cut, ...]:
+    made = []
+    for after, tensors in enumerate(timed.pieces.live):
+        costs, name = timed.costs[after], f"c{after}" if after else "input"
+        raw = after == 0 or cuts[after - 1].raw
+        made.append(Cut(name, after, costs.device, costs.tail, tensors, codings[after], raw))
+    local = timed.costs[len(made)]
+    return (*made, Cut("local", len(made), local.device, local.tail))
 
 
-def _cut(after: int, costs: Any, tensors: tuple[Live, ...], codings: Sequence[Coding], raw: bool) -> Cut:
-    return Cut("input" if after == 0 else f"c{after}", after, costs.device, costs.tail, tensors, tuple(codings), raw)
-
-
-def _finish(chain: ort.Chain, after: int) -> Callable[["Arrays"], "Arrays"]:
-    return lambda values: chain.run(values, after)
+def _details(timed: Timed, kept: Sequence[Candidate], score: Score, rounds: int) -> dict[str, Any]:
+    return {
+        "metric_whole": float(score.values.mean()),
+        "whole_ms_here": dataclasses.asdict(timed.whole),
+        "chain_ms_here": dataclasses.asdict(timed.costs[0].tail),
+        "max_abs_difference": timed.gap,
+        "versions": ort.versions(),
+        "rounds": rounds,
+        "shares": {f"c{at}": round(cut.share, 4) for at, cut in enumerate(kept, 1)},
+    }
 
 
 def _least(cuts: Sequence[Candidate], flow: Flow, min_cut: str | None) -> str | None:
@@ -274,7 +242,7 @@ def _least(cuts: Sequence[Candidate], flow: Flow, min_cut: str | None) -> str | 
     return next((f"c{at}" for at, cut in enumerate(cuts, 1) if wanted <= cut.prefix), "local")
 
 
-def _parity(chain: ort.Chain, samples: Sequence["Arrays"], truths: Sequence["Arrays"]) -> float:
+def largest_gap(chain: ort.Chain, samples: "Sequence[Arrays]", truths: "Sequence[Arrays]") -> float:
     """Return the largest difference between the chain of segments and the whole model.
 
     Raises:
@@ -283,7 +251,7 @@ def _parity(chain: ort.Chain, samples: Sequence["Arrays"], truths: Sequence["Arr
     import numpy as np
 
     worst = 0.0
-    for sample, truth in zip(samples[:8], truths, strict=False):
+    for sample, truth in zip(samples, truths, strict=True):
         for name, found in chain.run(sample).items():
             right = np.asarray(truth[name], np.float64)
             gap = float(np.abs(np.asarray(found, np.float64) - right).max(initial=0.0))
@@ -293,19 +261,6 @@ def _parity(chain: ort.Chain, samples: Sequence["Arrays"], truths: Sequence["Arr
                 )
             worst = max(worst, gap)
     return worst
-
-
-def _all_inputs(flow: Flow, pieces: Any) -> tuple[Live, ...]:
-    missing = set(flow.inputs) - {live.name for live in pieces.live[0]}
-    raise FormatError(
-        f"the model's input {sorted(missing)[0]!r} is used by nothing: remove it from the graph, then split"
-    )
-
-
-def _sha256(path: Path) -> str:
-    from skills.files import sha256_file
-
-    return sha256_file(path)
 
 
 def _ticker(progress: Progress, stage: str, rounds: int) -> Callable[[], None]:
@@ -320,7 +275,7 @@ def _ticker(progress: Progress, stage: str, rounds: int) -> Callable[[], None]:
 
 
 def _publish(work: Path, out: Path) -> None:
-    """Move the finished folder to its name; a crash leaves the old plan, the new one, or a hidden .tmp folder."""
+    """Move the finished folder to its name. A crash leaves the old plan, no plan beside a hidden one, or the new plan."""
     with storage_errors(out):
         fsync_directory(work)
         work.chmod(0o755)
@@ -331,6 +286,3 @@ def _publish(work: Path, out: Path) -> None:
         work.rename(out)  # commit point
         fsync_directory(out.parent)
         shutil.rmtree(old, ignore_errors=True)
-
-
-__all__ = ["Score", "SplitReport", "split"]

@@ -193,7 +193,7 @@ def _fidelity(answer: "Arrays", truth: "Arrays", outputs: Sequence[str]) -> floa
         found, right = np.asarray(answer[name], np.float64), np.asarray(truth[name], np.float64)
         if found.shape != right.shape:
             return 0.0
-        errors.append(float(np.linalg.norm(found - right) / max(np.linalg.norm(right), 1e-12)))
+        errors.append(float(np.linalg.norm(found - right)) / max(float(np.linalg.norm(right)), 1e-12))
     return max(0.0, 1.0 - max(errors))
 
 

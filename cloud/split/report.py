@@ -2,6 +2,7 @@
 
 import html
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from cloud.split.verdict import describe, options
@@ -13,20 +14,6 @@ PRIVACY = (
     "This is no proof against reconstruction: what leaves are activations, and whether the input can be rebuilt from them was not audited."
 )
 OPEN = "the compressed input may leave the device"
-STYLE = """
-:root{color-scheme:light dark;--ink:#1d2733;--soft:#5d6b7a;--line:#dde3ea;--paper:#fff;--panel:#f6f8fa;--local:#7a8794;--input:#c77d1e;
---split:#1c7c8c;--refused:#c3ccd5}
-@media(prefers-color-scheme:dark){:root{--ink:#e4e9ee;--soft:#9aa7b4;--line:#313b46;--paper:#14191f;--panel:#1b222a;--local:#8b98a5;--input:#e0a04a;
---split:#4fb3c4;--refused:#465260}}
-*{box-sizing:border-box}body{margin:0 auto;max-width:68rem;padding:2rem 1.5rem 4rem;font:16px/1.55 system-ui,sans-serif;color:var(--ink);
-background:var(--paper)}h1{font-size:1.7rem;margin:0 0 .2rem}h2{font-size:1.15rem;margin:2.4rem 0 .6rem}p{margin:.4rem 0}
-.soft{color:var(--soft)}.verdict{background:var(--panel);border-left:4px solid var(--split);padding:.6rem 1rem;margin:.5rem 0;border-radius:4px}
-.verdict.local{border-color:var(--local)}.verdict.input{border-color:var(--input)}.verdict b{display:inline-block;min-width:9.5rem}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:.92rem}th,td{text-align:right;padding:.3rem .6rem;
-border-bottom:1px solid var(--line)}th{font-weight:600;color:var(--soft)}td:first-child,th:first-child,td.l,th.l{text-align:left}
-tr.no td{color:var(--soft)}.wide{overflow-x:auto}svg{width:100%;height:auto;display:block}svg text{font:12px system-ui,sans-serif;fill:var(--ink)}
-svg .soft{fill:var(--soft)}.key span{display:inline-block;width:.8em;height:.8em;border-radius:2px;margin:0 .35em 0 1em}
-"""
 
 
 def report_json(plan: Plan, details: Mapping[str, Any]) -> bytes:
@@ -54,7 +41,7 @@ def report_json(plan: Plan, details: Mapping[str, Any]) -> bytes:
 
 def render_html(plan: Plan, details: Mapping[str, Any]) -> str:
     """Return the report as one HTML page without anything from outside."""
-    say = html.escape
+    say, style = html.escape, (Path(__file__).parent / "report.css").read_text()
     verdicts = "".join(
         f'<div class="verdict {_group(verdict.cut)}"><b>{say(str(verdict.link))}</b> {say(verdict.text)}</div>'
         for verdict in plan.verdicts
@@ -70,7 +57,7 @@ def render_html(plan: Plan, details: Mapping[str, Any]) -> str:
     )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Split report {plan_hash(plan)}</title>
-<style>{STYLE}</style></head><body>
+<style>{style}</style></head><body>
 <h1>Split report</h1><p class="soft">plan {plan_hash(plan)} · model {plan.model_sha256[:12]}…</p>
 <h2>What to do on each link</h2>{verdicts}<p>{facts}</p><p><b>Privacy.</b> {say(PRIVACY if plan.private else OPEN)}</p>
 <p class="key soft"><span style="background:var(--split)"></span>split<span style="background:var(--input)"></span>compressed input

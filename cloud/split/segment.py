@@ -1,6 +1,7 @@
 """Cut an ONNX model into segments: one file per piece, every weight stored once, the chain equal to the whole."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def write_segments(
     alive = [flow.live(prefix) for prefix in bounds[:-1]] + [flow.outputs]
     owners: dict[str, set[int]] = {}
     bodies = []
-    for at, (before, upto) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for at, (before, upto) in enumerate(itertools.pairwise(bounds)):
         nodes = _with_constants(model, [flow.ops[op].index for op in sorted(upto - before)])
         bodies.append(nodes)
         for index in nodes:
@@ -59,7 +60,7 @@ def write_segments(
     shared, places = _write_shared(large, folder, base)
     segments = []
     for at, nodes in enumerate(bodies):
-        reads, gives = _ports(model, flow, bounds[at], bounds[at + 1], alive[at + 1])
+        reads, gives = _ports(flow, bounds[at], bounds[at + 1], alive[at + 1])
         piece = _piece(model, nodes, reads, gives, types, places)
         data = piece.SerializeToString()
         name = f"{at}.onnx"
@@ -117,7 +118,7 @@ def _constant_nodes(model: Any) -> set[int]:
 
 
 def _ports(
-    model: Any, flow: Flow, before: frozenset[int], upto: frozenset[int], alive_after: Sequence[str]
+    flow: Flow, before: frozenset[int], upto: frozenset[int], alive_after: Sequence[str]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     own = [flow.ops[at] for at in sorted(upto - before)]
     given = {name for op in own for name in op.outputs}

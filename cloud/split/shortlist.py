@@ -6,6 +6,7 @@ It only shortlists: the estimates behind it (multiplications, elements) are too 
 """
 
 import dataclasses
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -37,7 +38,7 @@ def shortlist(flow: Flow, most: int = 8, keep: str | None = None) -> tuple[Candi
 
     `keep` names a tensor whose cut is kept whatever it costs (a declared minimum cut).
     """
-    found = {prefix: None for prefix in single_tensor_cuts(flow)}
+    found: dict[frozenset[int], None] = dict.fromkeys(single_tensor_cuts(flow))
     total = sum(op.cost for op in flow.ops) or 1.0
     glued = flow.glued()
     for slowdown in SLOWDOWNS:
@@ -164,8 +165,8 @@ def _block(capacity: dict[Node, dict[Node, float]], level: Mapping[Node, int]) -
     while path:
         node = path[-1]
         if node == TAIL:
-            least = min(capacity[start][end] for start, end in zip(path, path[1:], strict=False))
-            for start, end in zip(path, path[1:], strict=False):
+            least = min(capacity[start][end] for start, end in itertools.pairwise(path))
+            for start, end in itertools.pairwise(path):
                 capacity[start][end] -= least
                 capacity[end][start] += least
             path = [DEVICE]

@@ -1,9 +1,31 @@
 """The verdict for one link, in words. Pure: a plan in, sentences out."""
 
-from skills.split import Choice, Coding, Estimate, Link, Plan, Verdict, admitted, predict_ms
+from collections.abc import Sequence, Set
+
+from skills.split import Choice, Coding, Cut, Estimate, Link, Plan, Verdict, admitted, predict_ms
 
 LINKS = (Link(1, 30), Link(5, 30), Link(20, 30), Link(100, 30))
 TIE = 1.03  # below three percent two options are the same
+
+
+def ever_best(cuts: Sequence[Cut], keep: Set[str] = frozenset()) -> frozenset[str]:
+    """Return the true cuts that are the best split on some link, on a device at half to twice the measured speed."""
+    splits = [
+        (cut, coding) for cut in cuts if cut.name not in ("local", "input") for coding in cut.codings if coding.admitted
+    ]
+    found = set(keep)
+    for step in range(-14, 31):
+        for alpha in (0.5, 1.0, 2.0):
+            mbit = 2 ** (step / 3)
+
+            def cost(pair: tuple[Cut, Coding], alpha: float = alpha, mbit: float = mbit) -> float:
+                cut, coding = pair
+                there = coding.bytes_p50 / mbit / 125 + coding.decode_ms + cut.tail_ms.p50
+                return (cut.device_ms.p50 + coding.encode_ms) * alpha + there
+
+            if splits:
+                found.add(min(splits, key=cost)[0].name)
+    return frozenset(found)
 
 
 def options(plan: Plan, link: Link, *, every: bool = False) -> tuple[Choice, ...]:

@@ -39,7 +39,7 @@ class DeadlineQueue(Generic[T]):
 
     def pop(self, now_s: float) -> Turn[T]:
         """Take the job with the earliest deadline that can still be met."""
-        expired = []
+        expired: list[T] = []
         while self._heap:
             deadline, _, job = heapq.heappop(self._heap)
             if deadline > now_s:
