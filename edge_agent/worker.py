@@ -59,12 +59,11 @@ class CallableModel:
         if self._split is None:
             yield
             return
-        plan = self._split.plan
         self._split.use("local")
         try:
             yield
         finally:
-            self._split.plan = plan
+            self._split.use(None)
 
 
 class LoadedSkill:
