@@ -25,6 +25,7 @@ class Access:
     url: str
     token: str
     ca: Annotated[str | None, Doc("PEM file of the controller's CA; empty: the system's")] = None
+    key: Annotated[str | None, Doc("the publisher's key, with which this user signs releases")] = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ def find_access(flags: Flags, environment: Mapping[str, str] = os.environ, confi
             f"there is no token for {url}: give it with --token or SKERRY_TOKEN, or once and for all with skerry login {url}"
         )
     ca = flags.ca or environment.get("SKERRY_CA") or (same.ca if same else None)
-    return Access(url, token, ca)
+    return Access(url, token, ca, same.key if same else None)
 
 
 def keep_access(access: Access) -> Path:

@@ -14,6 +14,7 @@ from skills.errors import DeadlineExceeded, FormatError, NotFound, TrustError, U
 if TYPE_CHECKING:
     import httpx
 
+    from skills.manifest import Skill
     from skills.oip import Answer, Call
 
 DEADLINE_S = 15.0
@@ -156,6 +157,19 @@ class Client:
         return view(
             ReleaseView, self._json("POST", "/v1/releases", json=body, timeout=UPLOAD_DEADLINE_S), "the release"
         )
+
+    def interface(self, skill: str, version: str | None = None) -> "Skill":
+        """Return the skill.yaml of a release, the newest one when no version is given.
+
+        Raises:
+            NotFound: there is no such release.
+        """
+        from skills.manifest import Skill
+        from skills.wire import decode_json, encode_json
+
+        path = f"/v1/releases/{_segment(skill)}/{_segment(version or 'latest')}"
+        raw = _object(self._json("GET", path), "the release")
+        return decode_json(Skill, encode_json(raw.get("manifest")), "the release's manifest")
 
     # --- rolling out ------------------------------------------------------------------------------
 

@@ -61,6 +61,10 @@ class Screen:
             return
         self.out.print(view() if callable(view) else view)
 
+    def plain(self, line: str) -> None:
+        """Show one line of the result as it is: never wrapped, never coloured."""
+        self._out.write(line + "\n")
+
     def say(self, text: str) -> None:
         """Remark on what is happening (rich markup); never part of the result."""
         if not self.manner.quiet and not self.manner.json:

@@ -1,0 +1,210 @@
+"""What a skill's author does on the own machine: begin a skill from a ready one, check it, build its bundle."""
+
+import ast
+import dataclasses
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib import resources
+from pathlib import Path, PurePosixPath
+
+from skills.bundle import MANIFEST_NAME, Bundle, build_bundle, load_folder, read_text
+from skills.errors import DeadlineExceeded, FormatError, NotFound, SkerryError, UsageError, error_for
+from skills.files import storage_errors, write_atomic
+from skills.manifest import NAME, Skill, Stage, load_skill
+
+RECIPE_DEADLINE_S = 1800.0
+NOT_COPIED = ("__pycache__", "models", "probe.npz")  # a recipe makes these
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Checked:
+    """A skill's folder that was looked at; `missing` is what its recipe has still to make."""
+
+    skill: Skill
+    folder: Path
+    missing: tuple[str, ...]
+
+
+def templates() -> tuple[str, ...]:
+    """Return the names of the ready skills."""
+    folder = resources.files("skills") / "library"
+    return tuple(sorted(entry.name for entry in folder.iterdir() if (entry / MANIFEST_NAME).is_file()))
+
+
+def new_skill(name: str, folder: Path, template: str) -> Skill:
+    """Begin a skill: a copy of a ready one under another name, without its models (`build` makes them).
+
+    Raises:
+        UsageError: the name is not allowed, or the folder exists.
+        NotFound: there is no ready skill of that name.
+        StorageError: the disk is full or refuses; no folder is left.
+    """
+    if not re.fullmatch(NAME, name):
+        raise UsageError(
+            f"a skill cannot be called {name!r}: use lower-case letters, digits and '-', beginning with a letter"
+        )
+    if template not in templates():
+        raise NotFound(f"there is no ready skill {template!r} to begin from: {', '.join(templates())}")
+    if folder.exists():
+        raise UsageError(f"{folder} exists already: choose another name or folder")
+    with storage_errors(folder), resources.as_file(resources.files("skills") / "library" / template) as source:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # The new folder appears whole: copied beside its place, then renamed.
+        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            shutil.copytree(source, work, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*NOT_COPIED))
+            text = re.sub(r"(?m)^name:.*$", f"name: {name}", (work / MANIFEST_NAME).read_text(), count=1)
+            text = re.sub(r"(?m)^version:.*$", "version: 0.1.0", text, count=1)
+            skill = load_skill(text, str(folder / MANIFEST_NAME))
+            write_atomic(work / MANIFEST_NAME, text.encode())
+            work.chmod(0o755)
+            work.rename(folder)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+    return skill
+
+
+def check_skill(folder: Path) -> Checked:
+    """Check a skill's folder: manifest, files, control code and golden data.
+
+    Files that a recipe makes may be missing.
+
+    Raises:
+        NotFound, FormatError: what is wrong, with the line where there is one.
+    """
+    missing = _missing(folder)
+    skill = _manifest(folder)
+    if missing and skill.recipe is None:
+        raise NotFound(
+            f"{folder / MANIFEST_NAME} names {missing[0]}, which is not there, and no recipe that would make it"
+        )
+    for stage in skill.stages:
+        if stage.code not in missing:
+            _check_code(folder / stage.code, stage)
+    if skill.probe.file not in missing:
+        _check_probe(folder / skill.probe.file, skill)
+    if not missing:
+        load_folder(folder)
+    return Checked(skill, folder, missing)
+
+
+def build_skill(folder: Path, out: Path, say: Say = lambda text: None) -> Bundle:
+    """Build a skill's bundle; files that are missing are made by its recipe first.
+
+    Raises:
+        NotFound, FormatError, StorageError, SkerryError: what is wrong; `out` is as it was.
+    """
+    checked = check_skill(folder)
+    if checked.missing and checked.skill.recipe is not None:
+        run_recipe(folder, checked.skill.recipe, checked.missing, say)
+        checked = check_skill(folder)
+        if checked.missing:
+            raise NotFound(f"the recipe {checked.skill.recipe} ran but did not make {checked.missing[0]}")
+    return build_bundle(folder, out, lambda path: say(f"packing {path}"))
+
+
+def run_recipe(folder: Path, recipe: str, missing: tuple[str, ...], say: Say, extra: tuple[str, ...] = ()) -> None:
+    """Let a recipe rebuild a skill in a folder beside it, and take over what is missing.
+
+    Raises:
+        SkerryError: the recipe failed, with its own last words and exit code.
+        DeadlineExceeded: it took longer than half an hour.
+    """
+    with (
+        storage_errors(folder),
+        tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.resolve().parent) as work,
+    ):
+        made = Path(work) / "made"
+        _run([sys.executable, str(folder.resolve() / recipe), "--out", str(made), *extra], say)
+        for path in _made(made):
+            target = folder / path
+            if str(path) in missing or not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(made / path, target)
+
+
+def _made(folder: Path) -> Iterator[PurePosixPath]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            yield PurePosixPath(path.relative_to(folder))
+
+
+def _run(command: list[str], say: Say) -> None:
+    """Run a program to its end, its lines handed to `say`; it dies with us and with all that it started."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "ORT_DISABLE_TELEMETRY": "1"}
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+    last = ""
+    try:
+        for line in process.stdout or ():
+            if line.strip():
+                last = line.strip()
+                say(last)
+        code = process.wait(RECIPE_DEADLINE_S)
+    except subprocess.TimeoutExpired:
+        raise DeadlineExceeded(f"the recipe took longer than {RECIPE_DEADLINE_S:.0f} s") from None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+    if code:
+        raise (
+            error_for(code, f"the recipe failed: {last.removeprefix('recipe.py: ')}")
+            if code > 2
+            else SkerryError(f"the recipe failed: {last}")
+        )
+
+
+def _manifest(folder: Path) -> Skill:
+    if not folder.is_dir():
+        raise NotFound(f"{folder} is not a folder: name the folder that holds {MANIFEST_NAME}")
+    if not (folder / MANIFEST_NAME).is_file():
+        raise NotFound(f"{folder} is no skill: it has no {MANIFEST_NAME} (make one with: skerry skill new NAME)")
+    return load_skill(read_text(folder / MANIFEST_NAME, "the skill's manifest"), str(folder / MANIFEST_NAME))
+
+
+def _missing(folder: Path) -> tuple[str, ...]:
+    return tuple(path for path in dict.fromkeys(_manifest(folder).files()) if not (folder / path).is_file())
+
+
+def _check_code(path: Path, stage: Stage) -> None:
+    try:
+        tree = ast.parse(read_text(path, "the control code"), str(path))
+    except SyntaxError as error:
+        raise FormatError(f"{path} line {error.lineno}: {error.msg}") from None
+    functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    if stage.name not in functions:
+        raise FormatError(
+            f"{path} has no function {stage.name}(inputs, model), it has {', '.join(functions) or 'none'}"
+        )
+
+
+def _check_probe(path: Path, skill: Skill) -> None:
+    import zipfile
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found = {name.removesuffix(".npy") for name in archive.namelist()}
+    except zipfile.BadZipFile:
+        raise FormatError(f"{path} is no .npz file") from None
+    wanted = [*(f"in.{tensor.name}" for tensor in skill.inputs), *(f"out.{tensor.name}" for tensor in skill.outputs)]
+    if absent := [name for name in wanted if name not in found]:
+        raise FormatError(f"{path} lacks the array {absent[0]}, it has {', '.join(sorted(found))}")

@@ -1,0 +1,135 @@
+"""What the workshop found, for people: the table of a compression and the table of cuts. Pure."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group
+from rich.text import Text
+
+from cloud.cli.tables import size, table
+
+if TYPE_CHECKING:
+    from cloud.split import SplitReport
+    from compress.report import Report
+    from skills.split import Choice, Link, Plan
+
+VERDICTS = {
+    "proven": ("within the budget, proven", "green"),
+    "within_budget_unproven": ("within the budget; too little data to prove it", "yellow"),
+    "not_reached": ("over the budget", "red"),
+}
+
+
+def compressed(report: "Report") -> Group:
+    """Return before and after, with the interval of what was lost."""
+    before, after = report.baseline, report.result
+    name = {"top1": "accuracy", "agreement": "agreement", "cosine": "similarity"}[report.metric_name]
+    made = table("", "before", "after", "", right=("before", "after"))
+    made.add_row(
+        "file", size(before.bytes_file), size(after.bytes_file), Text(f"{report.ratio_file:.1f}× smaller", "green")
+    )
+    made.add_row(
+        "package (zstd)",
+        size(before.bytes_package),
+        size(after.bytes_package),
+        f"{report.ratio_package:.1f}× smaller than the file before",
+    )
+    low, high = report.drop_ci95
+    lost = f"{-report.drop:+.2f} points, 95 % interval {-high:+.2f} … {-low:+.2f}, on {report.n_report} inputs"
+    made.add_row(name, f"{before.metric:.2%}", f"{after.metric:.2%}", lost)
+    quicker = f"{report.speedup:.2f}× faster" if report.speedup >= 1 else f"{1 / report.speedup:.2f}× SLOWER"
+    made.add_row(
+        "latency p50",
+        f"{before.latency_ms_p50:.3f} ms",
+        f"{after.latency_ms_p50:.3f} ms",
+        Text(quicker, "green" if report.speedup >= 1 else "red"),
+    )
+    made.add_row(
+        "latency p90",
+        f"{before.latency_ms_p90:.3f} ms",
+        f"{after.latency_ms_p90:.3f} ms",
+        f"{report.threads} thread, batch {report.batch}, {report.device}",
+    )
+    made.add_row("load", f"{before.load_ms:.0f} ms", f"{after.load_ms:.0f} ms", "")
+    words, style = VERDICTS[report.verdict]
+    return Group(
+        made,
+        Text(f"verdict: {words}", style),
+        *(Text(f"warning: {text}", "yellow") for text in report.details.warnings),
+    )
+
+
+def split_json(report: "SplitReport") -> dict[str, Any]:
+    """Return the verdicts and where the plan lies."""
+    return {
+        "plan_hash": report.plan_hash,
+        "out": str(report.out),
+        "metric": report.plan.metric,
+        "private": report.plan.private,
+        "slowdown": report.plan.slowdown,
+        "verdicts": [
+            {"link": str(one.link), "cut": one.cut, "coding": one.coding, "ms": one.ms, "text": one.text}
+            for one in report.verdicts
+        ],
+    }
+
+
+def split_table(plan: "Plan", links: "Sequence[Link]") -> Group:
+    """Return milliseconds from input to answer of every cut in its best coding over each link, and the verdicts."""
+    from cloud.split.verdict import judge, options
+
+    columns = [f"{link.mbit:g} Mbit/s" for link in links]
+    made = table(
+        "cut",
+        "coding",
+        "sent",
+        plan.metric,
+        "device",
+        "tail",
+        *columns,
+        right=("sent", plan.metric, "device", "tail", *columns),
+    )
+    ranked = {link: options(plan, link) for link in links}
+    best = {link: ranked[link][0] for link in links}
+    for cut in sorted(plan.cuts, key=lambda cut: cut.after):
+        mine = {link: [one for one in ranked[link] if one.cut.name == cut.name] for link in links}
+        offered = next((found[0] for found in mine.values() if found), None)
+        if offered is None:
+            made.add_row(*_refused(plan, cut.name), *("–" for _ in links), style="dim")
+            continue
+        made.add_row(*_facts(offered), *(_milliseconds(mine[link][0], best[link]) for link in links))
+    sentences = []
+    for link in links:
+        verdict = judge(plan, link)
+        line = Text(f"{link.mbit:g} Mbit/s, {link.rtt_ms:g} ms: ", "bold")
+        sentences.append(line.append(verdict.text, "not bold"))
+    note = f"ms to the answer; the device is {plan.slowdown:g}× slower than this machine; {plan.metric} on {plan.samples} inputs"
+    return Group(made, Text(note, "dim"), Text(), *sentences)
+
+
+def _facts(choice: "Choice") -> tuple[str, ...]:
+    cut, coding = choice.cut, choice.coding
+    label = {"local": "local (send nothing)", "input": "input (send it compressed)"}.get(cut.name, cut.name)
+    if coding is None:
+        return label, "–", "0 B", "100 %", f"{cut.device_ms.p50:.0f} ms", "–"
+    kept = f"{100 - coding.drop:.1f} %"
+    return label, coding.name, size(coding.bytes_p50), kept, f"{cut.device_ms.p50:.0f} ms", f"{cut.tail_ms.p50:.1f} ms"
+
+
+def _refused(plan: "Plan", name: str) -> tuple[str, ...]:
+    cut = plan.cut(name)
+    private = plan.private and (cut.raw or name == "input")
+    why = "may not leave" if private else "over the budget"
+    least = min((coding.bytes_p50 for coding in cut.codings), default=0)
+    return (
+        {"input": "input"}.get(name, name),
+        why,
+        size(least),
+        "–",
+        f"{cut.device_ms.p50:.0f} ms",
+        f"{cut.tail_ms.p50:.1f} ms",
+    )
+
+
+def _milliseconds(choice: "Choice", best: "Choice") -> Text:
+    return Text(f"{choice.ms:.0f}", "bold green" if choice == best else "")

@@ -1,0 +1,169 @@
+"""`skerry compress` and `skerry split`: the workshop's two rooms from the command line."""
+
+from pathlib import Path
+from typing import Annotated, cast, get_args
+
+import typer
+
+from cloud.cli.command import command
+from cloud.cli.screen import Screen
+from skills.errors import FormatError, UsageError
+
+PANEL = "Models"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    command(
+        app,
+        "compress",
+        panel=PANEL,
+        examples=(
+            "skerry compress digits.onnx --data digits.npz -o small",
+            "skerry compress net.py:make --data data.npz -o small --device arm64-onnxruntime --max-drop 0.5",
+        ),
+    )(compress)
+    command(
+        app,
+        "split",
+        panel=PANEL,
+        examples=(
+            "skerry split photos.onnx --data photos.npz --device-slowdown 10 --link 20mbit/30ms -o plan",
+            "skerry split photos.onnx --data photos.npz -o plan --private",
+        ),
+    )(split)
+
+
+def compress(
+    screen: Screen,
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="An .onnx file, or package.module:factory that returns a torch module."),
+    ],
+    data: Annotated[
+        Path, typer.Option("--data", metavar="FILE", help="An .npz with x and, if known, y (and x_train, y_train).")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="FOLDER", help="Where the result goes.")],
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device",
+            metavar="PROFILE",
+            help="What it shall run on: auto (like this machine), a profile's name or .yaml file.",
+        ),
+    ] = "auto",
+    max_drop: Annotated[
+        float, typer.Option("--max-drop", metavar="POINTS", help="How much accuracy may be lost, in percentage points.")
+    ] = 1.0,
+    goal: Annotated[str, typer.Option("--goal", metavar="size|latency|both", help="What counts most.")] = "both",
+    weights: Annotated[
+        Path | None, typer.Option("--weights", metavar="FILE", help="State dict for package.module:factory.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of everything random.")] = 0,
+) -> None:
+    """Make a model smaller and faster within a budget of lost accuracy.
+
+    Everything is measured on the runtime that will serve it, on data that was not used for any decision. The folder
+    holds model.onnx, report.json, report.html, recipe.yaml and lineage.json. Ends with 3 when the budget was missed.
+    """
+    from compress import Goal
+    from compress import compress as run
+
+    if goal not in get_args(Goal):
+        raise UsageError(f"--goal is {goal!r}, expected size, latency or both")
+    aim = cast(Goal, goal)
+    with screen.progress("compressing") as step:
+        report = run(
+            model,
+            data,
+            out,
+            device,
+            max_drop,
+            aim,
+            seed,
+            lambda what, share, best: step(f"{what} {best}".strip(), share),
+            weights,
+        )
+    from cloud.cli import findings
+
+    screen.result(report.to_json(), lambda: findings.compressed(report))
+    screen.say(f"[dim]{out / 'report.html'} shows it layer by layer[/dim]")
+    report.reached()
+
+
+def split(
+    screen: Screen,
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx file.")],
+    data: Annotated[Path, typer.Option("--data", metavar="FILE", help="An .npz with x and, if known, y.")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="FOLDER", help="Where split.yaml and the segments go.")],
+    device: Annotated[
+        str | None, typer.Option("--device", metavar="PROFILE", help="Profile (.yaml or name) of the device.")
+    ] = None,
+    slowdown: Annotated[
+        float | None,
+        typer.Option(
+            "--device-slowdown",
+            metavar="TIMES",
+            help="How many times slower than this machine the device is.",
+            show_default="10",
+        ),
+    ] = None,
+    link: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--link",
+            metavar="RATE/RTT",
+            help="A network to judge, like 20mbit/30ms; may be repeated.",
+            show_default="1, 5, 20, 100mbit/30ms",
+        ),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="The input may not leave the device, not even compressed.")
+    ] = False,
+    min_cut: Annotated[
+        str | None,
+        typer.Option("--min-cut", metavar="TENSOR", help="With --private: nothing before this tensor may leave."),
+    ] = None,
+    max_drop: Annotated[
+        float, typer.Option("--max-drop", metavar="POINTS", help="How much a coding may cost, in percentage points.")
+    ] = 1.0,
+) -> None:
+    """Find out whether and where to cut a model between device and cloud.
+
+    Staying local and sending the compressed input are candidates beside every true cut; the verdict says plainly when
+    splitting does not pay.
+    """
+    from cloud.split import LINKS
+    from cloud.split import split as run
+    from skills.split import parse_link
+
+    links = tuple(parse_link(text) for text in link) if link else LINKS
+    factor = device_slowdown(device, slowdown)
+    with screen.progress("splitting") as step:
+        report = run(
+            model, data, slowdown=factor, links=links, private=private, min_cut=min_cut, max_drop=max_drop, out=out,
+            progress=lambda stage, done, of: step(stage, done / of if of else 0.0),
+        )  # fmt: skip
+    from cloud.cli import findings
+
+    screen.result(findings.split_json(report), lambda: findings.split_table(report.plan, links))
+    screen.say(f"[dim]{out / 'report.html'} shows every cut[/dim]")
+
+
+def device_slowdown(device: str | None, slowdown: float | None) -> float:
+    """Return how many times slower the device is, from the option or its profile.
+
+    Raises:
+        UsageError: both were given.
+        FormatError: the profile does not say.
+    """
+    if slowdown is not None and device is not None:
+        raise UsageError("give either --device or --device-slowdown")
+    if device is None:
+        return 10.0 if slowdown is None else slowdown
+    from compress import profiles
+
+    profile = profiles.find(device)
+    if profile.slowdown is None:
+        raise FormatError(f"the profile {device} does not say how fast the device is: give --device-slowdown")
+    return profile.slowdown
