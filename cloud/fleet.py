@@ -28,6 +28,7 @@ from skills.wire import decode_json, to_plain
 MAX_INVITE_S = 30 * 86_400
 MAX_INVITES = 10_000
 KEPT_EVENTS = 20_000
+WARNINGS = frozenset(("skill.failed", "skill.refused", "skill.stalled", "rollout.halted"))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -251,7 +252,8 @@ class Fleet:
     def record(self, kind: str, device: str | None, **data: Any) -> None:
         """Write an event to the audit and to the log."""
         data = {key: value for key, value in data.items() if value is not None}
-        self._journal.info(kind, device=device, **data)
+        say = self._journal.warning if kind in WARNINGS else self._journal.info
+        say(kind, device=device, **data)
         with self._database.begin() as session:
             session.add(Event(time=self._now(), kind=kind, device=device, data=data))
             self._since_trim += 1
