@@ -77,9 +77,7 @@ def _read(path: Path) -> dict[str, Array]:
     if not path.exists():
         raise NotFound(f"there is no data file {path}")
     try:
-        with np.load(path, allow_pickle=False) as pack:
-            if not hasattr(pack, "files"):
-                raise FormatError(f"{path} holds one bare array, expected an .npz with x and y (numpy.savez)")
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as pack:
             return {key: pack[key] for key in KEYS if key in pack.files} or dict.fromkeys(pack.files, np.empty(0))
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise FormatError(f"{path} is not an .npz file that can be read: {str(error).splitlines()[0]}") from None

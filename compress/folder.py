@@ -52,8 +52,10 @@ def write_folder(out: Path, files: Mapping[str, bytes]) -> None:
                 if old.exists():
                     old.rename(out)
                 raise
-            fsync_directory(out.parent)
-            shutil.rmtree(old, ignore_errors=True)
+            try:
+                fsync_directory(out.parent)
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import os
 import platform
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,8 @@ MAX_OPSET = 26  # the newest that onnxruntime 1.30 accepts; a newer one is lower
 MAX_IR = 13
 INT8_OPS = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
 FLOAT_OPS = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "ConvTranspose")
+HEAVY_OPS = ("Conv", "Gemm", "MatMul", "ConvTranspose")
+FUSED_BEHIND = ("QuantizeLinear", "DequantizeLinear", "Relu", "Clip", "LeakyRelu", "Add")
 DTYPES = {
     "tensor(float)": "float32", "tensor(double)": "float64", "tensor(float16)": "float16", "tensor(uint8)": "uint8",
     "tensor(int8)": "int8", "tensor(int16)": "int16", "tensor(int32)": "int32", "tensor(int64)": "int64",
@@ -199,7 +202,7 @@ def chain(files: Sequence[Path], outputs: Sequence[str], threads: int = 1) -> Ch
 def audit(model: bytes) -> Audit:
     """Load `model` fully optimised, read the result back and say what became of each Conv, Gemm and MatMul.
 
-    An optimiser that renames nodes would break the rows' names, so they are matched by the weights' consumers as well.
+    Rows carry the names that the operators have in `model`, whatever the optimiser fused them into.
 
     Raises:
         FormatError: onnxruntime cannot load it.
@@ -214,17 +217,32 @@ def audit(model: bytes) -> Audit:
         _load(model, 1, optimise=True, save_to=path)
         optimised = onnx.load(path)
     written = onnx.load_model_from_string(model)
+    makers = {name: node for node in written.graph.node for name in node.output}
+    named = {node.name: node for node in written.graph.node if node.name}
     counts: dict[str, int] = {}
     rows = []
     for node in optimised.graph.node:
         counts[node.op_type] = counts.get(node.op_type, 0) + 1
-        if node.op_type in INT8_OPS:
-            rows.append(AuditRow(node.name or node.output[0], node.op_type, int8=True))
-        elif node.op_type in FLOAT_OPS:
-            rows.append(
-                AuditRow(node.name or node.output[0], node.op_type, int8=False, reason=_why_float(written, node))
-            )
+        if node.op_type not in INT8_OPS and node.op_type not in FLOAT_OPS:
+            continue
+        source = _written_as(node, named, makers)
+        name = (source.name or source.output[0]) if source is not None else (node.name or node.output[0])
+        int8 = node.op_type in INT8_OPS
+        rows.append(AuditRow(name, node.op_type, int8, "" if int8 else _why_float(written, source)))
     return Audit(tuple(rows), dict(sorted(counts.items())))
+
+
+def _written_as(node: Any, named: Mapping[str, Any], makers: Mapping[str, Any]) -> Any:
+    """Return the heavy operator of the graph as written that became `node`, or None.
+
+    A fused node keeps the operator's name, with a suffix where the runtime changed its layout, or else only what it
+    makes: the result of the last operator that was fused in. From there it is one step back at a time.
+    """
+    name = re.sub(r"(_token_\d+|_nchwc)$", "", node.name)
+    at = named.get(name) or makers.get(name) or makers.get(node.output[0])
+    while at is not None and at.op_type not in HEAVY_OPS:
+        at = makers.get(at.input[0]) if at.op_type in FUSED_BEHIND else None
+    return at
 
 
 def interleaved(
@@ -299,15 +317,12 @@ def _one_line(error: Exception) -> str:
     return text.split(" : ", 3)[-1][:400] if text.startswith("[ONNXRuntimeError]") else text[:400]
 
 
-def _why_float(written: Any, node: Any) -> str:
+def _why_float(written: Any, source: Any) -> str:
     """Say what in the graph as written kept the runtime from its int8 kernel."""
-    graph = written.graph
-    producer = {name: item for item in graph.node for name in item.output}
-    source = next((item for item in graph.node if node.name and item.name == node.name), None)
-    if source is None:
-        source = next((item for item in graph.node if set(item.output) & set(node.output)), None)
     if source is None:
         return "it was made by the optimiser from other operators"
+    graph = written.graph
+    producer = {name: item for item in graph.node for name in item.output}
     weight = producer.get(source.input[1])
     if weight is None:
         return "its weights are stored as float"

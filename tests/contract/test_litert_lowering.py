@@ -1,0 +1,92 @@
+"""The int8 `.tflite` that we write, run in LiteRT and held against the ONNX graph that it came from."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import helper, numpy_helper
+
+from compress import compress, tflite
+from skills import ort
+from skills.errors import FormatError
+
+Build = Callable[[str], Any]
+
+
+@pytest.mark.parametrize("kind", ["plain", "residual", "depthwise"])
+def test_the_tflite_answers_as_the_original(kind: str, small_net: Build, tmp_path: Path) -> None:
+    net = small_net(kind)
+    (tmp_path / "m.onnx").write_bytes(net.model.SerializeToString())
+    report = compress(tmp_path / "m.onnx", net.data, tmp_path / "out", device="arm64-litert", max_drop=3.0)
+    assert report.verdict != "not_reached"
+    assert report.details.model_file == "model.tflite"
+    file = (tmp_path / "out" / "model.tflite").read_bytes()
+    assert file[4:8] == b"TFL3"
+    assert len(file) == report.result.bytes_file
+    got = tflite.session(file).run({"x": net.x})["logits"]
+    want = ort.session(net.model.SerializeToString()).run({"x": net.x})["logits"]
+    assert (got.argmax(1) == want.argmax(1)).mean() > 0.97
+    assert np.corrcoef(got.ravel(), want.ravel())[0, 1] > 0.97
+
+
+def test_names_types_and_shapes_are_those_of_the_onnx(small_net: Build, tmp_path: Path) -> None:
+    net = small_net("plain")
+    (tmp_path / "m.onnx").write_bytes(net.model.SerializeToString())
+    compress(tmp_path / "m.onnx", net.data, tmp_path / "out", device="arm64-litert", max_drop=3.0)
+    session = tflite.session((tmp_path / "out" / "model.tflite").read_bytes())
+    assert session.inputs == (ort.Port("x", "float32", (-1, 1, 12, 12)),)
+    assert session.outputs == (ort.Port("logits", "float32", (-1, 4)),)
+    assert session.raw.get_signature_list() == {"serving_default": {"inputs": ["x"], "outputs": ["logits"]}}
+    assert tuple(session.raw.get_input_details()[0]["shape"]) == (1, 1, 12, 12)
+
+
+@pytest.mark.parametrize(
+    ("stride", "pads", "size"),
+    [(2, [1, 1, 1, 1], 12), (2, [0, 0, 1, 1], 12), (1, [0, 0, 0, 0], 9), (2, [1, 1, 1, 1], 9)],
+)
+def test_every_padding_of_onnx_lands_on_the_same_pixels(
+    stride: int, pads: list[int], size: int, tmp_path: Path
+) -> None:
+    chance = np.random.default_rng(1)
+    weight = chance.standard_normal((6, 3, 3, 3)).astype(np.float32)
+    made = (size + pads[0] + pads[2] - 3) // stride + 1
+    head = chance.standard_normal((5, 6 * made * made)).astype(np.float32)
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], pads=pads, strides=[stride] * 2),
+        helper.make_node("Relu", ["c"], ["r"]),
+        helper.make_node("Flatten", ["r"], ["f"]),  # pixels in ONNX's order: the lowering must transpose back
+        helper.make_node("Gemm", ["f", "h"], ["y"], transB=1),
+    ]
+    ends = [
+        helper.make_tensor_value_info("x", 1, ["n", 3, size, size]),
+        helper.make_tensor_value_info("y", 1, ["n", 5]),
+    ]
+    body = helper.make_graph(
+        nodes, "g", ends[:1], ends[1:], [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(head, "h")]
+    )
+    model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    x = chance.standard_normal((200, 3, size, size)).astype(np.float32)
+    report = compress(tmp_path / "m.onnx", {"x": x}, tmp_path / "out", device="arm64-litert", max_drop=50)
+    assert report.result.metric > 0.9
+
+
+@pytest.mark.parametrize("kind", ["Sigmoid", "Tanh"])
+def test_an_operator_without_an_int8_form_is_named(kind: str, tmp_path: Path) -> None:
+    weight = np.random.default_rng(0).standard_normal((4, 1, 3, 3)).astype(np.float32)
+    nodes = [helper.make_node("Conv", ["x", "w"], ["c"], pads=[1] * 4), helper.make_node(kind, ["c"], ["y"])]
+    ends = [helper.make_tensor_value_info(n, 1, ["n", c, 6, 6]) for n, c in (("x", 1), ("y", 4))]
+    body = helper.make_graph(nodes, "g", ends[:1], ends[1:], [numpy_helper.from_array(weight, "w")])
+    model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    x = np.random.default_rng(1).standard_normal((60, 1, 6, 6)).astype(np.float32)
+    with pytest.raises(FormatError, match=kind):
+        compress(tmp_path / "m.onnx", {"x": x}, tmp_path / "out", device="arm64-litert")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_no_tflite_is_one_sentence() -> None:
+    with pytest.raises(FormatError, match="LiteRT cannot load the model"):
+        tflite.session(b"nonsense" * 10)

@@ -1,0 +1,191 @@
+"""Small nets through the whole workshop, on the real runtime."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from compress import graph, profiles
+from compress.passes.canonicalise import canonicalise
+from compress.passes.strip import strip
+from compress.pipeline import Bench, Pass, State
+from compress.report import Recipe
+from compress.run import PASSES, check_audit, run
+from compress.scheme import Layer, Scheme
+from skills import ort
+from skills.errors import NotReached, SkerryError
+from skills.wire import decode_yaml
+
+KEYS = {
+    "metric_name", "verdict", "drop", "drop_ci95", "n_report", "baseline", "result", "ratio_file", "ratio_package",
+    "speedup", "device", "threads", "batch", "seconds",
+}  # fmt: skip
+BASELINE = {"metric", "bytes_input", "bytes_file", "bytes_package", "latency_ms_p50", "latency_ms_p90", "load_ms"}
+RESULT = BASELINE - {"bytes_input"}
+
+
+@pytest.mark.parametrize("kind", ["plain", "residual", "depthwise"])
+def test_batch_norm_is_folded_and_the_function_kept(kind: str, small_net: Callable[[str], Any]) -> None:
+    net = small_net(kind)
+    model = canonicalise(net.model)
+    assert "BatchNormalization" not in {node.op_type for node in model.graph.node}
+    assert graph.opset(model) == 21
+    before, after = (ort.session(m.SerializeToString()).run({"x": net.x})["logits"] for m in (net.model, model))
+    assert np.allclose(before, after, atol=1e-3)
+
+
+def test_stripping_leaves_no_metadata_and_no_dead_weight(small_net: Callable[[str], Any]) -> None:
+    model = graph.copy(small_net("plain").model)
+    model.graph.node[0].doc_string = "File model.py, line 1"
+    model.metadata_props.add(key="who", value="me")
+    model.graph.initializer.append(graph.tensor("dead", np.zeros(1000, np.float32)))
+    model.graph.input.append(onnx.helper.make_tensor_value_info("head", 1, [32, 4]))  # an initializer declared as input
+    stripped = strip(model)
+    assert [item.name for item in stripped.graph.input] == ["x"]
+    assert "dead" not in graph.arrays(stripped)
+    assert not stripped.metadata_props
+    assert not stripped.graph.node[0].doc_string
+    assert not stripped.producer_name
+    assert len(model.graph.input) == 2  # the model that came in is untouched
+
+
+@pytest.mark.parametrize("kind", ["plain", "residual", "depthwise"])
+def test_every_kind_of_net_comes_out_smaller_within_the_budget(
+    kind: str, small_net: Callable[[str], Any], tmp_path: Path
+) -> None:
+    net = small_net(kind)
+    (tmp_path / "model.onnx").write_bytes(net.model.SerializeToString())
+    report = run(tmp_path / "model.onnx", net.data, tmp_path / "out", device="x86-avx2", max_drop=3.0)
+    assert report.baseline.metric > 0.9
+    assert report.verdict != "not_reached"
+    assert report.result.bytes_file < report.baseline.bytes_file
+    written = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert set(written) == KEYS
+    assert set(written["baseline"]) == BASELINE
+    assert set(written["result"]) == RESULT
+    again = ort.session(tmp_path / "out" / "model.onnx").run({"x": net.x})["logits"]
+    assert (again.argmax(1) == net.y).mean() > 0.88
+    assert (tmp_path / "out" / "model.onnx").stat().st_size == report.result.bytes_file
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "model.onnx", "report.json", "report.html", "recipe.yaml", "lineage.json",
+    }  # fmt: skip
+    recipe = decode_yaml(Recipe, (tmp_path / "out" / "recipe.yaml").read_text(), "recipe.yaml")
+    assert len(recipe.layers) == len(report.details.layers) > 2
+
+
+def test_the_same_inputs_give_the_same_bits(small_net: Callable[[str], Any], tmp_path: Path) -> None:
+    net = small_net("plain")
+    (tmp_path / "model.onnx").write_bytes(net.model.SerializeToString())
+    passes = tuple(step for step in PASSES if step.name != "guard")  # a race may go either way on a busy machine
+    files = []
+    for name in ("a", "b"):
+        run(tmp_path / "model.onnx", net.data, tmp_path / name, device="x86-avx2", max_drop=3.0, passes=passes)
+        files.append((tmp_path / name / "model.onnx").read_bytes())
+    assert files[0] == files[1]
+
+
+def test_progress_only_moves_forward(small_net: Callable[[str], Any], tmp_path: Path) -> None:
+    net = small_net("plain")
+    (tmp_path / "model.onnx").write_bytes(net.model.SerializeToString())
+    seen: list[float] = []
+    run(
+        tmp_path / "model.onnx", net.data, tmp_path / "out", max_drop=3.0, device="x86-avx2",
+        progress=lambda _stage, share, _best: seen.append(share),
+    )  # fmt: skip
+    assert seen == sorted(seen)
+    assert seen[-1] == 1.0
+
+
+def test_without_labels_the_metric_is_agreement_and_the_report_says_so(
+    small_net: Callable[[str], Any], tmp_path: Path
+) -> None:
+    net = small_net("plain")
+    (tmp_path / "model.onnx").write_bytes(net.model.SerializeToString())
+    report = run(tmp_path / "model.onnx", {"x": net.x}, tmp_path / "out", device="x86-avx2", max_drop=5.0)
+    assert report.metric_name == "agreement"
+    assert report.baseline.metric == 1.0
+    assert any("no labels" in warning for warning in report.details.warnings)
+
+
+def test_a_budget_that_cannot_be_kept_is_not_reached_and_the_best_is_written(
+    small_net: Callable[[str], Any], tmp_path: Path
+) -> None:
+    net = small_net("plain")
+    (tmp_path / "model.onnx").write_bytes(net.model.SerializeToString())
+    passes = (*(step for step in PASSES if step.name != "guard"), NARROW)
+    report = run(tmp_path / "model.onnx", net.data, tmp_path / "out", device="x86-avx2", passes=passes)
+    assert report.verdict == "not_reached"
+    assert (tmp_path / "out" / "model.onnx").is_file()
+    with pytest.raises(NotReached, match="the budget is 1"):
+        report.reached()
+
+
+def test_a_pass_that_changes_the_function_is_stopped_by_name(small_net: Callable[[str], Any], tmp_path: Path) -> None:
+    def forget(state: State, _bench: Bench) -> State:
+        model = graph.copy(state.model)
+        weight = next(item for item in model.graph.initializer if item.name.endswith("weight.folded"))
+        weight.CopyFrom(graph.tensor(weight.name, graph.array(weight) * np.float32(1.5)))
+        return dataclasses.replace(state, model=model)
+
+    with pytest.raises(SkerryError, match="pass 'forgetful' changed what the model answers"):
+        run_with(small_net("plain"), tmp_path, (PASSES[0], Pass("forgetful", "forgetting", forget), *PASSES[1:]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pass_that_breaks_the_graph_is_stopped_by_name(small_net: Callable[[str], Any], tmp_path: Path) -> None:
+    def cut(state: State, _bench: Bench) -> State:
+        model = graph.copy(state.model)
+        del model.graph.node[1]
+        return dataclasses.replace(state, model=model)
+
+    with pytest.raises(SkerryError, match="pass 'scissors' made an invalid graph"):
+        run_with(small_net("plain"), tmp_path, (PASSES[0], Pass("scissors", "cutting", cut)))
+
+
+def test_a_pass_that_crashes_is_named(small_net: Callable[[str], Any], tmp_path: Path) -> None:
+    def crash(_state: State, _bench: Bench) -> State:
+        raise KeyError("lost")
+
+    with pytest.raises(SkerryError, match="pass 'clumsy' failed: KeyError: 'lost'"):
+        run_with(small_net("plain"), tmp_path, (Pass("clumsy", "stumbling", crash),))
+
+
+def test_a_layer_that_stayed_float_fails_the_emit_by_name() -> None:
+    scheme = Scheme((Layer("stem", "Conv", "w", 0, (8, 4, 3, 3)),), {}, profiles.find("x86-vnni"))
+    audit = ort.Audit((ort.AuditRow("L0", "Conv", int8=False, reason="its input is not quantized"),), {"Conv": 1})
+    with pytest.raises(SkerryError, match="left Conv 'stem' in float: its input is not quantized"):
+        check_audit(audit, scheme)
+
+
+def test_a_result_slower_than_what_came_in_is_never_silent(small_net: Callable[[str], Any], tmp_path: Path) -> None:
+    net = small_net("depthwise")
+    report = run_with(net, tmp_path, PASSES)
+    slower = [warning for warning in report.details.warnings if "slower than what came in" in warning]
+    assert bool(slower) is (report.speedup < 0.98)
+
+
+def test_an_s8_profile_of_another_machine_still_answers_right(small_net: Callable[[str], Any], tmp_path: Path) -> None:
+    net = small_net("residual")
+    (tmp_path / "model.onnx").write_bytes(net.model.SerializeToString())
+    report = run(tmp_path / "model.onnx", net.data, tmp_path / "out", device="arm64-onnxruntime", max_drop=3.0)
+    assert report.verdict != "not_reached"
+
+
+def run_with(net: Any, tmp_path: Path, passes: tuple[Pass, ...]) -> Any:
+    (tmp_path / "model.onnx").write_bytes(net.model.SerializeToString())
+    return run(tmp_path / "model.onnx", net.data, tmp_path / "out", device="x86-avx2", max_drop=3.0, passes=passes)
+
+
+def _much_too_narrow(state: State, _bench: Bench) -> State:
+    """Calibrate on a sixteenth of the real values: the classic preprocessing mistake."""
+    scheme = state.planned()
+    narrow = {name: type(r)(r.lo / 16, r.hi / 16) for name, r in scheme.ranges.items()}
+    return dataclasses.replace(state, scheme=dataclasses.replace(scheme, ranges=narrow))
+
+
+NARROW = Pass("narrow", "spoiling the ranges", _much_too_narrow)

@@ -1,0 +1,46 @@
+import pytest
+
+from compress import profiles
+from skills.errors import FormatError, NotFound
+from skills.profile import load_profile
+
+
+@pytest.mark.parametrize("name", profiles.names())
+def test_every_shipped_profile_is_valid_and_named_like_its_file(name: str) -> None:
+    assert profiles.find(name).name == name
+
+
+def test_the_four_profiles_ship() -> None:
+    assert profiles.names() == ("arm64-litert", "arm64-onnxruntime", "x86-avx2", "x86-vnni")
+
+
+@pytest.mark.parametrize(
+    ("machine", "isa", "name"),
+    [
+        ("x86_64", ("avx2", "avx512_vnni"), "x86-vnni"),
+        ("x86_64", ("avx2", "avx_vnni"), "x86-vnni"),
+        ("x86_64", ("avx2",), "x86-avx2"),
+        ("aarch64", ("asimd",), "arm64-onnxruntime"),
+    ],
+)
+def test_auto_takes_the_profile_of_this_machine(machine: str, isa: tuple[str, ...], name: str) -> None:
+    assert profiles.detect(machine, isa) == name
+
+
+def test_a_machine_without_a_profile_is_named() -> None:
+    with pytest.raises(NotFound, match="riscv64"):
+        profiles.detect("riscv64", ())
+
+
+def test_an_unknown_profile_lists_the_known_ones() -> None:
+    with pytest.raises(NotFound, match="no device profile 'toaster'.*x86-vnni"):
+        profiles.find("toaster")
+
+
+def test_a_misspelt_key_is_named_with_its_line() -> None:
+    with pytest.raises(FormatError, match="line 4.*weight_bit.*did you mean 'weight_bits'"):
+        load_profile("name: a\nruntime: litert\narch: aarch64\nweight_bit: 7\n", "p.yaml")
+
+
+def test_s8_activations_never_go_to_x86() -> None:
+    assert all(profiles.find(name).activation == "u8" for name in profiles.names() if name.startswith("x86"))
