@@ -32,7 +32,7 @@ from edge_agent.worker import pss_kb
 from edge_agent.workers import Workers
 from skills import __version__, topics
 from skills.desired import open_sealed
-from skills.errors import DeadlineExceeded, FormatError, SkerryError, StorageError, TrustError, UsageError
+from skills.errors import DeadlineExceeded, FormatError, SkerryError, StorageError, TrustError, Unreachable, UsageError
 from skills.files import write_atomic
 from skills.messaging import Connected, Disconnected, Message, MqttClient
 from skills.report import DeviceState, Hello, SkillState, decode_chunk
@@ -40,7 +40,7 @@ from skills.resolve import Capabilities
 from skills.wire import encode_json, pack_frame, to_plain, unpack_frame
 
 LOG = logging.getLogger("skerry.agent")
-LISTEN_S = 30.0
+LISTEN_S = 5.0
 REPORT_EVERY_S = 60.0
 REPORT_PAUSE_S = 0.25  # progress is told at most four times a second
 MAX_COMMAND_BYTES = 256 << 10
@@ -89,6 +89,7 @@ class Agent:
         )
         self._boot = secrets.token_hex(8)
         self._nonce = ""
+        self._unsaved: Message | None = None  # an assignment that the full disk did not take: tried again soon
         self._seq = 0
         self._reported: tuple[SkillState, ...] | None = None
         self._commands: set[asyncio.Task[None]] = set()
@@ -189,9 +190,16 @@ class Agent:
             try:
                 event = await self._mqtt.next(LISTEN_S)
             except DeadlineExceeded:
+                if self.reconciler.connected and not self._nonce:
+                    self._greet()
+                if self._unsaved is not None:
+                    self._hear(self._unsaved)
                 continue
             match event:
                 case Connected():
+                    LOG.info("broker.connected")
+                    self._nonce, self._reported = "", None
+                    self.reconciler.online(connected=True)
                     self._greet()
                 case Disconnected(reason):
                     if self.reconciler.connected:
@@ -203,13 +211,14 @@ class Agent:
                     self._hear(event)
 
     def _greet(self) -> None:
-        LOG.info("broker.connected")
-        self._nonce = secrets.token_hex(16)
-        self.reconciler.online(connected=True)
-        self._reported = None
-        device = self._identity.device
-        hello = Hello(device, self._nonce, self._boot, self.reconciler.refresh_capabilities())
-        self._mqtt.publish(topics.up(device, "hello"), encode_json(hello))
+        nonce, device = secrets.token_hex(16), self._identity.device
+        hello = Hello(device, nonce, self._boot, self.reconciler.refresh_capabilities())
+        try:
+            self._mqtt.publish(topics.up(device, "hello"), encode_json(hello))
+        except Unreachable as error:
+            LOG.debug("hello.delayed error=%r", str(error))  # said again soon, while no nonce is out
+            return
+        self._nonce = nonce
 
     def _hear(self, message: Message) -> None:
         try:
@@ -220,13 +229,15 @@ class Agent:
                 case "blk":
                     self._intake.arrived(decode_chunk(message.payload))
                 case "desired":
-                    self._accept(message.payload)
+                    self._unsaved = None
+                    self._accept(message)
                 case "cmd":
                     self._command(message.payload)
         except (FormatError, TrustError) as error:
             LOG.warning("message.refused topic=%s error=%r", message.topic, str(error))
 
-    def _accept(self, sealed: bytes) -> None:
+    def _accept(self, message: Message) -> None:
+        sealed = message.payload
         last = self.reconciler.assignment
         assignment = open_sealed(sealed, self._identity.director_pem, self._identity.device, last)
         if last is not None and assignment.time < last.time:
@@ -239,6 +250,7 @@ class Agent:
                 self._store.write_assignment(sealed)
             except StorageError as error:
                 LOG.error("assignment.unsaved error=%r", str(error))  # noqa: TRY400 - one sentence says it
+                self._unsaved = message
                 return
         if last is None or last.counter != assignment.counter:
             LOG.info("assignment.accepted counter=%s skills=%s", assignment.counter, len(assignment.skills))

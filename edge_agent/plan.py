@@ -92,6 +92,7 @@ class Facts:
     stalled: str = ""
     progress: float = 0.0
     received_bytes: int = 0
+    received_part_bytes: int = 0
     last_words: str = ""
 
 
@@ -309,11 +310,14 @@ def _install(facts: Facts, wanted: WantedSkill) -> Step:
     worker = facts.running.get(digest)
     if worker is None or not worker.probed:
         return Probe(pointer.skill, digest, choice)
-    variants = {name: variant.name for name, variant in choice.variants.items()}
-    total = sum(part.wire_size for part in parts)
     installed = Installed(
-        wanted.version, digest, wanted.target, variants, facts.received_bytes, max(total - facts.received_bytes, 0)
-    )  # fmt: skip
+        version=wanted.version,
+        manifest=digest,
+        target=wanted.target,
+        variants={name: variant.name for name, variant in choice.variants.items()},
+        received_bytes=facts.received_bytes,
+        reused_bytes=max(sum(part.wire_size for part in parts) - facts.received_part_bytes, 0),
+    )
     return Activate(pointer.skill, installed)
 
 

@@ -51,6 +51,7 @@ class Attempt:
     metadata: str
     trusted: str | None = None
     received_bytes: int = 0
+    received_part_bytes: int = 0
     progress: float = 0.0
     stalled: str = ""
     failures: int = 0
@@ -245,6 +246,7 @@ class Reconciler:
             stalled=attempt.stalled if attempt is not None else "",
             progress=attempt.progress if attempt is not None else 0.0,
             received_bytes=attempt.received_bytes if attempt is not None else 0,
+            received_part_bytes=attempt.received_part_bytes if attempt is not None else 0,
             last_words=life.last_words,
         )
 
@@ -385,7 +387,9 @@ class Reconciler:
             attempt.progress = min((done + part.wire_size * have / count) / total, 1.0)
             self.told.set()
 
-        attempt.received_bytes += await self._intake.part(part, told)
+        received = await self._intake.part(part, told)
+        attempt.received_bytes += received
+        attempt.received_part_bytes += received
 
     async def _verify(self, skill: str, wanted: WantedSkill, metadata: Any) -> None:
         verdict = await self._trust.judge(wanted, metadata, self.assignment.time if self.assignment else 0)
@@ -466,7 +470,7 @@ class Reconciler:
 
     def _skills(self) -> tuple[str, ...]:
         wanted = {w.skill for w in self.assignment.skills} if self.assignment is not None else set()
-        return tuple(sorted(wanted | set(self._pointers)))
+        return tuple(sorted(wanted | set(self._pointers) | {worker.load.skill for worker in self._running.values()}))
 
     def _wanted(self, skill: str) -> WantedSkill | None:
         if self.assignment is None:

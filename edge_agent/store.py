@@ -169,6 +169,8 @@ class Store:
             StorageError: the disk is full or refuses; no half-made folder stays.
         """
         building, done = self.versions / f".{digest}", self.folder(digest)
+        if done.is_dir():
+            return  # a folder has its name only when it is complete
         with storage_errors(done):
             shutil.rmtree(building, ignore_errors=True)
             try:

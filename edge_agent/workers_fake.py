@@ -3,6 +3,8 @@
 What a version does is scripted by its digest: refuse to load, fail its probe, answer with its own version, or die.
 """
 
+import asyncio
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -47,6 +49,10 @@ class FakeWorker:
         self._pool, self._died = pool, died
         self._dead: str | None = None
         self.words = ""
+        self.hold: asyncio.Event | None = None  # set: questions wait for it
+        self._pending = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     @property
     def dead(self) -> str | None:
@@ -54,7 +60,7 @@ class FakeWorker:
 
     @property
     def pending(self) -> int:
-        return 0
+        return self._pending
 
     async def call(
         self, header: Mapping[str, object], body: bytes | memoryview, deadline_s: float
@@ -63,6 +69,15 @@ class FakeWorker:
             raise Unreachable(f"the worker is gone: {self._dead}")
         if header["op"] == "probe":
             return {"ok": True, "probe": self._pool.probe.get(self.load.digest, "")}, b""
+        self._pending += 1
+        self._idle.clear()
+        try:
+            if self.hold is not None:
+                await self.hold.wait()
+        finally:
+            self._pending -= 1
+            if not self._pending:
+                self._idle.set()
         answer = self._pool.answer(self.load, bytes(body))
         return {"ok": True, "json_len": len(answer), "where": "local", "cut": "local"}, answer
 
@@ -76,6 +91,9 @@ class FakeWorker:
         self._died(self)
 
     async def stop(self, drain_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(drain_s):
+                await self._idle.wait()
         if self in self._pool.alive:
             self._pool.alive.remove(self)
         self._dead = "stopped"

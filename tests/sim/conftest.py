@@ -83,6 +83,10 @@ async def inline(work: Callable[..., Any], *arguments: Any) -> Any:
     return work(*arguments)
 
 
+async def _nowhere() -> None:
+    """Connect to nobody."""
+
+
 class InlineTrust:
     """The real judgement, without the process."""
 
@@ -232,11 +236,13 @@ class World:
         identity = Identity(
             files, Controller(DEVICE, "https://c", "mqtt://b"), signing.public_pem(self.controller.director)
         )
-        self.broker.up = network
         self.workers = FakeWorkers() if self.agent is not None else self.workers
+        mqtt = self.broker.client(DEVICE, Will(topics.up(DEVICE, "state"), b""))
+        if not network:
+            mqtt.start = _nowhere  # type: ignore[method-assign]
         parts = Parts(
             store=Store(self.data),
-            mqtt=self.broker.client(DEVICE, Will(topics.up(DEVICE, "state"), b"")),
+            mqtt=mqtt,
             workers=self.workers,
             trust=InlineTrust(self.data),
             capabilities=lambda: self.capabilities,
@@ -254,7 +260,9 @@ class World:
             task.cancel()
         await asyncio.gather(*self.agent._tasks, return_exceptions=True)
         await self.agent.endpoint.stop()
+        self.agent._usage.close()
         self.broker.cut(DEVICE)
+        self.controller.reports.clear()
 
     def state(self, skill: str, digest: str) -> SkillState | None:
         """Return what the controller last heard of a version."""
@@ -315,5 +323,3 @@ def scene(tmp_path: Path, simulate: Callable[[Coroutine[Any, Any, Any]], Any]) -
         return simulate(played())
 
     return play
-
-

@@ -1,0 +1,218 @@
+"""The plan as a pure function: it always settles, in few steps, and never touches what serves before its successor is ready."""
+
+import dataclasses
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_agent import plan
+from edge_agent.plan import Facts, Installed, Pointer, Refusal, Running
+from skills.bundle import Bundle, Part
+from skills.desired import ObjectRef, WantedSkill
+from skills.manifest import Model, Skill, Stage, Tensor, Variant
+from skills.report import SkillState
+from skills.resolve import Capabilities
+
+METADATA = ObjectRef("f" * 64, 10)
+CAPABLE = Capabilities("x86_64", 64, 100, "0", runtimes={"onnxruntime": "1.31.1"})
+
+
+def sha(text: str) -> str:
+    return (text.encode().hex() + "0" * 64)[:64]
+
+
+def part(path: str, content: str) -> Part:
+    return Part(path, sha(content), 10, sha("wire" + content), 10, (sha("chunk" + content),))
+
+
+def bundle(version: str, ram_mb: int = 8) -> Bundle:
+    tensor = Tensor("x", "FP32", (-1, 4))
+    variant = Variant("v", "onnxruntime", "m.onnx", ram_mb=ram_mb)
+    skill = Skill("s", version, (tensor,), (tensor,), {"m": Model((variant,))}, (Stage("run", "m", "run.py"),))
+    return Bundle(skill, (part("m.onnx", "m" + version), part("run.py", "same"), part("probe.npz", "p" + version)))
+
+
+BUNDLES = {sha(v): bundle(v) for v in ("1.0.0", "2.0.0", "3.0.0")}
+
+
+def wanted(version: str) -> WantedSkill:
+    return WantedSkill("s", version, f"skills/s/{version}.json", ObjectRef(sha(version), 10))
+
+
+def installed(version: str) -> Installed:
+    return Installed(version, sha(version), f"skills/s/{version}.json", {"m": "v"})
+
+
+class Device:
+    """The smallest thing that does what the plan says; chosen faults happen."""
+
+    def __init__(self, facts: Facts, faults: dict[str, set[str]]) -> None:
+        self.facts, self.faults = facts, faults
+        self.done: list[plan.Step] = []
+
+    def step(self) -> plan.Step:
+        step = plan.next_step(self.facts)
+        before = self.facts.pointer.active
+        self.apply(step)
+        after = self.facts.pointer.active
+        if isinstance(step, plan.Stop):
+            assert before is None or step.digest != before.manifest, "the serving version was stopped"
+        if before != after and not isinstance(step, plan.Activate | plan.Return | plan.Lose | plan.Remove):
+            raise AssertionError(f"{step} moved the pointer")
+        if isinstance(step, plan.Remove):
+            assert self.facts.wanted is None
+        if isinstance(step, plan.Activate):
+            assert self.facts.running[step.installed.manifest].probed
+            assert self.facts.trusted == ""
+        self.done.append(step)
+        return step
+
+    def change(self, **more: object) -> None:
+        self.facts = dataclasses.replace(self.facts, **more)
+
+    def apply(self, step: plan.Step) -> None:  # noqa: C901 - one case for each step
+        facts, pointer = self.facts, self.facts.pointer
+        match step:
+            case plan.Start(_, version):
+                self.change(running={**facts.running, version.manifest: Running()})
+            case plan.Return(_, _, reason):
+                self.change(pointer=plan.returned(pointer, reason), restarts=0)
+            case plan.Lose():
+                self.change(pointer=plan.lost(pointer))
+            case plan.Settle():
+                self.change(pointer=plan.settled(pointer))
+            case plan.Stop(_, digest):
+                self.change(running={k: v for k, v in facts.running.items() if k != digest})
+            case plan.Remove():
+                self.change(pointer=Pointer("s"))
+            case plan.FetchWhole(_, refs):
+                self.change(objects=facts.objects | {ref.sha256 for ref in refs})
+            case plan.FetchParts(_, _, parts):
+                self.change(objects=facts.objects | {parts[0].sha256})
+            case plan.Verify(_, want, _):
+                bad = want.manifest.sha256 in self.faults["trust"]
+                self.change(trusted="not listed" if bad else "", bundle=BUNDLES.get(want.manifest.sha256))
+            case plan.Refuse(_, digest, refusal):
+                self.change(pointer=plan.refused(pointer, digest, refusal))
+            case plan.Forget():
+                assert facts.wanted is not None
+                self.change(pointer=plan.forgotten(pointer, facts.wanted.manifest.sha256))
+            case plan.Stage(_, digest, _):
+                self.change(staged=facts.staged | {digest})
+            case plan.Probe(_, digest, _):
+                if digest in self.faults["probe"]:
+                    self.change(pointer=plan.refused(pointer, digest, Refusal("failed", "off")))
+                else:
+                    self.change(running={**facts.running, digest: Running(probed=True)})
+            case plan.Activate(_, version):
+                self.change(pointer=plan.activated(pointer, version), healthy_s=0.0)
+            case plan.Wait(_, after_s) if after_s is not None:
+                self.change(healthy_s=facts.healthy_s + after_s, rested_s=facts.rested_s + after_s)
+
+
+versions = st.sampled_from(["1.0.0", "2.0.0", "3.0.0"])
+maybe = st.none() | versions
+digests = st.frozensets(versions.map(sha))
+
+
+@st.composite
+def devices(draw: st.DrawFn) -> Device:
+    active, previous, want = draw(maybe), draw(maybe), draw(maybe)
+    if active is None or previous == active:
+        previous = None
+    refused = {
+        digest: Refusal("failed", "before") for digest in draw(digests) if active is None or digest != sha(active)
+    }
+    pointer = Pointer(
+        "s",
+        installed(active) if active else None,
+        installed(previous) if previous else None,
+        trial=draw(st.booleans()) and active is not None,
+        lives=draw(st.integers(0, 4)),
+        refused=refused,
+    )
+    objects = draw(
+        st.frozensets(st.sampled_from([p.sha256 for b in BUNDLES.values() for p in b.parts] + list(BUNDLES)))
+    )
+    trusted = draw(st.sampled_from([None, "", "not listed"]))
+    facts = Facts(
+        pointer=pointer,
+        wanted=wanted(want) if want else None,
+        capabilities=draw(st.sampled_from([CAPABLE, dataclasses.replace(CAPABLE, ram_mb=1)])),
+        metadata=METADATA,
+        fresh=draw(st.booleans()),
+        objects=objects,
+        staged=draw(digests) | ({sha(active)} if active and draw(st.booleans()) else set()),
+        bundle=BUNDLES[sha(want)] if want and trusted == "" else None,
+        trusted=trusted if want else None,
+        running={digest: Running(probed=draw(st.booleans())) for digest in draw(digests)},
+        restarts=draw(st.integers(0, 12)),
+        rested_s=draw(st.floats(0, 100)),
+        healthy_s=draw(st.floats(0, 100)),
+    )
+    return Device(facts, {"trust": set(draw(digests)), "probe": set(draw(digests))})
+
+
+@settings(max_examples=400, deadline=None)
+@given(devices())
+def test_the_plan_always_settles_and_never_removes_what_serves(device: Device) -> None:
+    for _ in range(60):
+        step = device.step()
+        if isinstance(step, plan.Wait) and step.after_s is None:
+            break
+    else:
+        raise AssertionError(f"not settled: {device.done[-6:]}")
+    facts = device.facts
+    if facts.pointer.active is not None:
+        assert facts.pointer.active.manifest in facts.running
+    allowed = {
+        facts.pointer.active.manifest if facts.pointer.active else "",
+        facts.wanted.manifest.sha256 if facts.wanted else "",
+    }
+    assert set(facts.running) <= allowed
+
+
+@given(devices())
+def test_every_state_can_be_told(device: Device) -> None:
+    for _ in range(10):
+        for state in plan.describe(device.facts):
+            assert isinstance(state, SkillState)
+            assert state.phase != "serving" or state.manifest_sha256 in device.facts.running
+        device.step()
+
+
+def test_a_new_version_is_activated_only_after_its_probe_and_the_old_one_stopped_only_after_that() -> None:
+    facts = Facts(
+        pointer=Pointer("s", installed("1.0.0")),
+        wanted=wanted("2.0.0"),
+        capabilities=CAPABLE,
+        metadata=METADATA,
+        fresh=True,
+        staged=frozenset([sha("1.0.0")]),
+        running={sha("1.0.0"): Running()},
+    )
+    device = Device(facts, {"trust": set(), "probe": set()})
+    names = []
+    while not isinstance(step := device.step(), plan.Wait):
+        names.append(type(step).__name__)
+    assert names == [
+        "FetchWhole", "Verify", "FetchParts", "FetchParts", "FetchParts", "Stage", "Probe", "Activate", "Stop",
+    ]  # fmt: skip
+
+
+def test_a_version_on_trial_is_nothing_to_return_to() -> None:
+    pointer = plan.activated(Pointer("s", installed("1.0.0")), installed("2.0.0"))
+    pointer = plan.activated(pointer, installed("3.0.0"))
+    assert pointer.previous == installed("1.0.0")
+    assert plan.activated(pointer, installed("1.0.0")).previous is None
+
+
+def test_what_serves_comes_before_what_is_wanted() -> None:
+    facts = Facts(
+        pointer=Pointer("s", installed("1.0.0")),
+        wanted=wanted("2.0.0"),
+        capabilities=CAPABLE,
+        metadata=METADATA,
+        staged=frozenset([sha("1.0.0")]),
+    )
+    assert isinstance(plan.next_step(facts), plan.Start)
