@@ -6,6 +6,7 @@ from importlib import resources
 
 from compress.report import LayerRow, Report
 
+SHOWN = 3  # names of layers before "and … more"
 VERDICTS = {
     "proven": ("", "Proven", "even the worse end of the 95 % interval is inside the budget."),
     "within_budget_unproven": (
@@ -74,7 +75,7 @@ def _warnings(report: Report) -> str:
 def _table(report: Report) -> str:
     before, after = report.baseline, report.result
     rows = (
-        (METRICS[report.metric_name], f"{before.metric:.2%}", f"{after.metric:.2%}", f"{-report.drop:+.2f} points"),
+        (METRICS[report.metric_name], f"{before.metric:.2%}", f"{after.metric:.2%}", f"{-report.drop + 0.0:+.2f} points"),
         ("File", _size(before.bytes_file), _size(after.bytes_file), f"{report.ratio_file:.1f}× smaller"),
         ("Package (zstd 19)", _size(before.bytes_package), _size(after.bytes_package), f"{report.ratio_package:.1f}× smaller than the file before"),
         ("Time, middle", _ms(before.latency_ms_p50), _ms(after.latency_ms_p50), f"{report.speedup:.2f}×"),
@@ -171,10 +172,13 @@ def _audit(report: Report) -> str:
     if not report.details.kernels:
         return "<section><h2>What the runtime made of it</h2><p>LiteRT runs the graph as written: every layer listed as int8 is int8.</p></section>"
     inside = sum(la.compute == "int8" for la in layers)
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for la in layers:
+        if la.compute != "int8":
+            groups.setdefault((la.op, la.kernel or "merged with others", la.reason), []).append(la.name)
     rows = "".join(
-        f"<tr><td><code>{escape(la.name)}</code></td><td>{escape(la.op)}</td><td>{escape(la.kernel or 'merged with others')}</td><td>{escape(la.reason)}</td></tr>"
-        for la in layers
-        if la.compute != "int8"
+        f"<tr><td>{_some(names)}</td><td>{escape(op)}</td><td>{escape(kernel)}</td><td>{escape(reason)}</td></tr>"
+        for (op, kernel, reason), names in groups.items()
     )
     table = (
         f'<div class="wide"><table><tr><th>in float</th><th>operator</th><th>kernel</th><th>why</th></tr>{rows}</table></div>'
@@ -186,6 +190,11 @@ def _audit(report: Report) -> str:
         f"<section><h2>What the runtime made of it</h2><p>{inside} of {len(layers)} layers run in int8 kernels, read back from the graph "
         f'that onnxruntime really runs.</p>{table}<p class="soft">All operators: {kernels}</p></section>'
     )
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(f"<code>{escape(name)}</code>" for name in names[:SHOWN])
+    return shown if len(names) <= SHOWN else f"{shown} and {len(names) - SHOWN} more"
 
 
 def _notes(report: Report) -> str:

@@ -62,13 +62,15 @@ def answers(runner: Runner, x: Array) -> Array:
     return np.concatenate([runner.run({port.name: batch}, [name])[name] for batch in batches(port, x)])
 
 
-def metric_for(output: Array, labelled: bool) -> Metric:
+def metric_for(output: Array, labelled: bool, x: Array) -> Metric:
     """Return what can be measured: top-1 with labels, else agreement of the top answer, else cosine of the outputs.
+
+    An output shaped like the input `x` is taken for a reconstruction, not for class scores.
 
     Raises:
         FormatError: labels were given and the output is not one row of class scores a sample.
     """
-    scores = output.ndim == 2 and output.shape[1] > 1
+    scores = output.ndim == 2 and output.shape[1] > 1 and (labelled or output.shape != x.shape)
     if labelled and not scores:
         raise FormatError(f"labels need an output [N, classes], the model's first output is {list(output.shape)}")
     if labelled:

@@ -128,9 +128,10 @@ def _meet(source: model.Source, samples: data.Data, seed: int) -> tuple[Original
     session = ort.session(runnable)
     data.check_fit(samples, session.inputs[0], None)
     splits = data.split(samples, seed)
-    first = measure.answers(session, splits.calibrate.x[: max(1, session.inputs[0].shape[0])])
+    few = splits.calibrate.x[: max(1, session.inputs[0].shape[0])]
+    first = measure.answers(session, few)
     labelled = splits.report.y is not None
-    metric = measure.metric_for(first, labelled)
+    metric = measure.metric_for(first, labelled, few)
     data.check_fit(samples, session.inputs[0], first.shape[1] if labelled else None)
     answers = [measure.answers(session, part.x) for part in (splits.calibrate, splits.select, splits.report)]
     if not all(np.isfinite(part).all() for part in answers):

@@ -327,7 +327,7 @@ def _why_float(written: Any, source: Any) -> str:
     if weight is None:
         return "its weights are stored as float"
     if weight.op_type == "Mul":
-        return "its packed weights unfold to float: the guard found float faster, or int8 unsupported"
+        return "it computes in float by choice: int8 was not faster here, or this operator has no int8 kernel"
     feed = producer.get(source.input[0])
     if feed is None or feed.op_type != "DequantizeLinear":
         return "its input is not quantized"
