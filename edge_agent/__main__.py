@@ -32,6 +32,8 @@ exit codes: 0 all good, 2 wrong usage, 65 wrong format, 66 not found, 69 nobody 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     given = parser().parse_args(arguments)
+    if "data" in given:
+        given.data = given.data.absolute()  # workers run in other directories
     try:
         strangers.check()
         return int(given.work(given))
