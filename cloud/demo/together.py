@@ -1,0 +1,289 @@
+"""Chapter e: a photo classifier between a slow device and the cloud, and the cloud's part killed while requests flow."""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from cloud.authoring import build_skill
+from cloud.demo.board import Board
+from cloud.demo.facts import Times, Together
+from cloud.demo.scene import Scene
+from cloud.demo.smaller import load_recipe
+from cloud.publish import publish
+from skills.errors import DeadlineExceeded, SkerryError
+from skills.files import write_atomic
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+TITLE = "Together: device and cloud answer with one model"
+TEXT = (
+    "EfficientNet-Lite0 with its ImageNet weights looks at real photos on a device ten times slower than this machine.\n"
+    "Every cut is measured whole; staying local and sending the compressed photo are candidates like any other."
+)
+SLOWDOWN = 10.0
+LINK = "20mbit/30ms"
+BEFORE = 24  # answers before the tail is killed
+BACK_DEADLINE_S = 25.0
+CAMERA = f"timer: dilated({SLOWDOWN:g})\n"
+
+
+def tell(scene: Scene) -> Together:
+    """Tell the chapter."""
+    from cloud.cli import findings
+    from cloud.split import LINKS
+    from cloud.split.verdict import judge
+    from skills import ort
+    from skills.split import load_plan, parse_link
+
+    scene.chapter("e", TITLE, TEXT)
+    for name in ("lighthouse", "buoy"):
+        scene.boards[name].stop()  # two cores only: what is measured now shall have them
+    recipe, folder = load_recipe("photos"), scene.folder / "photos"
+    with scene.working("exporting and measuring every cut") as step:
+        recipe.make(
+            folder,
+            slowdown=SLOWDOWN,
+            private=True,
+            progress=lambda stage, done, of: step(stage, done / of if of else 0.0),
+        )
+    plan = load_plan((folder / "models" / "split" / "split.yaml").read_text())
+    open_plan = dataclasses.replace(plan, private=False)
+    scene.show(findings.split_table(open_plan, LINKS))
+    link = parse_link(LINK)
+    private = judge(plan, link)
+    scene.say("")
+    scene.say("[bold]Now the photo may not leave the device[/bold] (--private), raw or compressed. Then:")
+    scene.say(f"[bold]{link.mbit:g} Mbit/s, {link.rtt_ms:g} ms:[/bold] {private.text}")
+    scene.claim(
+        "with private photos splitting is the right answer",
+        private.cut not in ("local", "input"),
+        private.text.partition(";")[0],
+    )
+
+    x = recipe.photos()
+    whole = ort.session(folder / "models" / "photos.onnx").run({"image": x})["logits"].argmax(1)
+    _serve(scene, folder)
+    normal = _flow(scene, x, whole, kill=False)
+    cut = Counter(str(record.get("cut")) for record in normal.records).most_common(1)[0][0]
+    local_ms = plan.cut("local").device_ms.p50
+    scene.say(
+        f"camera answers split at {cut} over an emulated {LINK} link: p50 {normal.times.p50:.0f} ms, p90 {normal.times.p90:.0f} ms "
+        f"(alone it would take {local_ms:.0f} ms)"
+    )
+    outage = _flow(scene, x, whole, kill=True)
+    return _judge(scene, plan, open_plan, private.text, normal, outage)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Flow:
+    """Requests one after the other, and what became of them."""
+
+    sent: int
+    answered: int
+    agreed: int
+    times: Times
+    records: tuple[dict[str, object], ...]
+    errors: tuple[str, ...]
+    back_s: float | None = None
+
+
+def _serve(scene: Scene, folder: Path) -> None:
+    """Publish the photo skill and bring it to the camera, whose way to the tail is an emulated link."""
+    running = scene.controller
+    if running is None:
+        raise DeadlineExceeded("the controller is not running")
+    tail = urlsplit(running.run.tail_url)
+    with scene.working("building the bundle and starting the camera") as step:
+        file = scene.folder / "photos-1.0.0.skb"
+        build_skill(folder, file, lambda text: step(text, 0.3))
+        step("publishing", 0.7)
+        publish(scene.client, file, scene.publisher_key)
+        port = scene.keep(emulated_link(scene.folder, f"{tail.hostname}:{tail.port}", LINK))
+        step("the camera enrols", 0.9)
+
+        def through_the_link(board: Board) -> None:
+            path = board.folder / "identity" / "device.json"
+            write_atomic(path, path.read_bytes().replace(f":{tail.port}".encode(), f":{port}".encode()))
+
+        scene.add_board("camera", CAMERA, through_the_link)
+        scene.wait_online("camera")
+    scene.say("[cyan]$ skerry push photos --to name=camera --wait[/cyan]")
+    ended, seconds = scene.follow(scene.client.push("photos", None, "name=camera", None))
+    if ended.devices[0].stage != "serving":
+        raise SkerryError(f"the camera does not serve photos: {ended.devices[0].reason or ended.reason}")
+    scene.say(f"[dim]{seconds:.1f} s from push to serving[/dim]")
+
+
+@contextlib.contextmanager
+def emulated_link(folder: Path, target: str, link: str) -> Iterator[int]:
+    """Run a TCP proxy that behaves like a link of that rate and round-trip time; give its port."""
+    port_file = folder / "link.port"
+    command = [
+        sys.executable,
+        "-m",
+        "cloud.link_emulator",
+        "--target",
+        target,
+        "--link",
+        link,
+        "--port-file",
+        str(port_file),
+    ]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        end = time.monotonic() + 10
+        while not (port_file.exists() and port_file.read_text().strip()):
+            if process.poll() is not None or time.monotonic() > end:
+                raise SkerryError("the emulated link did not start")
+            time.sleep(0.05)
+        yield int(port_file.read_text())
+    finally:
+        if process.stdin is not None:
+            process.stdin.close()  # it ends when nobody holds its input any more
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _flow(scene: Scene, x: "Array", whole: "Array", *, kill: bool) -> Flow:
+    """Ask the camera for photo after photo; with `kill` the tail dies meanwhile, and it goes on until the tail is back."""
+    from skills.oip import Call
+
+    board = scene.boards["camera"]
+    known = len(board.usage())
+    labels: list[int | None] = []
+    times: list[float] = []
+    errors: list[str] = []
+    stop, sent = threading.Event(), 0
+
+    def ask() -> None:
+        nonlocal sent
+        while not stop.is_set():
+            at = sent % len(x)
+            sent += 1
+            try:
+                answer, took_ms = board.ask("photos", Call({"image": x[at : at + 1]}))
+            except SkerryError as error:
+                labels.append(None)
+                errors.append(str(error))
+                continue
+            labels.append(int(answer.arrays["label"][0]))
+            times.append(took_ms)
+
+    asking = threading.Thread(target=ask, name="asking")
+    asking.start()
+    back_s: float | None = None
+    try:
+        with scene.working("requests flow" if not kill else "requests flow, the tail is killed") as step:
+            _until(
+                lambda: len(times) >= BEFORE,
+                BACK_DEADLINE_S,
+                lambda share: step(f"{len(times)} answered", len(times) / BEFORE),
+            )
+            if kill:
+                back_s = _kill_tail(scene, board, known, times, step)
+    finally:
+        stop.set()
+        asking.join(BACK_DEADLINE_S)
+    agreed = sum(label == int(whole[at % len(whole)]) for at, label in enumerate(labels))
+    return Flow(sent, len(times), agreed, Times.of(times), tuple(board.usage()[known:]), tuple(errors), back_s)
+
+
+def _kill_tail(scene: Scene, board: Board, known: int, times: list[float], step: Any) -> float | None:
+    """Kill the tail as the kernel kills; return the seconds until an answer came through a new one, None when none did."""
+    old = scene.client.status()["tail"]["pid"]
+    os.kill(int(old), signal.SIGKILL)
+    began, marked = time.monotonic(), len(board.usage())
+    scene.say(f"[red]kill -9 {old}[/red]  the tail is dead, requests go on")
+
+    def back() -> bool:
+        records = board.usage()[marked:]
+        worked_alone = any(record.get("where") in ("local", "continued") for record in records)
+        return worked_alone and bool(records) and records[-1].get("where") == "split"
+
+    if not _until(back, BACK_DEADLINE_S, lambda share: step(f"{len(times)} answered", share)):
+        return None
+    took = time.monotonic() - began
+    enough = len(times) + 5
+    _until(lambda: len(times) >= enough, 5.0, lambda share: None)
+    return round(took, 1)
+
+
+def _until(done: Any, deadline_s: float, show: Any) -> bool:
+    begin = time.monotonic()
+    while not done():
+        share = (time.monotonic() - begin) / deadline_s
+        if share >= 1:
+            return False
+        show(share)
+        time.sleep(0.1)
+    return True
+
+
+def _judge(scene: Scene, plan: Any, open_plan: Any, private_text: str, normal: Flow, outage: Flow) -> Together:
+    from cloud.cli import tables
+    from cloud.split import LINKS
+    from cloud.split.verdict import judge
+
+    ran = Counter(str(record.get("where")) for record in outage.records)
+    alone = ran["continued"] + ran["local"]
+    made = tables.table("while the tail died", "", right=("",))
+    for name, value in (
+        ("requests sent", str(outage.sent)),
+        ("answered", str(outage.answered)),
+        ("finished by device and cloud", str(ran["split"])),
+        ("begun together, finished on the device", str(ran["continued"])),
+        ("answered on the device alone", str(ran["local"])),
+        ("fastest half within", f"{outage.times.p50:.0f} ms"),
+        ("slowest answer", f"{outage.times.worst:.0f} ms"),
+        (
+            "tail answering again after",
+            f"{outage.back_s:.1f} s" if outage.back_s is not None else "not within the demo",
+        ),
+    ):
+        made.add_row(name, value)
+    scene.show(made)
+    answered, agreed = normal.answered + outage.answered, normal.agreed + outage.agreed
+    agreement = agreed / max(answered, 1)
+    scene.claim(
+        "every request was answered",
+        outage.sent == outage.answered > 0,
+        f"{outage.sent} sent, {outage.answered} answered" + (f"; {outage.errors[0]}" if outage.errors else ""),
+    )
+    scene.claim(
+        "the device finished alone what the cloud left open",
+        alone > 0,
+        f"{alone} answers, the slowest took {outage.times.worst:.0f} ms",
+    )
+    scene.claim(
+        f"the answers agree with the whole float model (at least {100 - plan.max_drop:g} %)",
+        agreement >= 1 - plan.max_drop / 100,
+        f"agreement {agreement:.1%} on {answered} photos",
+    )
+    raw = [record for record in (*normal.records, *outage.records) if record.get("cut") == "input"]
+    scene.claim("no photo left the device", not raw, f"{answered} answers, none at the cut 'input'")
+    verdicts = tuple(
+        {"link": str(link), "cut": one.cut, "coding": one.coding, "ms": one.ms, "text": one.text}
+        for link in LINKS
+        for one in (judge(open_plan, link),)
+    )
+    local = plan.cut("local").device_ms
+    return Together(
+        plan.slowdown, LINK, plan.samples, verdicts, private_text, normal.times, Times(local.p50, local.p90, local.p90, plan.samples),
+        round(agreement, 4), outage.sent, outage.answered, outage.times.worst, dict(ran), outage.back_s,
+    )  # fmt: skip
