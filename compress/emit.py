@@ -18,8 +18,10 @@ from compress.graph import Array
 from compress.scheme import Layer, Scheme
 from compress.statistics import Statistics
 from compress.weights import Codes, encode, pack4
+from skills.profile import Profile
 
 INT4_OPSET = 21
+INT4_RUNTIME = (1, 23)  # onnxruntime 1.20 to 1.22 have no Cast from INT4 (tried); 1.23 to 1.31 fold it
 BIAS_LIMIT = float(1 << 30)  # a bias may take half of the int32 accumulator
 MIN_PACKED = 64  # fewer weights than this are stored as they came: the extra nodes would weigh more
 
@@ -34,6 +36,12 @@ def node_name(at: int) -> str:
     return f"L{at}"
 
 
+def takes_int4(model: Any, profile: Profile) -> bool:
+    """Return whether this graph may store 4-bit weights for the least runtime that the profile promises."""
+    least = tuple(int(part) for part in profile.runtime_min.split("."))
+    return 4 in profile.stored_bits and graph.opset(model) >= INT4_OPSET and least >= INT4_RUNTIME
+
+
 class _Emitter:
     def __init__(self, model: Any, scheme: Scheme, seen: Statistics) -> None:
         self.source, self.scheme, self.seen = model, scheme, seen
@@ -46,7 +54,7 @@ class _Emitter:
         self.constants: dict[str, Any] = {}
         self.shared: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self.codes_of: dict[str, str] = {}  # activation tensor -> its dequantized form
-        self.has_int4 = graph.opset(model) >= INT4_OPSET
+        self.has_int4 = takes_int4(model, scheme.profile)
         self.fresh = 0
 
     def build(self) -> Any:

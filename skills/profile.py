@@ -17,7 +17,7 @@ class Profile:
     description: Annotated[str, Limits(max_items=300)] = ""
     runtime_min: Annotated[
         str, Doc("the least version whose kernels this profile relies on"), Limits(pattern=r"\d+(\.\d+){0,2}")
-    ] = "1.20"
+    ] = "1.23"
     isa: Annotated[tuple[str, ...], Doc("instruction sets that the device must have")] = ()
     activation: Annotated[Literal["u8", "s8"], Doc("type of quantized activations")] = "u8"
     weight_bits: Annotated[

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from compress.emit import MIN_PACKED, emit
+from compress.emit import INT4_RUNTIME, MIN_PACKED, emit, takes_int4
 from compress.measure import answers, marks, paired_drop, soft_drop
 from compress.passes.bias import distance
 from compress.pipeline import Bench, Pass, State
@@ -60,7 +60,7 @@ def expected_drop(state: State, scheme: Scheme, bench: Bench) -> float:
 def _run(state: State, bench: Bench) -> State:
     scheme = state.planned()
     able = [layer for layer in scheme.layers if layer.count >= MIN_PACKED]
-    if 4 not in bench.profile.stored_bits or bench.goal == "latency" or not able:
+    if not takes_int4(state.model, bench.profile) or bench.goal == "latency" or not able:
         return state
     plain = distance(state, scheme, bench)
     harm: dict[str, float] = {}
@@ -80,6 +80,8 @@ def _run(state: State, bench: Bench) -> State:
 
     k = most_that_pass(len(ranked), fits)
     note = f"{k} of {len(able)} layers are stored in 4 bits, the others in 8; {looks} whole models were tried."
+    if k:
+        note += f" 4-bit weights need onnxruntime {'.'.join(map(str, INT4_RUNTIME))} or newer."
     chosen = scheme.with_bits(dict.fromkeys(ranked[:k], 4))
     return dataclasses.replace(state, scheme=chosen, notes=(*state.notes, note), harm=harm)
 
