@@ -382,7 +382,8 @@ def _phase(facts: Facts, digest: str) -> tuple[Phase, str]:
 
 def activated(pointer: Pointer, installed: Installed) -> Pointer:
     """The version serves, on trial; the one before it stays to return to."""
-    before = pointer.previous if pointer.trial else pointer.active  # a version on trial is nothing to return to
+    # A version on trial is worth less than the one before it, and more than nothing.
+    before = pointer.previous if pointer.trial and pointer.previous is not None else pointer.active
     if before is not None and before.manifest == installed.manifest:
         before = None
     return dataclasses.replace(pointer, active=installed, previous=before, trial=True, lives=1)

@@ -341,7 +341,7 @@ class Reconciler:
         if worker.dead is not None:
             self._died(worker)
             return
-        await self._service.serve(bundle.skill, installed, worker)
+        self._service.serve(bundle.skill, installed, worker)
         LOG.info("skill.serving skill=%s version=%s digest=%s", skill, installed.version, installed.manifest[:12])
 
     async def _probe(self, skill: str, digest: str, choice: Choice) -> None:
@@ -371,7 +371,7 @@ class Reconciler:
         # The commit point. A crash before it leaves the old version serving; after it, the next boot starts the new one.
         self._write(plan.activated(self._pointer(skill), installed))
         self._lives[skill] = Life(installed.manifest, started_at=_now(), checked=True)
-        await self._service.serve(bundle.skill, installed, worker)
+        self._service.serve(bundle.skill, installed, worker)
         self._garbage = True
         LOG.info("skill.activated skill=%s version=%s digest=%s", skill, installed.version, installed.manifest[:12])
 

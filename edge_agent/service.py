@@ -38,7 +38,7 @@ class Service:
         self._serving: dict[str, Serving] = {}
         self._known: set[str] = set()
         self._waiting: dict[str, int] = {}
-        self._changed = asyncio.Condition()
+        self._changed = asyncio.Event()
 
     # --- what may be asked ------------------------------------------------------------------------
 
@@ -49,6 +49,7 @@ class Service:
     def known(self, skills: set[str]) -> None:
         """Say which skills belong here even when their worker is down for a moment."""
         self._known = skills
+        self._tell()
 
     def find(self, skill: str, version: str | None = None) -> Serving:
         """Return what serves a skill.
@@ -65,11 +66,10 @@ class Service:
 
     # --- swapping ---------------------------------------------------------------------------------
 
-    async def serve(self, skill: Skill, installed: Installed, worker: Worker) -> None:
+    def serve(self, skill: Skill, installed: Installed, worker: Worker) -> None:
         """From now on this worker answers for the skill."""
         self._serving[skill.name] = Serving(skill, installed, worker)
-        async with self._changed:
-            self._changed.notify_all()
+        self._tell()
 
     def withdraw(self, skill: str, worker: Worker | None = None) -> None:
         """Nothing answers for the skill now; with `worker`: only if it is that one."""
@@ -128,10 +128,13 @@ class Service:
 
     async def _available(self, skill: str, version: str | None) -> Serving:
         while skill not in self._serving and skill in self._known:
-            async with self._changed:
-                if skill not in self._serving:
-                    await self._changed.wait()
+            await self._changed.wait()
         return self.find(skill, version)
+
+    def _tell(self) -> None:
+        """Wake everybody who waits for a worker."""
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     def _record(self, serving: Serving, header: Mapping[str, Any], ms: float) -> None:
         installed = serving.installed

@@ -22,6 +22,7 @@ READY_S = 60.0  # importing the runtimes on a slow board
 FORK_S = 10.0
 LOAD_S = 120.0
 PROBE_S = 120.0
+END_S = 3.0
 LAST_WORDS = 12  # lines of a worker's output that are kept for a reason
 MAX_LINE = 400
 LOG = logging.getLogger("skerry.worker")
@@ -279,8 +280,14 @@ class ForkedWorker:
         with contextlib.suppress(ProcessLookupError):
             if not self._status.done():
                 os.kill(self.pid, signal.SIGKILL)
-        await asyncio.gather(self._tasks[0], return_exceptions=True)
+        # The kernel closes both ends of a killed process; the deadline is for a log that a grandchild keeps open.
+        _, late = await asyncio.wait(self._tasks, timeout=END_S)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         self._writer.close()
+        with contextlib.suppress(OSError):
+            await self._writer.wait_closed()
 
     def buried(self, status: int) -> None:
         """The zygote saw the process end."""
@@ -314,6 +321,7 @@ class ForkedWorker:
                 future.set_exception(Unreachable(f"{self.load.skill} {self.load.version} died: {self._dead}"))
                 future.exception()  # a caller that gave up already must not leave a warning behind
         self._idle.set()
+        self._writer.close()
         if not self._wanted_dead:
             LOG.warning("worker.died skill=%s version=%s how=%r", self.load.skill, self.load.version, self._dead)
             self._died(self)

@@ -1,17 +1,32 @@
 """The real agent with real workers: a zygote, forked workers, a real ONNX model, the local endpoint, a real controller."""
 
+import asyncio
+import contextlib
+import datetime as dt
 import json
 import os
+import select
 import signal
 import ssl
 import subprocess
 import sys
+import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+
+from cloud import supervise
+from cloud.config import Settings
+from edge_agent.workers import Load, ZygoteWorkers
+from skills import oip, signing
+from skills.bundle import build_bundle, open_bundle
+from skills.desired import ObjectRef
+from skills.errors import DeadlineExceeded, FormatError, SkerryError, Unreachable
 
 SKILL = """\
 name: {name}
@@ -73,7 +88,7 @@ class Board:
     def __init__(self, data: Path) -> None:
         self.data = data
         self.process: subprocess.Popen[str] | None = None
-        self.port = 0
+        self.port, self.token = 0, ""
         data.mkdir(exist_ok=True)
         (data / "agent.yaml").write_text("listen: 127.0.0.1:0\ntrial_s: 3\n")
 
@@ -108,5 +123,261 @@ class Board:
         tensor = {"name": "x", "datatype": "FP32", "shape": [len(x), 4], "data": x}
         body = json.dumps({"id": "7", "inputs": [tensor]}).encode()
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}/v2/models/tiny/infer", body)
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310 - http, just above
             return json.load(answer)
+
+
+# --- workers and the local endpoint, without a controller -------------------------------------------------------------------
+
+
+def load_of(folder: Path, tmp_path: Path, version: str = "1.0.0", timer: str = "local") -> Load:
+    build_bundle(folder, tmp_path / f"{version}.skb")
+    file = open_bundle(tmp_path / f"{version}.skb")
+    manifest = tmp_path / f"{version}.json"
+    manifest.write_bytes(file.manifest_bytes)
+    return Load("tiny", version, file.digest, folder, manifest, {"net": "plain"}, timer, 250)
+
+
+def question(x: Any, **more: Any) -> tuple[dict[str, object], bytes]:
+    body, size = oip.encode_call(oip.Call({"x": x}, **more))
+    return {"op": "infer", "json_len": size}, body
+
+
+async def test_a_worker_loads_probes_and_answers_and_costs_little_beyond_the_zygote(tiny_skill, tmp_path):
+    import numpy as np
+
+    workers = ZygoteWorkers(("onnxruntime",))
+    try:
+        worker = await workers.start(load_of(tiny_skill(), tmp_path), lambda _: None)
+        assert (await worker.call({"op": "probe"}, b"", 30))[0]["probe"] == ""
+        x = np.array([[1, 2, 3, 4]], np.float32)
+        header, body = await worker.call(*question(x, id="a"), 30)
+        answer = oip.decode_answer(body, header["json_len"])
+        assert answer.id == "a"
+        assert answer.arrays["y"].tolist() == [[2, 4, 6, 8]]
+        assert header["confidence"] == 0.5
+        with pytest.raises(FormatError, match="takes FP32"):
+            await worker.call(*question(x.astype(np.float64)), 30)
+        with pytest.raises(FormatError, match=r"\[1, 3\]"):
+            await worker.call(*question(x[:, :3]), 30)
+        with pytest.raises(FormatError):
+            await worker.call({"op": "infer", "json_len": 2}, b"{}", 30)
+        await worker.stop(1)
+    finally:
+        await workers.stop()
+
+
+async def test_a_worker_that_crashes_says_how_and_what_it_wrote_last(tiny_skill, tmp_path):
+    import numpy as np
+
+    workers, died = ZygoteWorkers(("onnxruntime",)), asyncio.Event()
+    try:
+        worker = await workers.start(load_of(tiny_skill(), tmp_path), lambda _: died.set())
+        poison = np.full((1, 4), -666, np.float32)
+        with pytest.raises(Unreachable, match="SIGABRT"):
+            await worker.call(*question(poison), 30)
+        async with asyncio.timeout(10):
+            await died.wait()
+        assert "about to fall over" in worker.last_words()
+        again = await workers.start(worker.load, lambda _: None)
+        assert (await again.call({"op": "probe"}, b"", 30))[0]["probe"] == ""
+    finally:
+        await workers.stop()
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (
+            "def twice(inputs, model):\n    raise RuntimeError('sensor unplugged')\n",
+            "RuntimeError: sensor unplugged \\(twice.py line 2\\)",
+        ),
+        ("import no_such_thing\n", "ModuleNotFoundError"),
+        ("x = 1\n", "has no function 'twice'"),
+        ("def twice(:\n", "SyntaxError"),
+    ],
+)
+async def test_bad_control_code_is_one_sentence_and_no_dead_agent(tiny_skill, tmp_path, code, reason):
+    workers = ZygoteWorkers(("onnxruntime",))
+    try:
+
+        async def try_it() -> None:
+            worker = await workers.start(load_of(tiny_skill(code=code), tmp_path), lambda _: None)
+            await worker.call({"op": "probe"}, b"", 30)
+
+        with pytest.raises(SkerryError, match=reason):
+            await try_it()
+    finally:
+        await workers.stop()
+
+
+async def test_a_mis_quantized_model_is_told_apart_by_its_probe(tiny_skill, tmp_path):
+    workers = ZygoteWorkers(("onnxruntime",))
+    try:
+        worker = await workers.start(load_of(tiny_skill(factor=2.5, golden=2.0), tmp_path), lambda _: None)
+        reply, _ = await worker.call({"op": "probe"}, b"", 30)
+        assert "output 'y' is off by 3.5" in reply["probe"]
+    finally:
+        await workers.stop()
+
+
+async def test_a_worker_that_is_too_slow_meets_the_deadline_and_goes_on(tiny_skill, tmp_path):
+    import numpy as np
+
+    code = CODE.replace("    y = ", "    import time\n    time.sleep(0.5)\n    y = ")
+    workers = ZygoteWorkers(("onnxruntime",))
+    try:
+        worker = await workers.start(load_of(tiny_skill(code=code), tmp_path), lambda _: None)
+        x = np.ones((1, 4), np.float32)
+        with pytest.raises(DeadlineExceeded):
+            await worker.call(*question(x), 0.1)
+        _, body = await worker.call(*question(x, id="second"), 30)
+        assert b"second" in body
+    finally:
+        await workers.stop()
+
+
+def test_workers_die_with_the_supervisor_even_when_it_is_killed(tiny_skill, tmp_path):
+    load = load_of(tiny_skill(), tmp_path)
+    script = (
+        "import asyncio, sys\n"
+        "from pathlib import Path\n"
+        "from edge_agent.workers import Load, ZygoteWorkers\n"
+        "async def main():\n"
+        "    workers = ZygoteWorkers(('onnxruntime',))\n"
+        "    folder, manifest = Path(sys.argv[1]), Path(sys.argv[2])\n"
+        "    load = Load('tiny', '1.0.0', 'd', folder, manifest, {'net': 'plain'}, 'local', 250)\n"
+        "    worker = await workers.start(load, lambda _: None)\n"
+        "    print(workers.pid, worker.pid, flush=True)\n"
+        "    await asyncio.sleep(60)\n"
+        "asyncio.run(main())\n"
+    )
+    command = [sys.executable, "-c", script, str(load.folder), str(load.manifest)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        pids = [int(word) for word in process.stdout.readline().split()]
+        handles = [os.pidfd_open(pid) for pid in pids]
+        process.kill()
+    for handle in handles:
+        ready, _, _ = select.select([handle], [], [], 10)
+        assert ready, "a child outlived the supervisor"
+        os.close(handle)
+
+
+# --- the whole agent with a real controller ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def controller(tmp_path: Path) -> Iterator["Fleet"]:
+    fleet = Fleet(tmp_path / "controller")
+    yield fleet
+    fleet.close()
+
+
+class Fleet:
+    """A real controller process and its API."""
+
+    def __init__(self, data: Path) -> None:
+        self.data = data
+        self.running = supervise.start(Settings(data=data, api_port=0, mqtt_port=0, tail_port=0))
+        headers = {"Authorization": f"Bearer {self.running.token}"}
+        tls = ssl.create_default_context(cafile=str(self.running.ca))
+        self.http = httpx.Client(
+            base_url=self.running.run.url, headers=headers, verify=tls, timeout=20, trust_env=False
+        )
+
+    def call(self, method: str, path: str, **more: Any) -> Any:
+        response = self.http.request(method, path, **more)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def release(self, folder: Path) -> str:
+        build_bundle(folder, self.data / "made.skb")
+        file = open_bundle(self.data / "made.skb")
+        for sha256, content in {**file.objects, file.digest: file.manifest_bytes}.items():
+            self.call("PUT", f"/v1/objects/{sha256}", content=content)
+        key = signing.load_key(self.data / "keys" / "publisher.pem")
+        ref = ObjectRef(file.digest, len(file.manifest_bytes))
+        current = self.http.get("/v1/repository/targets").content
+        target = signing.release_target(file.bundle.skill.name, file.bundle.skill.version)
+        targets = signing.add_release(current, target, ref, key, dt.datetime.now(dt.UTC)).decode()
+        self.call("POST", "/v1/releases", json={"manifest_sha256": file.digest, "targets_json": targets})
+        return file.digest
+
+    def push(self, version: str, stage: str) -> dict[str, Any]:
+        """Roll a version out and wait for its device to come to a stage; the API is slow enough not to spin."""
+        order = {"skill": "tiny", "version": version, "selector": "all", "canary": None}
+        number = self.call("POST", "/v1/rollouts", json=order)["id"]
+        return self.until(number, stage)
+
+    def until(self, number: int, stage: str) -> dict[str, Any]:
+        end = time.monotonic() + 40
+        while time.monotonic() < end:
+            (member,) = self.call("GET", f"/v1/rollouts/{number}")["devices"]
+            if member["stage"] == stage:
+                return dict(member)
+            time.sleep(0.05)
+        raise AssertionError(f"rollout {number} did not come to {stage}: {member}")
+
+    def close(self) -> None:
+        self.http.close()
+        supervise.stop(self.data)
+
+
+@pytest.fixture
+def board(controller: Fleet, tmp_path: Path) -> Iterator[Board]:
+    """An enrolled device, off."""
+    made = Board(tmp_path / "board")
+    token = controller.call("POST", "/v1/invites", json={"labels": {}})["token"]
+    made.token = token
+    joined = made.call("enroll", token, "--name", "cam-1", "--json")
+    assert joined.returncode == 0, joined.stderr
+    assert json.loads(joined.stdout)["device"] == "cam-1"
+    yield made
+    if made.process is not None:
+        made.stop(signal.SIGKILL)
+
+
+def test_a_real_device_takes_releases_answers_refuses_returns_and_boots_offline(controller, board, tiny_skill):
+    again = board.call("enroll", board.token)
+    assert (again.returncode, "has an identity already" in again.stderr) == (79, True)
+    board.start()
+    second = board.call("run")
+    assert (second.returncode, "another agent runs" in second.stderr) == (79, True)
+
+    controller.release(tiny_skill("1.0.0", factor=2.0))
+    assert controller.push("1.0.0", "serving")["variants"] == {"net": "plain"}
+    answer = board.ask([[1, 2, 3, 4]])
+    assert answer["id"] == "7"
+    assert answer["outputs"][0]["data"] == [2, 4, 6, 8]
+
+    controller.release(tiny_skill("2.0.0", factor=2.5, golden=3.0))  # really mis-quantized, rightly signed
+    assert "probe failed: output 'y' is off by 3.5" in controller.push("2.0.0", "failed")["reason"]
+    assert board.ask([[1, 2, 3, 4]])["model_version"] == "1.0.0"
+
+    controller.release(tiny_skill("3.0.0", factor=3.0, golden=3.0))
+    controller.push("3.0.0", "serving")
+    for _ in range(3):
+        with contextlib.suppress(urllib.error.HTTPError):
+            board.ask([[-666, 0, 0, 0]])
+    end = time.monotonic() + 30
+    while board.ask([[1, 2, 3, 4]])["model_version"] != "1.0.0":
+        assert time.monotonic() < end
+    (state,) = [entry for entry in board.get("/status")["skills"] if entry["version"] == "3.0.0"]
+    assert state["phase"] == "failed"
+    assert "died 3 times within its trial" in state["reason"]
+    assert "about to fall over" in state["reason"]
+
+    status = json.loads(board.call("status", "--json").stdout)
+    assert status["running"] is True
+    assert status["connected"] is True
+
+    assert board.stop(signal.SIGKILL) == -9
+    supervise.stop(controller.data)
+    start = time.monotonic()
+    board.start()
+    assert board.ask([[1, 2, 3, 4]])["model_version"] == "1.0.0"
+    assert time.monotonic() - start < 10
+    assert board.stop(signal.SIGINT) == 130
+    assert "Traceback" not in (board.data / "agent.log").read_text()
+    assert json.loads(board.call("status", "--json").stdout)["running"] is False

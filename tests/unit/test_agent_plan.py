@@ -200,8 +200,9 @@ def test_a_new_version_is_activated_only_after_its_probe_and_the_old_one_stopped
     ]  # fmt: skip
 
 
-def test_a_version_on_trial_is_nothing_to_return_to() -> None:
-    pointer = plan.activated(Pointer("s", installed("1.0.0")), installed("2.0.0"))
+def test_a_version_on_trial_is_returned_to_only_when_there_is_none_before_it() -> None:
+    pointer = plan.activated(plan.activated(Pointer("s"), installed("1.0.0")), installed("2.0.0"))
+    assert pointer.previous == installed("1.0.0")
     pointer = plan.activated(pointer, installed("3.0.0"))
     assert pointer.previous == installed("1.0.0")
     assert plan.activated(pointer, installed("1.0.0")).previous is None
