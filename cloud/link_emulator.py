@@ -57,7 +57,9 @@ class Proxy:
             return
         self._writers |= {writer, far_writer}
         try:
-            await asyncio.gather(self._carry(reader, far_writer), self._carry(far_reader, writer))
+            # Cancelled means that the emulator ends; asyncio's streams would print a traceback for it.
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.gather(self._carry(reader, far_writer), self._carry(far_reader, writer))
         finally:
             for one in (writer, far_writer):
                 self._writers.discard(one)

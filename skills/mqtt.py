@@ -8,6 +8,7 @@ import asyncio
 import collections
 import dataclasses
 import random
+import socket
 import ssl
 import threading
 from pathlib import Path
@@ -29,6 +30,11 @@ class TlsFiles:
     ca: Path
     cert: Path
     key: Path
+
+
+def _at_once(_client: Any, _data: Any, connection: socket.socket) -> None:
+    """Send small packets at once: waiting for the broker's acknowledgement costs 40 ms a message (RFC 896 with RFC 1122)."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 class Mqtt:
@@ -129,6 +135,7 @@ class Mqtt:
             client.tls_set_context(self._context())
         if self._will is not None:
             client.will_set(self._will.topic, self._will.payload, qos=1)
+        client.on_socket_open = _at_once
         client.on_connect = self._on_connect
         client.on_connect_fail = lambda *_: self._put(Disconnected(f"{self._host}:{self._port} does not answer"))
         client.on_disconnect = self._on_disconnect
