@@ -46,4 +46,4 @@ def test_an_arm_board_takes_the_skill_and_answers_as_x86_does(arm_python, built_
         golden = np.load(folder / "probe.npz")
         np.save(person.home / "digit.npy", golden["in.image"][:1])
         answer = person.json("skerry", "infer", "digits", "--device", "board", "digit.npy", timeout=100)
-    assert answer["outputs"]["digit"] == golden["out.digit"][:1].tolist()
+    assert answer["outputs"]["digit"]["data"] == golden["out.digit"][:1].tolist()
