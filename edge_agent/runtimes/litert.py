@@ -1,6 +1,7 @@
 """LiteRT (TensorFlow Lite) on the CPU: ai-edge-litert where it is installed, else tflite-runtime."""
 
 import importlib
+import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,20 +42,30 @@ class _Model:
         self._outputs = {plain(entry["name"]): entry for entry in self._interpreter.get_output_details()}
 
     def run(self, feeds: Mapping[str, "NDArray[Any]"]) -> dict[str, "NDArray[Any]"]:
+        import numpy as np
+
         if set(feeds) != set(self._inputs):
             raise FormatError(f"the model takes {', '.join(self._inputs)}, not {', '.join(feeds) or 'nothing'}")
+        rows = {len(array) if array.ndim else 0 for array in feeds.values()}
+        if self._one_row and len(rows) == 1 and rows != {1} and rows != {0}:
+            # Made for one row: asking row by row costs the same on one thread, and resizing does not work for every graph.
+            parts = [self._once({name: array[at : at + 1] for name, array in feeds.items()}) for at in range(*rows)]
+            return {name: np.concatenate([part[name] for part in parts]) for name in self._outputs}
+        return self._once(feeds)
+
+    @property
+    def _one_row(self) -> bool:
+        details = [*self._inputs.values(), *self._outputs.values()]
+        return all(len(entry["shape"]) and entry["shape"][0] == 1 for entry in details)
+
+    def _once(self, feeds: Mapping[str, "NDArray[Any]"]) -> dict[str, "NDArray[Any]"]:
         try:
-            for name, array in feeds.items():
-                entry = self._inputs[name]
-                if tuple(self._interpreter.get_input_details()[0]["shape"]) != array.shape or len(feeds) > 1:
-                    self._interpreter.resize_tensor_input(entry["index"], array.shape)
-            self._interpreter.allocate_tensors()
             for name, array in feeds.items():
                 self._interpreter.set_tensor(self._inputs[name]["index"], array)
             self._interpreter.invoke()
         except (ValueError, RuntimeError) as error:
             raise FormatError(f"LiteRT refuses the input: {' '.join(str(error).split())[:400]}") from error
-        return {name: self._interpreter.get_tensor(entry["index"]).copy() for name, entry in self._outputs.items()}
+        return {name: self._interpreter.get_tensor(entry["index"]) for name, entry in self._outputs.items()}
 
 
 def plain(name: str) -> str:
