@@ -1,9 +1,11 @@
 """The model that comes in: an ONNX file, or a torch module that is exported and held against its export."""
 
+import contextlib
 import dataclasses
 import importlib
-import logging
+import io
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import onnx
 
 from compress.graph import Array
 from compress.measure import answers, batches
+from compress.quiet import muted
 from skills import ort
 from skills.errors import FormatError, MissingExtra, NotFound, UsageError
 from skills.files import read_bytes, sha256_hex
@@ -129,8 +132,6 @@ def export(module: Any, name: str, weights: Path | None, sample: Array) -> bytes
         FormatError: no torch module, weights that do not fit, an operator that cannot be exported, or other answers.
         NotFound: the weights file does not exist.
     """
-    import io
-
     torch = _torch()
     if not isinstance(module, torch.nn.Module):
         raise FormatError(f"{name} gave {type(module).__name__}, expected a torch module")
@@ -141,9 +142,8 @@ def export(module: Any, name: str, weights: Path | None, sample: Array) -> bytes
         raise FormatError("the data has no sample to export the model with")
     tensor = torch.from_numpy(np.ascontiguousarray(sample[:2]))
     buffer = io.BytesIO()
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), _plain_attention(torch), muted():
         warnings.simplefilter("ignore")  # the exporter's own deprecation notes
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         try:
             expected = module(torch.from_numpy(np.ascontiguousarray(sample[:PARITY_SAMPLES])))
             # The TorchScript exporter: 0.2 s against 3-20 s, and it keeps GlobalAveragePool, which the other writes as
@@ -157,6 +157,17 @@ def export(module: Any, name: str, weights: Path | None, sample: Array) -> bytes
     data = buffer.getvalue()
     _check_parity(data, name, expected, sample[:PARITY_SAMPLES])
     return data
+
+
+@contextlib.contextmanager
+def _plain_attention(torch: Any) -> Iterator[None]:
+    """Switch off the fused attention of inference, which has no ONNX form."""
+    was = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was)
 
 
 def _check_parity(data: bytes, name: str, expected: Any, sample: Array) -> None:

@@ -87,11 +87,18 @@ def observe(
             value = found[name]
             histograms[name].add(value)
             over = tuple(axis for axis in range(value.ndim) if axis != 1)
-            sums[name] = sums.get(name, 0) + value.astype(np.float64).mean(axis=over) * len(batch)
+            sums[name] = _added(sums.get(name), value.astype(np.float64).mean(axis=over) * len(batch))
         say((at + 1) / len(runs))
     return {
         name: Observed(h.counts, h.lo, h.hi, h.least, h.most, sums[name] / len(x)) for name, h in histograms.items()
     }
+
+
+def _added(total: Array | None, more: Array) -> Array:
+    """Add up channel means; a tensor whose second size is no channel but the batch (in LSTMs) ends without any."""
+    if total is None:
+        return more
+    return total + more if total.shape == more.shape else np.empty(0)
 
 
 def _typed(model: Any) -> Any:

@@ -10,11 +10,9 @@ AveragePool, GlobalAveragePool, Gemm, Add, Flatten, Reshape to two dimensions. A
 names it.
 """
 
-import contextlib
 import dataclasses
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +20,7 @@ import numpy as np
 from compress import graph
 from compress.graph import Array
 from compress.measure import Runner, answers
+from compress.quiet import muted
 from compress.weights import unpack4
 from skills.errors import FormatError, MissingExtra, SkerryError
 from skills.ort import Port
@@ -76,26 +75,13 @@ def session(file: bytes, threads: int = 1) -> Session:
         raise MissingExtra("LiteRT is not installed: pip install 'skerry[tflite]'") from None
     start = time.perf_counter()
     try:
-        with _silenced():
+        with muted():  # LiteRT greets
             raw = Interpreter(model_content=file, num_threads=threads)
             raw.allocate_tensors()
     except (ValueError, RuntimeError) as error:
         raise FormatError(f"LiteRT cannot load the model: {str(error).splitlines()[0]}") from error
     load_ms = (time.perf_counter() - start) * 1e3
     return Session(raw, _ports(raw.get_input_details()), _ports(raw.get_output_details()), load_ms)
-
-
-@contextlib.contextmanager
-def _silenced() -> Iterator[None]:
-    """Keep LiteRT's greeting off the terminal: it is written by C++ to descriptor 2 and has no switch."""
-    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nothing, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nothing)
 
 
 def _ports(details: Sequence[Mapping[str, Any]]) -> tuple[Port, ...]:

@@ -216,6 +216,15 @@ def make():
                                torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 4))
 def number():
     return 42
+class Recurrent(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net, self.end = torch.nn.LSTM(12, 16, batch_first=True), torch.nn.Linear(16, 4)
+    def forward(self, x):
+        return self.end(self.net(x[:, 0])[0][:, -1])
+class Singular(torch.nn.Module):
+    def forward(self, x):
+        return torch.linalg.svd(x)[0]
 """
 
 
@@ -238,6 +247,23 @@ def test_a_torch_module_is_exported_and_compressed(torch_net: str, small_net: Bu
     )
     assert report.metric_name == "agreement"
     assert report.result.metric > 0.8
+
+
+def test_a_recurrent_layer_is_left_alone(torch_net: str, small_net: Build, tmp_path: Path) -> None:
+    # 1,000 samples in batches of 64 leave a shorter last one: the second size of an LSTM's tensors is the batch.
+    x = small_net("plain").x
+    report = compress(f"{torch_net}:Recurrent", {"x": x}, tmp_path / "out", device="x86-avx2", max_drop=20)
+    assert report.result.metric > 0.8
+    assert report.details.kernels["LSTM"] == 1
+
+
+def test_an_operator_that_cannot_be_exported_is_named_and_nothing_else_is_printed(
+    torch_net: str, small_net: Build, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(FormatError, match="cannot be exported to ONNX: .*linalg_svd") as caught:
+        compress(f"{torch_net}:Singular", {"x": small_net("plain").x}, tmp_path / "out")
+    assert one_line(caught.value)
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
