@@ -35,7 +35,7 @@ def compressed(report: "Report") -> Group:
         f"{report.ratio_package:.1f}× smaller than the file before",
     )
     low, high = report.drop_ci95
-    lost = f"{-report.drop:+.2f} points, 95 % interval {-high:+.2f} … {-low:+.2f}, on {report.n_report} inputs"
+    lost = f"{0 - report.drop:+.2f} points, 95 % interval {0 - high:+.2f} … {0 - low:+.2f}, on {report.n_report} inputs"
     made.add_row(name, f"{before.metric:.2%}", f"{after.metric:.2%}", lost)
     quicker = f"{report.speedup:.2f}× faster" if report.speedup >= 1 else f"{1 / report.speedup:.2f}× SLOWER"
     made.add_row(
@@ -109,11 +109,17 @@ def split_table(plan: "Plan", links: "Sequence[Link]") -> Group:
 
 def _facts(choice: "Choice") -> tuple[str, ...]:
     cut, coding = choice.cut, choice.coding
-    label = {"local": "local (send nothing)", "input": "input (send it compressed)"}.get(cut.name, cut.name)
     if coding is None:
-        return label, "–", "0 B", "100 %", f"{cut.device_ms.p50:.0f} ms", "–"
+        return cut.name, "–", "0 B", "100 %", f"{cut.device_ms.p50:.0f} ms", "–"
     kept = f"{100 - coding.drop:.1f} %"
-    return label, coding.name, size(coding.bytes_p50), kept, f"{cut.device_ms.p50:.0f} ms", f"{cut.tail_ms.p50:.1f} ms"
+    return (
+        cut.name,
+        coding.name,
+        size(coding.bytes_p50),
+        kept,
+        f"{cut.device_ms.p50:.0f} ms",
+        f"{cut.tail_ms.p50:.1f} ms",
+    )
 
 
 def _refused(plan: "Plan", name: str) -> tuple[str, ...]:
@@ -122,7 +128,7 @@ def _refused(plan: "Plan", name: str) -> tuple[str, ...]:
     why = "may not leave" if private else "over the budget"
     least = min((coding.bytes_p50 for coding in cut.codings), default=0)
     return (
-        {"input": "input"}.get(name, name),
+        name,
         why,
         size(least),
         "–",

@@ -20,7 +20,13 @@ STYLES = {
 def table(*columns: str, title: str | None = None, right: Sequence[str] = ()) -> Table:
     """Return an empty table in the house style; the columns in `right` are numbers."""
     made = Table(
-        title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", header_style="bold", pad_edge=False
+        title=title,
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        title_style="bold",
+        header_style="bold",
+        pad_edge=False,
+        show_edge=False,
     )
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", overflow="fold")

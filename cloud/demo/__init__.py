@@ -59,7 +59,8 @@ def _chapters(scene: Scene) -> Story:
 
     facts = machine()
     scene.say(
-        f"[bold]Skerry {skills.__version__}[/bold]  {facts['cpu']}, {facts['cores']} cores, Python {facts['python']}; everything lies in {scene.folder}"
+        f"[bold]Skerry {skills.__version__}[/bold]  {facts['cpu']}, {facts['cores']} cores, Python {facts['python']}; "
+        f"everything lies in {scene.folder}"
     )
     small, piece = smaller.tell(scene)
     lap("a")

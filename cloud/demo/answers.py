@@ -45,7 +45,7 @@ def tell(scene: Scene, piece: Workpiece) -> tuple[Asked, ...]:
             one.device, one.variant, f"{one.right / one.asked:.2%}", f"{one.same_as_model} of {one.asked}",
             f"{one.local.p50:.2f} ms", f"{one.local.p90:.2f} ms", f"{one.relayed.p50:.1f} ms", f"{one.relayed.p90:.1f} ms",
         )  # fmt: skip
-    scene.show(made)
+    scene.table(made)
     for one, report in zip(found, (piece.built.report, piece.built.litert_report), strict=True):
         exact = one.same_as_model == one.asked == len(np.asarray(trained.y))
         scene.claim(

@@ -1,4 +1,4 @@
-"""What the story claims: every claim is checked against what was just measured, and one that does not hold ends the demo with 3."""
+"""What the story claims: each claim is checked against what was just measured; one that does not hold ends the demo with 3."""
 
 import dataclasses
 
@@ -35,5 +35,6 @@ class Claims:
         broken = [claim for claim in self.all if not claim.holds]
         if broken:
             raise NotReached(
-                f"{len(broken)} of {len(self.all)} claims do not hold on this machine; the first: {broken[0].text} ({broken[0].found})"
+                f"{len(broken)} of {len(self.all)} claims do not hold on this machine; the first: "
+                f"{broken[0].text} ({broken[0].found})"
             )

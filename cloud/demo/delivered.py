@@ -1,6 +1,7 @@
 """Chapter b: a signed skill reaches three agents over MQTT, one of them first, and one of them refuses."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cloud.authoring import build_skill
 from cloud.demo.facts import Delivered
@@ -8,15 +9,18 @@ from cloud.demo.scene import Scene, arrivals
 from cloud.publish import publish
 from skills.bundle import Bundle
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 TITLE = "Delivered: a signed skill reaches its devices"
 TEXT = (
     "The skill is built, signed with the publisher's key and brought to three agents, processes of their own that know\n"
     "only their broker. One device goes first; the others follow when it serves."
 )
 BOARDS = {
-    "dock": "runtimes: [onnxruntime]\n",
-    "lighthouse": "runtimes: [litert]\n",
-    "buoy": "memory_mb: 16\n",
+    "dock": ("runtimes: [onnxruntime]\n", {"site": "harbour"}),
+    "lighthouse": ("runtimes: [litert]\n", {"site": "harbour"}),
+    "buoy": ("memory_mb: 16\n", {"site": "sea"}),
 }
 
 
@@ -26,21 +30,22 @@ def tell(scene: Scene, folder: Path) -> Delivered:
     with scene.working("building the bundle") as step:
         file = scene.folder / "digits-1.0.0.skb"
         bundle = build_skill(folder, file, lambda text: step(text, 0.5))
-    scene.show(bundle_table(bundle))
+    scene.table(bundle_table(bundle))
     with scene.working("starting the controller and three agents") as step:
         step("controller, broker, tail server", 0.1)
         running = scene.start_controller()
-        for at, (name, config) in enumerate(BOARDS.items()):
+        for at, (name, (config, labels)) in enumerate(BOARDS.items()):
             step(f"{name} enrols", 0.3 + 0.2 * at)
-            scene.add_board(name, config)
+            scene.add_board(name, config, labels)
         step("waiting for their first words", 0.9)
         scene.wait_online(*BOARDS)
     scene.say(
-        f"controller {running.run.url}, broker {running.run.broker} at {running.run.mqtt_url} [dim](TLS, each device its own certificate)[/dim]"
+        f"controller {running.run.url}, broker {running.run.broker} at {running.run.mqtt_url} "
+        "[dim](TLS, each device its own certificate)[/dim]"
     )
     from cloud.cli import tables
 
-    scene.show(tables.devices(scene.client.devices()))
+    scene.table(tables.devices(scene.client.devices()))
     done = publish(scene.client, file, scene.publisher_key)
     scene.say(f"[cyan]$ skerry skill publish {file.name}[/cyan]   signed, {tables.size(done.uploaded_bytes)} uploaded")
     scene.say("[cyan]$ skerry push digits --to all --canary 1 --wait[/cyan]")
@@ -58,15 +63,12 @@ def tell(scene: Scene, folder: Path) -> Delivered:
         "each took the variant that fits it", fits, ", ".join(f"{name}: {variant}" for name, variant in taken.items())
     )
     refused = by_name["buoy"]
-    scene.claim(
-        "the device that no variant fits refuses and says why",
-        refused.stage == "refused" and refused.reason,
-        refused.reason,
-    )
+    why = refused.reason.partition(";")[0]
+    scene.claim("the device that no variant fits refuses and says why", refused.stage == "refused" and why, why)
     return Delivered(bundle.size, len(bundle.parts), round(seconds, 2), running.run.broker, arrivals(ended))
 
 
-def bundle_table(bundle: Bundle) -> object:
+def bundle_table(bundle: Bundle) -> "Table":
     """Return the parts of a bundle for people."""
     from cloud.cli import tables
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -82,11 +82,13 @@ class Scene:
     def publisher_key(self) -> Path:
         return self.folder / "controller" / "keys" / "publisher.pem"
 
-    def add_board(self, name: str, config: str, change: Callable[[Board], None] = lambda board: None) -> Board:
+    def add_board(
+        self, name: str, config: str, labels: Mapping[str, str], change: Callable[[Board], None] = lambda board: None
+    ) -> Board:
         """Enrol and start one more device; `change` may touch its folder in between."""
         board = Board(name, self.folder / "devices" / name, config)
         self.boards[name] = board
-        board.enroll(self.client.invite({"story": "demo"}, 600.0).token)
+        board.enroll(self.client.invite(labels, 600.0).token)
         change(board)
         board.start()
         return board
@@ -121,6 +123,10 @@ class Scene:
         """Show a part of the story."""
         if not self.silent:
             self.screen.out.print(*views, sep="\n")
+
+    def table(self, view: "RenderableType") -> None:
+        """Show a table with some air around it."""
+        self.show("", view, "")
 
     def chapter(self, letter: str, title: str, text: str) -> None:
         """Begin a chapter."""
@@ -168,7 +174,7 @@ class Scene:
         begin = time.monotonic()
         with self.screen.live(tables.rollout(started)) as show:
             ended = watch.follow(self.client, started.id, ROLLOUT_DEADLINE_S, lambda look: show(tables.rollout(look)))
-        self.show(tables.rollout(ended))
+        self.table(tables.rollout(ended))
         return ended, time.monotonic() - begin
 
 

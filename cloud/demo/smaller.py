@@ -64,7 +64,7 @@ def tell(scene: Scene) -> tuple[Smaller, Workpiece]:
     with scene.working("compressing") as step:
         built = recipe.assemble(trained, folder, lambda what, share, best: step(f"{what} {best}".strip(), share))
     report, lite = built.report, built.litert_report
-    scene.show(findings.compressed(report))
+    scene.table(findings.compressed(report))
     scene.say(
         f"[dim]the same for LiteRT: {lite.ratio_file:.1f}× smaller, {lite.result.metric:.2%} right, "
         f"{lite.speedup:.2f}× as fast as the float net on onnxruntime[/dim]"

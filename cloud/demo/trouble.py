@@ -18,6 +18,7 @@ from skills.files import write_atomic
 
 TITLE = "Kept right: an update, a mistake, two attacks, the way back"
 FIRST = "dock"  # the device that goes first
+WHERE = "site=harbour"
 
 
 def tell(scene: Scene, piece: Workpiece) -> tuple[Update, tuple[Refusal, ...], tuple[Arrival, ...]]:
@@ -39,10 +40,10 @@ def _update(scene: Scene, piece: Workpiece) -> Update:
     from cloud.cli import tables
 
     factor = sharpness(piece)
-    _head(
-        scene,
-        "1.1.0",
-        f"better control code: confidence sharpened ×{factor:g}, so that it says how often the net is right",
+    before, after = sureness(piece, 1.0), sureness(piece, factor)
+    _head(scene, "1.1.0", "better control code: its confidence shall say how often it is right")
+    scene.say(
+        f"[dim]mean confidence on held-out digits {before:.1%} → {after:.1%}, right {piece.built.trained.accuracy:.1%}[/dim]"
     )
     folder = scene.folder / "digits-1.1.0"
     replaced(
@@ -55,11 +56,12 @@ def _update(scene: Scene, piece: Workpiece) -> Update:
     file = _build(scene, folder)
     bundle = open_bundle(file).bundle
     done = publish(scene.client, file, scene.publisher_key)
-    ended, seconds = scene.follow(scene.client.push("digits", "1.1.0", "all", "1"))
+    ended, seconds = _push(scene, "1.1.0")
     came = [member for member in ended.devices if member.stage == "serving"]
     received, reused = max((m.received_bytes for m in came), default=0), min((m.reused_bytes for m in came), default=0)
     scene.say(
-        f"bundle {tables.size(bundle.size)}; uploaded {tables.size(done.uploaded_bytes)}; each device received {tables.size(received)} at the most"
+        f"the bundle has {tables.size(bundle.size)}; {tables.size(done.uploaded_bytes)} of it had to be uploaded, "
+        f"{tables.size(received)} reached each device, its share of the repository's metadata included"
     )
     scene.claim(
         "both devices serve 1.1.0", _serving(scene) == {"dock": "1.1.0", "lighthouse": "1.1.0"}, f"{seconds:.1f} s"
@@ -76,15 +78,28 @@ def sharpness(piece: Workpiece) -> float:
     from skills import ort
 
     trained = piece.built.trained
-    logits = ort.session(trained.onnx).run({"x": trained.x_train})["logits"].astype(np.float64)
+    logits = ort.session(trained.onnx).run({"x": trained.x_train})["logits"]
     right = float((logits.argmax(1) == trained.y_train).mean())
     low, high = 0.5, 3.0
     for _ in range(20):
         middle = (low + high) / 2
-        odds = np.exp((logits - logits.max(1, keepdims=True)) * middle)
-        sure = float((odds.max(1) / odds.sum(1)).mean())
-        low, high = (middle, high) if sure < right else (low, middle)
+        low, high = (middle, high) if _mean_confidence(np.asarray(logits), middle) < right else (low, middle)
     return round(low, 2)
+
+
+def sureness(piece: Workpiece, factor: float) -> float:
+    """Return the float net's mean confidence on the held-out digits, its logits taken times `factor`."""
+    from skills import ort
+
+    return _mean_confidence(ort.session(piece.built.trained.onnx).run({"x": piece.built.trained.x})["logits"], factor)
+
+
+def _mean_confidence(logits: Any, factor: float) -> float:
+    import numpy as np
+
+    scaled = logits.astype(np.float64) * factor
+    odds = np.exp(scaled - scaled.max(1, keepdims=True))
+    return float((odds.max(1) / odds.sum(1)).mean())
 
 
 def write_probe(piece: Workpiece, folder: Path) -> None:
@@ -124,12 +139,12 @@ def _miscalibrated(scene: Scene, piece: Workpiece) -> Refusal:
         f"on held-out digits this model is right {built.report.result.metric:.1%} of the time; nothing tells the devices so"
     )
     publish(scene.client, _build(scene, folder), scene.publisher_key)
-    ended, _ = scene.follow(scene.client.push("digits", "1.2.0", "all", "1"))
+    ended, _ = _push(scene, "1.2.0")
     return _refused(
         scene,
         ended,
         "mis-quantized model",
-        "the probe fails on the device; the old version goes on",
+        "the probe fails on the device, which therefore never serves it",
         ("probe", "golden", "digit"),
     )
 
@@ -156,7 +171,7 @@ def _flipped_byte(scene: Scene, piece: Workpiece) -> Refusal:
     write_atomic(stored, clean[:at] + bytes([clean[at] ^ 0x01]) + clean[at + 1 :])
     scene.say(f"byte {at:,} of {part.path} is {clean[at]:#04x} no longer, it is {clean[at] ^ 0x01:#04x}")
     try:
-        ended, _ = scene.follow(scene.client.push("digits", "1.3.0", "all", "1"))
+        ended, _ = _push(scene, "1.3.0")
     finally:
         write_atomic(stored, clean)
     return _refused(
@@ -188,7 +203,7 @@ def _strangers_key(scene: Scene, piece: Workpiece) -> tuple[Refusal, ...]:
     clean = scene.client.metadata("targets")
     forged = signing.add_release(clean, target, manifest, signing.load_key(key), now())
     _with_targets(scene, forged)
-    ended, _ = scene.follow(scene.client.push("digits", "1.4.0", "all", "1"))
+    ended, _ = _push(scene, "1.4.0")
     second = _refused(
         scene,
         ended,
@@ -223,14 +238,12 @@ def now() -> Any:
 
 def _way_back(scene: Scene) -> tuple[Arrival, ...]:
     scene.say("")
-    scene.say("[cyan]$ skerry rollback digits --to all --wait[/cyan]")
-    ended, seconds = scene.follow(scene.client.rollback("digits", "all"))
+    scene.say(f"[cyan]$ skerry rollback digits --to {WHERE} --wait[/cyan]")
+    ended, seconds = scene.follow(scene.client.rollback("digits", WHERE))
     found = _serving(scene)
-    scene.claim(
-        "every device is back at what it served before",
-        found == {"dock": "1.0.0", "lighthouse": "1.0.0"},
-        f"{found}, {seconds:.1f} s",
-    )
+    versions = ", ".join(f"{name} {version}" for name, version in found.items())
+    back = found == {"dock": "1.0.0", "lighthouse": "1.0.0"}
+    scene.claim("every device is back at what it served before", back, f"{versions}, {seconds:.1f} s")
     return arrivals(ended)
 
 
@@ -253,6 +266,11 @@ def _build(scene: Scene, folder: Path) -> Path:
     return file
 
 
+def _push(scene: Scene, version: str) -> tuple[RolloutView, float]:
+    scene.say(f"[cyan]$ skerry push digits@{version} --to {WHERE} --canary 1 --wait[/cyan]")
+    return scene.follow(scene.client.push("digits", version, WHERE, "1"))
+
+
 def _serving(scene: Scene) -> dict[str, str]:
     serving = {device.id: device.serving("digits") for device in scene.client.devices()}
     return {name: entry.version for name, entry in serving.items() if entry is not None}
@@ -269,8 +287,12 @@ def _refused(scene: Scene, ended: RolloutView, what: str, text: str, words: tupl
     answer, _ = scene.boards[FIRST].ask("digits", Call({"image": np.zeros((1, 8, 8), np.uint8)}))
     old = entry.version if entry is not None else "nothing"
     reason = member.reason or ended.reason
-    scene.claim(text, member.stage == "failed" and any(word in reason.lower() for word in words), f"{FIRST}: {reason}")
+    scene.claim(text, member.stage == "failed" and any(word in reason.lower() for word in words))
     others = [other.stage for other in ended.devices if other.device != FIRST]
-    scene.claim(f"it stops there: {ended.skill} 1.1.0 serves everywhere", ended.state == "halted" and old == answer.version == "1.1.0" and "serving" not in others,
-                f"the rollout halted, {FIRST} answers with {answer.version}")  # fmt: skip
+    stopped = ended.state == "halted" and "serving" not in others
+    scene.claim(
+        "it stops there, and 1.1.0 goes on",
+        stopped and old == answer.version == "1.1.0",
+        f"the rollout halted, {FIRST} answers with {answer.version}",
+    )
     return Refusal(what, str(ended.version), FIRST, member.stage, reason, old)
