@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from skills.errors import SkerryError, Unreachable, UsageError
+from skills.files import write_atomic
 from skills.split import Link, parse_link
 
 PIECE_BYTES = 4096
@@ -165,7 +166,7 @@ async def _run(listen: tuple[str, int], proxy: Proxy, port_file: Path | None, pr
     server = await asyncio.start_server(proxy.handle, *listen)
     port = server.sockets[0].getsockname()[1]
     if port_file is not None:
-        port_file.write_text(f"{port}\n")
+        write_atomic(port_file, f"{port}\n".encode())
     if print_port:
         print(port, flush=True)
     pending = bytearray()

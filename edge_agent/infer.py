@@ -77,6 +77,8 @@ class SplitModel:
         self._refused_until_s = float("-inf")
         self.last = Ran("local", "local", "", 0.0, 0, 0.0)
         self._warm()
+        if self.tail is not None:
+            self.tail.prepare(self._hash)
 
     def __call__(self, **inputs: "NDArray[Any]") -> "Arrays":
         """Answer one request; see `answer`."""

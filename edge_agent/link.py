@@ -3,7 +3,7 @@
     python -m edge_agent.link --socket PATH --target HOST:PORT [--tls DIR]
 
 DIR holds ca.pem, cert.pem and key.pem. Workers connect to the Unix socket and speak frames (edge_agent/ipc.py):
-  to the link    infer  {id, plan, cut, codec, deadline_us} + activation frame · cancel {id, late} · use {}
+  to the link    infer  {id, plan, cut, codec, deadline_us} + activation frame · cancel {id, late} · plan {plan}: have it warmed
   to the worker  answer {id, ok, outputs: [[name, datatype, shape, bytes]…]} + raw tensors, or {id, ok: false, kind, error}
                  estimate {mbit, rtt_ms, up, cold, queue_ms}: at once, and whenever it has changed
 While anybody used it in the last five seconds it keeps the connection warm with tiny calls on the same channel: TCP starts
@@ -33,6 +33,8 @@ KEEP_WARM_S = 0.15
 IDLE_AFTER_S = 5.0
 PING_DEADLINE_S = 1.0
 MAX_IN_FLIGHT = 32
+MAX_PLANS = 64
+WARM_DEADLINE_S = 30.0
 MAX_KEY_BYTES = 1 << 20
 TLS_FILES = ("ca.pem", "key.pem", "cert.pem")
 
@@ -49,6 +51,8 @@ class Link:
         self._used = asyncio.Event()
         self._told: tuple[object, ...] = ()
         self._connected_once = False
+        self._plans: set[str] = set()
+        self._workers: set[asyncio.Task[Any]] = set()
 
     async def serve(self, path: Path, stop: asyncio.Event) -> None:
         """Listen on the Unix socket until `stop`.
@@ -59,15 +63,14 @@ class Link:
         """
         channel = _channel(self._target, self._tls)
         stub = oip.service().GRPCInferenceServiceStub(channel)
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
+        _remove(path)
         try:
             server = await asyncio.start_unix_server(
                 lambda reader, writer: self._worker(stub, reader, writer), path, limit=1 << 20
             )
         except OSError as error:
             raise Unreachable(f"cannot listen on {path}: {error.strerror or error}") from None
-        path.chmod(0o600)
+        _only_ours(path)
         warm = asyncio.create_task(self._keep_warm(stub), name="keep-warm")
         try:
             await stop.wait()
@@ -79,11 +82,16 @@ class Link:
             await asyncio.gather(warm, *self._calls.values(), return_exceptions=True)
             for writer in list(self._writers):
                 writer.close()
+            if self._workers:
+                await asyncio.wait(self._workers, timeout=1)
             await channel.close()
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
+            _remove(path)
 
     async def _worker(self, stub: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        if task is not None:
+            self._workers.add(task)
+            task.add_done_callback(self._workers.discard)
         self._writers.add(writer)
         self._use()
         self._tell(writer)
@@ -111,12 +119,30 @@ class Link:
             task = asyncio.create_task(self._infer(stub, writer, number, header, bytes(body)), name=f"infer-{number}")
             self._calls[key] = task
             task.add_done_callback(lambda _: self._calls.pop(key, None))
+        elif op == "plan" and len(self._plans) < MAX_PLANS:
+            self._plans.add(str(header.get("plan"))[:64])
+            self._start_warming(stub)
         elif op == "cancel" and type(number) is int:
             task_or_none = self._calls.pop((id(writer), number), None)
             if task_or_none is not None:
                 task_or_none.cancel()
                 if header.get("late") is True:
                     self._missed()
+
+    def _start_warming(self, stub: Any) -> None:
+        """Have the tail load the plans in use before a request needs them; one that it does not know shows in the request."""
+
+        async def warm(name: str) -> None:
+            import grpc
+
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                await stub.ModelReady(oip.messages().ModelReadyRequest(name=name), timeout=WARM_DEADLINE_S)
+
+        if self._connected_once and not self._breaker.open:
+            for name in self._plans:
+                task = asyncio.create_task(warm(name), name=f"warm-{name}")
+                self._workers.add(task)
+                task.add_done_callback(self._workers.discard)
 
     async def _infer(
         self, stub: Any, writer: asyncio.StreamWriter, number: int, header: Mapping[str, Any], frame: bytes
@@ -188,10 +214,14 @@ class Link:
             self._missed()
             return
         now = time.monotonic()
-        if self._connected_once:
+        if self._connected_once and not self._breaker.open:
             self._estimator.on_ping(now, (now - start) * 1e3)
-        self._connected_once = True  # the first one paid for TCP and TLS: its time says nothing
+        # The first one after an absence paid for TCP and TLS: its time says nothing, and the tail may be another process.
+        returned = not self._connected_once or self._breaker.open
+        self._connected_once = True
         self._answered()
+        if returned:
+            self._start_warming(stub)
 
     def _use(self) -> None:
         self._last_use_s = time.monotonic()
@@ -243,6 +273,14 @@ class Link:
             writer.write(ipc.frame(header, body))
 
 
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
+
+
+def _only_ours(path: Path) -> None:
+    path.chmod(0o600)
+
+
 def _request(header: Mapping[str, Any], frame: bytes, deadline_us: int) -> Any:
     request = oip.messages().ModelInferRequest(model_name=str(header["plan"]))
     request.inputs.add(name="frame", datatype="UINT8", shape=[len(frame)])
@@ -256,8 +294,8 @@ def _request(header: Mapping[str, Any], frame: bytes, deadline_us: int) -> Any:
 def _kind(grpc: Any, code: Any) -> str:
     codes = grpc.StatusCode
     return {
-        codes.UNAVAILABLE: "unavailable", codes.DEADLINE_EXCEEDED: "late", codes.CANCELLED: "late", codes.RESOURCE_EXHAUSTED: "exhausted",
-        codes.UNAUTHENTICATED: "unavailable",
+        codes.UNAVAILABLE: "unavailable", codes.DEADLINE_EXCEEDED: "late", codes.CANCELLED: "late",
+        codes.RESOURCE_EXHAUSTED: "exhausted",         codes.UNAUTHENTICATED: "unavailable",
     }.get(code, "invalid")  # fmt: skip
 
 

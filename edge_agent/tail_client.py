@@ -35,6 +35,9 @@ class Reply:
 class Tail(Protocol):
     """What a split model asks of the other side; the fake of the tests keeps to the same contract."""
 
+    def prepare(self, plan: str) -> None:
+        """Ask the other side to have a plan loaded before the first request."""
+
     def estimate(self) -> Estimate:
         """Return what is known of the link now, without waiting; a bandwidth of 0 is not known yet."""
 
@@ -61,7 +64,12 @@ class LinkClient:
         self._replies: dict[int, Reply] = {}
         self._waiting: set[int] = set()
         self._estimate = Estimate(0.0, 0.0, up=False)
+        self._plan = ""
         self._next, self._try_at_s = 0, float("-inf")
+
+    def prepare(self, plan: str) -> None:
+        self._plan = plan
+        self._connect()
 
     def estimate(self) -> Estimate:
         self._connect()
@@ -122,6 +130,8 @@ class LinkClient:
             channel.close()
             return
         self._channel, self._buffer = channel, bytearray()
+        if self._plan:
+            self._put(ipc.frame({"op": "plan", "plan": self._plan}))
 
     def _put(self, data: bytes) -> None:
         if self._channel is None:

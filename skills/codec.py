@@ -284,7 +284,7 @@ def _per_channel(image: Image) -> tuple["Array", "Array"]:
 
 def _pillow() -> Any:
     try:
-        from PIL import Image as module
+        import PIL.Image
     except ImportError:
         raise MissingExtra("Pillow is not installed: pip install 'skerry[edge]'") from None
-    return module
+    return PIL.Image

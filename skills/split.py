@@ -157,7 +157,9 @@ class Policy:
     minimize: Literal["latency", "bytes"] = "latency"
     slo_ms: Annotated[float | None, Limits(min=0.001), Doc("with minimize: bytes, the slowest answer allowed")] = None
     pin: Annotated[CutName | None, Doc("always use this cut while the tail answers")] = None
-    overhead_ms: Annotated[float, Limits(min=0), Doc("one remote call without its bytes, on a link without delay")] = 3.0
+    overhead_ms: Annotated[float, Limits(min=0), Doc("one remote call without its bytes, on a link without delay")] = (
+        3.0
+    )
     gain: Annotated[float, Limits(min=0), Doc("switch when a cut is this share faster, several times in a row")] = 0.08
     gain_at_once: Annotated[float, Limits(min=0), Doc("switch at once when it is this share faster")] = 0.30
     streak: Annotated[int, Limits(min=1), Doc("how many times in a row")] = 3
@@ -386,7 +388,7 @@ class Held:
 
 def settle(plan: Plan, held: Held | None, best: Choice, estimate: Estimate, now_s: float, alpha: float = 1.0) -> Held:
     """Hold on to a choice unless the gain is clear: hysteresis and dwell against flapping. A link that is down counts at once."""
-    if held is None or (best.coding is None and not estimate.up):
+    if held is None or plan.policy.pin is not None or (best.coding is None and not estimate.up):
         same = held is not None and held.choice.coding is None
         return Held(best, held.since_s if held is not None and same else now_s)
     current = Choice(

@@ -207,3 +207,23 @@ def make_small_net(kind: str) -> SmallNet:
     model = finished([helper.make_tensor_value_info("logits", 1, ["n", 4])], nodes)
     onnx.checker.check_model(model)
     return SmallNet(model, x, y)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PlannedNet:
+    """A split plan in `folder`, the whole model it was made from, and inputs."""
+
+    folder: Path
+    model: bytes
+    x: Any
+
+
+@pytest.fixture(scope="session")
+def planned_net(tmp_path_factory: pytest.TempPathFactory) -> PlannedNet:
+    """A small residual net, planned for a device ten times slower."""
+    from cloud.split import split
+
+    net = make_small_net("residual")
+    folder, model = tmp_path_factory.mktemp("plan") / "split", net.model.SerializeToString()
+    split(model, {"x": net.x, "y": net.y}, slowdown=10, max_drop=5, out=folder, rounds=3, most_samples=24)
+    return PlannedNet(folder, model, net.x)

@@ -94,11 +94,8 @@ class Flow:
 
     def live(self, prefix: frozenset[int]) -> tuple[str, ...]:
         """Return the tensors that cross the cut after `prefix`, in the order in which they come to be."""
-        crossing = []
         after = {name for at, op in enumerate(self.ops) if at not in prefix for name in op.inputs}
-        for name in self.inputs:
-            if name in after:
-                crossing.append(name)
+        crossing = [name for name in self.inputs if name in after]
         for at, op in enumerate(self.ops):
             if at in prefix:
                 crossing += [name for name in op.outputs if name in after or name in self.outputs]

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 
-HEADER = """A split plan: how this model is cut between a device and its tail in the cloud. docs/splitting.md explains every field.
+HEADER = """A split plan: how this model is cut between a device and its tail in the cloud; docs/splitting.md explains it.
 You may edit `policy` (pin a cut, change the hysteresis), `private`, `min_cut`, `network` and the measured times.
 Segments, tensors, codings and their scales are fixed: the tail knows the plan by a hash over them."""
 ASSUMED = Link(20, 30)
@@ -113,8 +113,9 @@ def split(
         reply = sum(int(array.nbytes) for array in timed.chain.run(samples[0]).values())
         plan = Plan(
             sha256_hex(raw) if isinstance(raw, bytes) else sha256_file(raw),
-            timed.pieces.live[0], timed.pieces.outputs, timed.pieces.segments, _cuts(kept, timed, codings), network, float(slowdown),
-            private, _least(kept, flow, min_cut), float(max_drop), score.metric, count, reply, shared=timed.pieces.shared,
+            timed.pieces.live[0], timed.pieces.outputs, timed.pieces.segments, _cuts(kept, timed, codings), network,
+            float(slowdown), private, _least(kept, flow, min_cut), float(max_drop), score.metric, count, reply,
+            shared=timed.pieces.shared,
         )  # fmt: skip
         plan = dataclasses.replace(plan, verdicts=tuple(judge(plan, link) for link in links))
         details = _details(timed, kept, score, rounds) | {

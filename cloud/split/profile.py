@@ -132,7 +132,8 @@ def measure_coding(
     drop, interval = paired_drop(reference, score(answers).values)
     return dataclasses.replace(
         coding,
-        bytes_p50=_at(sizes, 0.5), bytes_p95=_at(sizes, 0.95), encode_ms=_rounded(_at(encodes, 0.5)), decode_ms=_rounded(_at(decodes, 0.5)),
+        bytes_p50=_at(sizes, 0.5), bytes_p95=_at(sizes, 0.95), encode_ms=_rounded(_at(encodes, 0.5)),
+        decode_ms=_rounded(_at(decodes, 0.5)),
         drop=drop, drop_ci95=interval, admitted=drop <= max_drop,
     )  # fmt: skip
 

@@ -11,7 +11,8 @@ from skills.wire import encode_json, to_plain
 
 PRIVACY = (
     "private: raw or compressed input never leaves the device, and no cut before the declared minimum is used. "
-    "This is no proof against reconstruction: what leaves are activations, and whether the input can be rebuilt from them was not audited."
+    "This is no proof against reconstruction: what leaves are activations, and whether the input can be rebuilt from "
+    "them was not audited."
 )
 OPEN = "the compressed input may leave the device"
 
@@ -49,23 +50,25 @@ def render_html(plan: Plan, details: Mapping[str, Any]) -> str:
     local = plan.cut("local").device_ms.p50
     charts = "".join(f"<h2>{say(str(verdict.link))}</h2>{_chart(plan, verdict.link)}" for verdict in plan.verdicts)
     facts = (
-        f"The device was taken to be {plan.slowdown:g} times slower than this machine; no live device was used. Staying local takes "
-        f"{local:.0f} ms there. {say(plan.metric.capitalize())} was measured on {plan.samples} inputs; a coding that loses more than "
-        f"{plan.max_drop:g} points is refused. The segments one after the other differ from the whole model by at most "
+        f"The device was taken to be {plan.slowdown:g} times slower than this machine; no live device was used. Staying "
+        f"local takes {local:.0f} ms there. {say(plan.metric.capitalize())} was measured on {plan.samples} inputs; a coding "
+        f"that loses more than {plan.max_drop:g} points is refused. The segments in a row differ from the whole by at most "
         f"{details.get('max_abs_difference', 0):.1e}, and take {details['chain_ms_here']['p50']:.1f} ms here against "
         f"{details['whole_ms_here']['p50']:.1f} ms for the whole."
     )
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Split report {plan_hash(plan)}</title>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Split report {plan_hash(plan)}</title>
 <style>{style}</style></head><body>
 <h1>Split report</h1><p class="soft">plan {plan_hash(plan)} · model {plan.model_sha256[:12]}…</p>
 <h2>What to do on each link</h2>{verdicts}<p>{facts}</p><p><b>Privacy.</b> {say(PRIVACY if plan.private else OPEN)}</p>
-<p class="key soft"><span style="background:var(--split)"></span>split<span style="background:var(--input)"></span>compressed input
-<span style="background:var(--local)"></span>local<span style="background:var(--refused)"></span>refused: over the budget, or input that may not leave</p>
+<p class="key soft"><span style="background:var(--split)"></span>split<span style="background:var(--input)"></span>compressed
+input<span style="background:var(--local)"></span>local<span style="background:var(--refused)"></span>refused: over the budget,
+or input that may not leave</p>
 {charts}
 <h2>Every candidate, as measured</h2><div class="wide">{_table(plan, details)}</div>
-<p class="soft">Device and tail times are medians of {details.get("rounds", "?")} interleaved warm runs of the whole head and the whole tail.
-Predicted time = device + coding + round trip + bytes / rate + tail. docs/splitting.md has the formulas and what they leave out.</p>
+<p class="soft">Device and tail times are medians of {details.get("rounds", "?")} interleaved warm runs of whole heads and tails.
+Predicted time = device + coding + round trip + bytes / rate + tail. docs/splitting.md has the formulas.</p>
 </body></html>
 """
 
@@ -88,11 +91,11 @@ def _chart(plan: Plan, link: Any) -> str:
 
 
 def _best_of_each(ranked: tuple[Choice, ...]) -> list[Choice]:
-    """Return the fastest coding of each cut, every coding of the input, fastest first."""
+    """Return the fastest coding of each cut (within the budget, if any is), every coding of the input, fastest first."""
     found: dict[object, Choice] = {}
-    for one in ranked:
+    for one in sorted(ranked, key=lambda one: (one.coding is not None and not one.coding.admitted, one.ms)):
         found.setdefault(_key(one) if one.cut.name == "input" else one.cut.name, one)
-    return list(found.values())
+    return sorted(found.values(), key=lambda one: one.ms)
 
 
 def _table(plan: Plan, details: Mapping[str, Any]) -> str:
@@ -111,12 +114,13 @@ def _table(plan: Plan, details: Mapping[str, Any]) -> str:
             rows.append(
                 f'<tr class="{"" if coding.admitted else "no"}"><td>{cut.name}</td><td class="l">{where}</td>'
                 f"<td>{'' if share is None else f'{share:.0%}'}</td>"
-                f'<td class="l">{coding.name}</td>{costs}<td>{coding.bytes_p50:,}</td><td>{coding.bytes_p95:,}</td><td>{coding.encode_ms:.1f}</td>'
-                f"<td>{coding.decode_ms:.1f}</td><td>{coding.drop:.1f}</td><td>{interval}</td></tr>"
+                f'<td class="l">{coding.name}</td>{costs}<td>{coding.bytes_p50:,}</td><td>{coding.bytes_p95:,}</td>'
+                f"<td>{coding.encode_ms:.1f}</td><td>{coding.decode_ms:.1f}</td><td>{coding.drop:.1f}</td><td>{interval}</td></tr>"
             )
     head = (
-        '<tr><th>cut</th><th class="l">tensor</th><th>work before</th><th class="l">coding</th><th>device ms</th><th>tail ms</th><th>bytes p50</th>'
-        f"<th>p95</th><th>encode ms</th><th>decode ms</th><th>drop ({html.escape(plan.metric)}, pt)</th><th>95 %</th></tr>"
+        '<tr><th>cut</th><th class="l">tensor</th><th>work before</th><th class="l">coding</th><th>device ms</th>'
+        f"<th>tail ms</th><th>bytes p50</th><th>p95</th><th>encode ms</th><th>decode ms</th>"
+        f"<th>drop ({html.escape(plan.metric)}, pt)</th><th>95 %</th></tr>"
     )
     return f"<table>{head}{''.join(rows)}</table>"
 
@@ -124,8 +128,8 @@ def _table(plan: Plan, details: Mapping[str, Any]) -> str:
 def _option(one: Choice) -> dict[str, object]:
     coding = one.coding
     return {
-        "cut": one.cut.name, "coding": coding.name if coding else "", "ms": round(one.ms, 2), "bytes": coding.bytes_p50 if coding else 0,
-        "admitted": coding.admitted if coding else True, "words": describe(one),
+        "cut": one.cut.name, "coding": coding.name if coding else "", "ms": round(one.ms, 2),
+        "bytes": coding.bytes_p50 if coding else 0, "admitted": coding.admitted if coding else True, "words": describe(one),
     }  # fmt: skip
 
 

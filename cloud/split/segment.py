@@ -230,7 +230,8 @@ def oip_name(kind: int) -> str:
     from onnx import TensorProto
 
     names = {
-        TensorProto.FLOAT: "FP32", TensorProto.DOUBLE: "FP64", TensorProto.FLOAT16: "FP16", TensorProto.UINT8: "UINT8", TensorProto.INT8: "INT8",
+        TensorProto.FLOAT: "FP32", TensorProto.DOUBLE: "FP64", TensorProto.FLOAT16: "FP16", TensorProto.UINT8: "UINT8",
+        TensorProto.INT8: "INT8",
         TensorProto.UINT16: "UINT16", TensorProto.INT16: "INT16", TensorProto.INT32: "INT32", TensorProto.INT64: "INT64",
         TensorProto.UINT32: "UINT32", TensorProto.UINT64: "UINT64", TensorProto.BOOL: "BOOL",
     }  # fmt: skip

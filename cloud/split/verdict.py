@@ -1,6 +1,7 @@
 """The verdict for one link, in words. Pure: a plan in, sentences out."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 
 from skills.split import Choice, Coding, Cut, Estimate, Link, Plan, Verdict, admitted, predict_ms
 
@@ -8,7 +9,7 @@ LINKS = (Link(1, 30), Link(5, 30), Link(20, 30), Link(100, 30))
 TIE = 1.03  # below three percent two options are the same
 
 
-def ever_best(cuts: Sequence[Cut], keep: Set[str] = frozenset()) -> frozenset[str]:
+def ever_best(cuts: Sequence[Cut], keep: AbstractSet[str] = frozenset()) -> frozenset[str]:
     """Return the true cuts that are the best split on some link, on a device at half to twice the measured speed."""
     splits = [
         (cut, coding) for cut in cuts if cut.name not in ("local", "input") for coding in cut.codings if coding.admitted
@@ -56,7 +57,11 @@ def judge(plan: Plan, link: Link) -> Verdict:
         for one in rivals
     ]
     if plan.private:
-        refused = [one for one in options(plan, link, every=True) if one.cut.name == "input"]
+        refused = [
+            one
+            for one in options(plan, link, every=True)
+            if one.cut.name == "input" and one.coding and one.coding.admitted
+        ]
         if refused and refused[0].ms < best.ms:
             said.append(f"the compressed input would take {refused[0].ms:.0f} ms but may not leave")
     if _first(ranked, "split") is None:

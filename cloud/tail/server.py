@@ -14,7 +14,7 @@ from typing import Any
 import skills
 from cloud.tail.engine import MAX_WAITING, Engine, Result
 from cloud.tail.store import Loaded, Store
-from skills import codec, oip
+from skills import codec, oip, ort, zstd
 from skills.errors import (
     DeadlineExceeded,
     FormatError,
@@ -51,7 +51,12 @@ def make_service(
             return pb.ServerReadyResponse(ready=ready())
 
         def ModelReady(self, request: Any, context: Any) -> Any:  # noqa: N802
-            return pb.ModelReadyResponse(ready=ready() and request.name.partition(".")[0] in store.names())
+            # Loads the plan: who asks is about to use it, and the first request should not wait for that.
+            try:
+                store.get(request.name.partition(".")[0])
+            except SkerryError:
+                return pb.ModelReadyResponse(ready=False)
+            return pb.ModelReadyResponse(ready=ready())
 
         def ServerMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
             return pb.ServerMetadataResponse(name="skerry-tail", version=skills.__version__, extensions=EXTENSIONS)
@@ -101,6 +106,7 @@ class Server:
             NotFound: a TLS file is missing.
         """
         grpc, pb_grpc = _grpc(), oip.service()
+        _import_heavy()
         self._engine, self._ready = Engine(), True
         # A handler waits for the compute thread: as many as may wait, and a few for the questions that never do.
         pool = concurrent.futures.ThreadPoolExecutor(MAX_WAITING + 16, thread_name_prefix="tail-grpc")
@@ -191,9 +197,8 @@ def _checked(loaded: Loaded, after: int, call: oip.Call) -> Any:
             said in (-1, size) for size, said in zip(array.shape, live.shape, strict=True)
         )
         if not fits or oip.datatype(array) != live.dtype or array.nbytes == 0:
-            raise FormatError(
-                f"the tensor {live.name!r} is {oip.datatype(array)} {list(array.shape)}, the plan says {live.dtype} {list(live.shape)}"
-            )
+            found = f"{oip.datatype(array)} {list(array.shape)}"
+            raise FormatError(f"the tensor {live.name!r} is {found}, the plan says {live.dtype} {list(live.shape)}")
     return {live.name: call.arrays[live.name] for live in tensors}
 
 
@@ -241,6 +246,15 @@ def _wait(result: "concurrent.futures.Future[Result]", deadline_s: float) -> Res
 def _credentials(grpc: Any, tls: tuple[Path, Path, Path]) -> Any:
     ca, certificate, key = (read_bytes(path, "the TLS file", MAX_KEY_BYTES) for path in tls)
     return grpc.ssl_server_credentials([(key, certificate)], root_certificates=ca, require_client_auth=True)
+
+
+def _import_heavy() -> None:
+    """Import what requests need before there are threads: numpy does not survive a first import from two of them at once."""
+    import PIL.Image
+
+    PIL.Image.preinit()
+    ort.runtime()
+    zstd.compress(b"", 1)
 
 
 def _grpc() -> Any:

@@ -29,6 +29,7 @@ class Store:
     def __init__(self, folder: Path, threads: int = 1) -> None:
         self._folder, self._threads = folder, threads
         self._lock = threading.Lock()
+        self._loading: dict[str, threading.Lock] = {}  # one plan's loading holds up no other plan
         self._loaded: dict[str, Loaded] = {}
 
     def names(self) -> tuple[str, ...]:
@@ -47,19 +48,31 @@ class Store:
             TrustError: its folder's name is not its hash, or a segment's hash is not the plan's.
             FormatError: split.yaml or a segment is not what it should be.
         """
+        found = self._held(name)
+        if found is not None:
+            return found
+        if not is_hash(name) or not (self._folder / name / "split.yaml").is_file():
+            raise NotFound(f"no plan {name[:32]!r} lies here: publish its skill to this controller again")
+        with self._lock:
+            loading = self._loading.setdefault(name, threading.Lock())
+        with loading:
+            found = self._held(name) or self._load(name)
+        with self._lock:
+            self._loading.pop(name, None)
+            self._loaded[name] = found
+            while len(self._loaded) > MAX_LOADED:
+                self._loaded.pop(next(iter(self._loaded)))
+        return found
+
+    def _held(self, name: str) -> Loaded | None:
         with self._lock:
             found = self._loaded.pop(name, None)
-            if found is None:
-                found = self._load(name)
-                while len(self._loaded) >= MAX_LOADED:
-                    self._loaded.pop(next(iter(self._loaded)))
-            self._loaded[name] = found
+            if found is not None:
+                self._loaded[name] = found  # now the one used last
             return found
 
     def _load(self, name: str) -> Loaded:
         folder = self._folder / name
-        if not is_hash(name) or not (folder / "split.yaml").is_file():
-            raise NotFound(f"no plan {name[:32]!r} lies here: publish its skill to this controller again")
         plan = load_plan(
             read_bytes(folder / "split.yaml", "the split plan", MAX_PLAN_BYTES).decode("utf-8", "replace"),
             f"{name}/split.yaml",

@@ -209,7 +209,15 @@ def _split(out: Path, model: bytes, x: "Array", slowdown: float, private: bool, 
 
     # The planner belongs to the controller; the ground names it only here, where a skill is being made and not run.
     planner = importlib.import_module("cloud.split")
-    planner.split(model, {"x": x}, slowdown=slowdown, private=private, max_drop=4.0, out=out / "models" / "split", progress=progress)
+    planner.split(
+        model,
+        {"x": x},
+        slowdown=slowdown,
+        private=private,
+        max_drop=4.0,
+        out=out / "models" / "split",
+        progress=progress,
+    )
 
 
 def _answer(logits: "Array") -> tuple["NDArray[np.int64]", "Array"]:

@@ -1,0 +1,82 @@
+"""A tail in memory with a clock of its own: answers as the real one, late, never, or with a refusal, as the script says."""
+
+import dataclasses
+from pathlib import Path
+
+from edge_agent.tail_client import Reply
+from skills import codec, ort
+from skills.errors import SkerryError
+from skills.split import Estimate, load_plan, plan_hash
+
+
+@dataclasses.dataclass(slots=True)
+class FakeClock:
+    """Seconds that pass only when somebody says so."""
+
+    now_s: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass."""
+        self.now_s += seconds
+
+
+class FakeTail:
+    """Keeps to the contract of `edge_agent.tail_client.Tail`; `link`, `delay_s`, `silent` and `refuse` script it."""
+
+    def __init__(self, plan_folder: Path, clock: FakeClock, delay_s: float = 0.02) -> None:
+        plan = load_plan((plan_folder / "split.yaml").read_text())
+        self._plans = {plan_hash(plan): plan}
+        files = [plan_folder / one.file for one in plan.segments]
+        self._chain = ort.chain(files, [live.name for live in plan.outputs])
+        self._clock = clock
+        self._due: dict[int, tuple[float, Reply]] = {}
+        self._next = 0
+        self.link = Estimate(20.0, 10.0)
+        self.delay_s = delay_s
+        self.silent = False
+        self.refuse: Reply | None = None
+        self.prepared = ""
+        self.cancelled: list[tuple[int, bool]] = []
+
+    def prepare(self, plan: str) -> None:
+        self.prepared = plan
+
+    def estimate(self) -> Estimate:
+        return self.link
+
+    def send(self, plan: str, cut: str, codec: str, frame: bytes, deadline_s: float) -> int:
+        self._next += 1
+        if not self.silent:
+            reply = self.refuse or self._answer(plan, cut, codec, frame)
+            self._due[self._next] = (self._clock() + self.delay_s, reply)
+        return self._next
+
+    def wait(self, request: int, timeout_s: float) -> Reply | None:
+        due, reply = self._due.get(request, (float("inf"), Reply(None)))
+        if due > self._clock() + timeout_s:
+            self._clock.advance(timeout_s)
+            return None
+        self._clock.advance(max(0.0, due - self._clock()))
+        del self._due[request]
+        return reply
+
+    def cancel(self, request: int, *, late: bool) -> None:
+        self._due.pop(request, None)
+        self.cancelled.append((request, late))
+
+    def close(self) -> None:
+        self._due.clear()
+
+    def _answer(self, name: str, cut_name: str, coding_name: str, frame: bytes) -> Reply:
+        plan = self._plans.get(name)
+        if plan is None:
+            return Reply(None, "invalid", f"no plan {name!r} lies here")
+        try:
+            cut = plan.cut(cut_name)
+            coding = next(one for one in cut.codings if one.name == coding_name)
+            return Reply(self._chain.run(codec.decode(coding, cut.tensors, frame), cut.after))
+        except (SkerryError, StopIteration) as error:
+            return Reply(None, "invalid", str(error) or f"cut {cut_name} has no coding {coding_name}")

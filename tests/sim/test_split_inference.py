@@ -1,0 +1,179 @@
+"""A split model against a scripted tail: every request is answered, in time where staying local would be, and rightly."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_agent.infer import SplitModel
+from edge_agent.tail_client import Reply
+from edge_agent.tail_fake import FakeClock, FakeTail
+from skills import ort
+from skills.errors import FormatError
+from skills.split import Estimate
+from skills.timer import Timed
+
+
+class Ticking:
+    """A timer on the fake clock: every run takes the same time."""
+
+    def __init__(self, clock: FakeClock, seconds: float = 0.0002) -> None:
+        self.clock, self.seconds = clock, seconds
+
+    def run(self, work: Callable[[], Any]) -> Timed[Any]:
+        value = work()
+        self.clock.advance(self.seconds)
+        return Timed(value, self.seconds * 1e3)
+
+    def device_ms(self, wall_ms: float, cpu_ms: float) -> float:
+        return wall_ms
+
+
+class Bench:
+    """A split model, its fake tail, and the whole model to compare with."""
+
+    def __init__(self, planned: Any, **options: Any) -> None:
+        self.clock = FakeClock()
+        self.tail = FakeTail(planned.folder, self.clock)
+        self.model = SplitModel(planned.folder, timer=Ticking(self.clock), link=self.tail, clock=self.clock, **options)
+        self.cut = next(cut.name for cut in self.model.plan.cuts if cut.name.startswith("c") and cut.codings)
+        self.whole = ort.session(planned.model)
+        self.x = planned.x
+
+    def ask(self, at: int = 0, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+        x = self.x[at : at + 1]
+        return self.model.answer({"x": x}, **options)["logits"], self.whole.run({"x": x})["logits"]
+
+
+@pytest.fixture
+def bench(planned_net: Any) -> Bench:
+    return Bench(planned_net)
+
+
+def test_without_a_link_everything_runs_here(planned_net: Any) -> None:
+    model = SplitModel(planned_net.folder)
+    found = model(x=planned_net.x[:2])["logits"]
+    np.testing.assert_allclose(found, ort.session(planned_net.model).run({"x": planned_net.x[:2]})["logits"], atol=1e-5)
+    assert (model.last.where, model.last.cut, model.last.bytes, model.last.reason) == ("local", "local", 0, "no link")
+
+
+def test_an_answer_in_time_comes_from_the_tail_and_is_right_within_the_coding(bench: Bench) -> None:
+    bench.model.use(bench.cut)
+    found, right = bench.ask()
+    assert (bench.model.last.where, bench.model.last.cut) == ("split", bench.cut)
+    assert bench.model.last.bytes > 0
+    assert found.argmax() == right.argmax()
+
+
+def test_the_compressed_input_is_reported_as_cloud(bench: Bench) -> None:
+    bench.model.use("input")
+    bench.ask()
+    assert bench.model.last.where == "cloud"
+
+
+def test_a_silent_tail_costs_the_wait_and_the_answer_is_the_whole_models(bench: Bench) -> None:
+    bench.model.use(bench.cut)
+    bench.tail.silent = True
+    start = bench.clock()
+    found, right = bench.ask()
+    assert bench.model.last.where == "continued"
+    np.testing.assert_allclose(found, right, atol=1e-5)
+    assert bench.clock() - start < 0.25 + 0.1
+    assert bench.tail.cancelled == [(1, True)]
+
+
+def test_with_a_deadline_the_device_goes_on_as_soon_as_waiting_would_make_it_late(bench: Bench) -> None:
+    bench.model.use(bench.cut)
+    bench.tail.silent = True
+    for deadline in (0.08, 0.15):
+        start = bench.clock()
+        bench.ask(deadline_s=deadline)
+        assert bench.clock() - start <= deadline
+
+
+def test_a_reply_that_comes_while_the_device_goes_on_still_counts(bench: Bench) -> None:
+    bench.model.use("input")
+    bench.tail.delay_s = 0.0401
+    bench.model._wait_s = 0.04
+    bench.ask()
+    assert bench.model.last.where == "cloud"
+    assert bench.model.last.reason.startswith("late: no answer within 40 ms")
+
+
+def test_a_refused_plan_is_not_tried_again_for_a_minute(bench: Bench) -> None:
+    bench.model.use(bench.cut)
+    bench.tail.refuse = Reply(None, "invalid", "no plan 'x' lies here")
+    found, right = bench.ask()
+    np.testing.assert_allclose(found, right, atol=1e-5)
+    assert (bench.model.last.where, bench.model.last.reason) == ("continued", "no plan 'x' lies here")
+    bench.tail.refuse = None
+    bench.ask()
+    assert (bench.model.last.where, bench.model.last.reason) == ("local", "the tail refuses this plan")
+    bench.clock.advance(61)
+    bench.ask()
+    assert bench.model.last.where == "split"
+
+
+def test_an_answer_without_an_output_is_no_answer(bench: Bench) -> None:
+    bench.model.use(bench.cut)
+    bench.tail.refuse = Reply({"other": np.zeros(1)})
+    found, right = bench.ask()
+    np.testing.assert_allclose(found, right, atol=1e-5)
+    assert bench.model.last.where == "continued"
+
+
+def test_a_link_that_is_down_is_not_asked(bench: Bench) -> None:
+    bench.tail.link = Estimate(20, 10, up=False)
+    bench.ask()
+    assert (bench.model.last.where, bench.model.last.reason) == ("local", "the tail does not answer")
+
+
+def test_an_input_that_does_not_fit_is_refused_and_not_sent(bench: Bench) -> None:
+    for cut in ("local", "input", bench.cut):
+        bench.model.use(cut)
+        with pytest.raises(FormatError):
+            bench.model(x=np.zeros((1, 3), np.float32))
+        with pytest.raises(FormatError, match="'x' is missing"):
+            bench.model(y=np.zeros((1, 1, 12, 12), np.float32))
+
+
+def test_activations_that_are_not_finite_stay_here(bench: Bench) -> None:
+    bench.model.use(bench.cut)
+    out = bench.model(x=np.full((1, 1, 12, 12), np.inf, np.float32))["logits"]
+    assert out.shape == (1, 4)
+    assert bench.model.last.where == "continued"
+    assert "NaN or infinity" in bench.model.last.reason
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    script=st.lists(
+        st.tuples(
+            st.sampled_from(["fine", "slow", "silent", "down", "unavailable", "exhausted"]),
+            st.floats(0.3, 200), st.floats(0, 120),
+        ),
+        min_size=1, max_size=12,
+    ),
+    private=st.booleans(),
+)  # fmt: skip
+def test_whatever_the_link_does_every_request_is_answered_rightly_and_within_its_bound(
+    planned_net: Any, script: list[tuple[str, float, float]], private: bool
+) -> None:
+    bench = Bench(planned_net, private=private)
+    for at, (mood, mbit, rtt) in enumerate(script):
+        bench.tail.link = Estimate(mbit, rtt, up=mood != "down")
+        bench.tail.silent = mood == "silent"
+        bench.tail.delay_s = 0.9 if mood == "slow" else rtt / 1e3
+        bench.tail.refuse = Reply(None, mood, "scripted") if mood in ("unavailable", "exhausted") else None
+        start = bench.clock()
+        found, right = bench.ask(at)
+        ran = bench.model.last
+        assert bench.clock() - start < 0.25 + 0.1
+        if ran.where in ("local", "continued"):
+            np.testing.assert_allclose(found, right, atol=1e-4)
+        assert found.argmax() == right.argmax() or ran.where in ("split", "cloud")
+        assert not (private and ran.where == "cloud")
+        bench.clock.advance(0.4)

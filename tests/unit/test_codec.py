@@ -1,0 +1,153 @@
+"""Activation frames: round trips, and frames from somebody who means harm."""
+
+import contextlib
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from skills import codec, zstd
+from skills.errors import FormatError
+from skills.split import Coding, Image, Live
+
+X = Live("x", "FP32", (-1, 3, 8, 8))
+CODES = Live("codes", "UINT8", (-1, 16))
+PICTURE = Live("image", "FP32", (-1, 3, 16, 24), Image((127.0,) * 3, (128.0,) * 3))
+GREY = Live("image", "FP32", (-1, 16, 24, 1), Image((0.0,), (255.0,), "NHWC"))
+
+
+def affine(kind: str, *arrays: np.ndarray) -> Coding:
+    pairs = [codec.calibrated(kind, array) for array in arrays]
+    return Coding(kind, scales=tuple(one for one, _ in pairs), zeros=tuple(zero for _, zero in pairs))  # type: ignore[arg-type]
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1), batch=st.integers(1, 4), kind=st.sampled_from(["u8", "u4"]), shift=st.floats(-2, 2)
+)
+def test_an_affine_coding_is_off_by_at_most_half_a_step(seed: int, batch: int, kind: str, shift: float) -> None:
+    x = (np.random.default_rng(seed).random((batch, 3, 8, 8)) + shift).astype(np.float32)
+    low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
+    top = 255 if kind == "u8" else 15
+    scale = (high - low) / top
+    coding = Coding(kind, scales=(scale,), zeros=(round(-low / scale),))  # type: ignore[arg-type]
+    back = codec.decode(coding, (X,), codec.encode(coding, (X,), {"x": x}))["x"]
+    assert back.shape == x.shape
+    assert back.dtype == np.float32
+    assert np.abs(back - x).max() <= scale * 1.01  # half a step, and half a step for the zero point
+
+
+@given(seed=st.integers(0, 2**32 - 1), batch=st.integers(1, 4))
+def test_native_codes_travel_bit_for_bit(seed: int, batch: int) -> None:
+    codes = np.random.default_rng(seed).integers(0, 256, (batch, 16), np.uint8)
+    frame = codec.encode(Coding("native"), (CODES,), {"codes": codes})
+    assert np.array_equal(codec.decode(Coding("native"), (CODES,), frame)["codes"], codes)
+
+
+def test_several_tensors_share_a_frame_and_integers_stay_exact_beside_floats() -> None:
+    chance = np.random.default_rng(0)
+    values = {"x": chance.random((2, 3, 8, 8), np.float32), "codes": chance.integers(0, 9, (2, 16), np.uint8)}
+    coding = Coding("u8", scales=(1 / 255, 1.0), zeros=(0, 0))
+    back = codec.decode(coding, (X, CODES), codec.encode(coding, (X, CODES), values))
+    assert np.array_equal(back["codes"], values["codes"])
+    assert np.abs(back["x"] - values["x"]).max() <= 1 / 255
+
+
+@pytest.mark.parametrize("live", [PICTURE, GREY])
+@pytest.mark.parametrize("kind", ["pixels", "png"])
+def test_pixels_and_png_are_lossless(kind: str, live: Live) -> None:
+    shape = (3, *live.shape[1:])
+    x = codec.normalised(
+        live.image,
+        np.random.default_rng(1).integers(0, 256, (3, 16, 24, 3 if live is PICTURE else 1), np.uint8),
+        "FP32",
+    )  # type: ignore[arg-type]
+    assert x.shape == shape
+    coding = Coding(kind)  # type: ignore[arg-type]
+    assert np.array_equal(codec.decode(coding, (live,), codec.encode(coding, (live,), {"image": x}))["image"], x)
+
+
+@pytest.mark.parametrize("quality", [75, 90, 95])
+def test_jpeg_keeps_a_smooth_picture(quality: int) -> None:
+    ramp = np.broadcast_to(np.linspace(20, 230, 24).astype(np.uint8)[None, None, :, None], (1, 16, 24, 3))
+    x = codec.normalised(PICTURE.image, ramp, "FP32")  # type: ignore[arg-type]
+    coding = Coding("jpeg", quality)
+    back = codec.decode(coding, (PICTURE,), codec.encode(coding, (PICTURE,), {"image": x}))["image"]
+    assert np.abs(back - x).max() * 128 < 6
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_tensor_that_is_not_finite_is_not_sent(bad: float) -> None:
+    x = np.zeros((1, 3, 8, 8), np.float32)
+    x[0, 0, 0, 0] = bad
+    with pytest.raises(FormatError, match="NaN or infinity"):
+        codec.encode(affine("u8", np.ones(3)), (X,), {"x": x})
+
+
+def test_a_float_tensor_that_is_not_finite_is_not_accepted() -> None:
+    raw = zstd.compress(np.full((1, 3, 8, 8), np.nan, np.float32).tobytes(), 1)
+    frame = struct.pack(">2sBBII", b"SK", 1, 1, 1, len(raw)) + raw
+    with pytest.raises(FormatError, match="NaN or infinity"):
+        codec.decode(Coding("native"), (X,), frame)
+
+
+def test_a_bomb_is_stopped_before_it_is_unpacked() -> None:
+    bomb = zstd.compress(bytes(1 << 26), 1)
+    frame = struct.pack(">2sBBII", b"SK", 1, 1, 1, len(bomb)) + bomb
+    with pytest.raises(FormatError, match="unpacks to more than the announced 768 bytes"):
+        codec.decode(Coding("native"), (X,), frame)
+    with pytest.raises(FormatError, match="allowed are 1 to"):
+        codec.decode(Coding("native"), (X,), struct.pack(">2sBBII", b"SK", 1, 1, 0xFFFFFFFF, len(bomb)) + bomb)
+
+
+def test_a_picture_of_another_size_is_refused_before_it_is_decoded() -> None:
+    large = Live("image", "FP32", (-1, 3, 64, 64), PICTURE.image)
+    frame = codec.encode(Coding("png"), (large,), {"image": np.zeros((1, 3, 64, 64), np.float32)})
+    with pytest.raises(FormatError, match="64x64 RGB came, the plan says 24x16 RGB"):
+        codec.decode(Coding("png"), (PICTURE,), frame)
+
+
+CASES = [
+    (affine("u8", np.array([-1.0, 1.0])), (X,), {"x": np.ones((2, 3, 8, 8), np.float32)}),
+    (affine("u4", np.array([-1.0, 1.0])), (X,), {"x": np.ones((1, 3, 8, 8), np.float32)}),
+    (Coding("native"), (CODES,), {"codes": np.ones((1, 16), np.uint8)}),
+    (Coding("jpeg", 90), (PICTURE,), {"image": np.zeros((1, 3, 16, 24), np.float32)}),
+    (Coding("png"), (PICTURE,), {"image": np.zeros((1, 3, 16, 24), np.float32)}),
+    (Coding("pixels"), (PICTURE,), {"image": np.zeros((1, 3, 16, 24), np.float32)}),
+]
+
+
+@given(case=st.sampled_from(CASES), data=st.binary(max_size=300))
+def test_any_bytes_are_tensors_or_a_format_error(case: tuple, data: bytes) -> None:  # type: ignore[type-arg]
+    coding, tensors, _ = case
+    for frame in (data, b"SK\x01" + bytes([len(tensors)]) + data):
+        with contextlib.suppress(FormatError):
+            codec.decode(coding, tensors, frame, max_bytes=1 << 20)
+
+
+@settings(max_examples=200)
+@given(
+    case=st.sampled_from(CASES),
+    at=st.integers(0, 10_000),
+    value=st.integers(0, 255),
+    cut=st.integers(0, 40),
+    add=st.binary(max_size=8),
+)
+def test_a_damaged_frame_is_tensors_of_the_right_shape_or_a_format_error(
+    case: tuple,
+    at: int,
+    value: int,
+    cut: int,
+    add: bytes,  # type: ignore[type-arg]
+) -> None:
+    coding, tensors, arrays = case
+    frame = bytearray(codec.encode(coding, tensors, arrays))
+    frame[at % len(frame)] = value
+    try:
+        found = codec.decode(coding, tensors, bytes(frame[: len(frame) - cut]) + add, max_bytes=1 << 20)
+    except FormatError:
+        return
+    for live in tensors:
+        assert found[live.name].shape[1:] == live.shape[1:]
+        assert np.isfinite(found[live.name].astype(np.float64)).all()

@@ -1,0 +1,81 @@
+"""What the link believes of the network, and when it leaves the tail alone."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_agent.estimator import CALL_MS, LAST_PROBE_S, Breaker, Estimator
+
+
+def send(estimator: Estimator, now: float, mbit: float, rtt: float, size: int = 20_000, server_ms: float = 9.0) -> None:
+    estimator.on_ping(now, rtt + CALL_MS)
+    estimator.on_transfer(now, size, size * 8 / mbit / 1000 + rtt + server_ms + 2 * CALL_MS, server_ms)
+
+
+@given(mbit=st.floats(0.5, 500), rtt=st.floats(0, 200))
+def test_one_transfer_is_enough_to_know_the_rate(mbit: float, rtt: float) -> None:
+    estimator = Estimator()
+    assert not estimator.knows_bandwidth()
+    send(estimator, 0.0, mbit, rtt)
+    found = estimator.now(0.1, up=True)
+    assert found.mbit == pytest.approx(mbit, rel=0.02)
+    assert found.rtt_ms == pytest.approx(rtt, abs=0.1)
+
+
+def test_a_slower_link_is_believed_quickly_and_a_faster_one_after_three_surprises() -> None:
+    estimator = Estimator()
+    send(estimator, 0.0, 100, 5)
+    send(estimator, 0.1, 5, 5)
+    assert estimator.now(0.1, up=True).mbit < 60
+    for at in range(3):
+        send(estimator, 0.2 + at / 10, 5, 5)
+    assert estimator.now(0.5, up=True).mbit < 16
+    for at in range(8):
+        send(estimator, 1 + at / 10, 100, 5)
+    assert estimator.now(2, up=True).mbit > 60
+
+
+def test_the_round_trip_is_the_least_of_the_last_ten_seconds() -> None:
+    estimator = Estimator()
+    for at, rtt in ((0.0, 5.0), (6.0, 50.0), (7.0, 60.0)):
+        estimator.on_ping(at, rtt + CALL_MS)
+    assert estimator.rtt_ms(8.0) == pytest.approx(5.0)
+    assert estimator.rtt_ms(11.0) == pytest.approx(50.0)
+
+
+def test_small_and_cold_transfers_say_nothing_about_the_rate() -> None:
+    estimator = Estimator()
+    estimator.on_transfer(0.0, 500, 40.0, 1.0)
+    estimator.on_transfer(0.0, 50_000, 400.0, 1.0, cold=True)
+    assert not estimator.knows_bandwidth()
+
+
+def test_a_silent_link_is_cold() -> None:
+    estimator = Estimator()
+    estimator.on_traffic(0.0)
+    assert not estimator.now(0.4, up=True).cold
+    assert estimator.now(0.6, up=True).cold
+
+
+def test_two_misses_open_the_breaker_and_one_answer_closes_it() -> None:
+    breaker = Breaker()
+    breaker.on_miss(0.0, 0.5)
+    assert not breaker.open
+    breaker.on_miss(0.1, 0.5)
+    assert breaker.open
+    assert breaker.probe_at_s == pytest.approx(0.6)
+    breaker.on_success()
+    assert not breaker.open
+    assert breaker.misses == 0
+
+
+@given(st.lists(st.floats(0, 1), min_size=3, max_size=30))
+def test_probes_grow_rarer_up_to_a_bound_and_are_spread(lucks: list[float]) -> None:
+    breaker, now = Breaker(), 0.0
+    for at, luck in enumerate(lucks):
+        breaker.on_miss(now, luck)
+        if breaker.probe_at_s is not None:
+            wait = breaker.probe_at_s - now
+            middle = min(0.5 * 2 ** (at - 1), LAST_PROBE_S)
+            assert 0.8 * middle - 1e-9 <= wait <= 1.2 * middle + 1e-9
+            now = breaker.probe_at_s

@@ -1,0 +1,54 @@
+"""The verdict in words."""
+
+import dataclasses
+
+from cloud.split.verdict import ever_best, judge
+from skills.split import Coding, Cut, Link, Live, Millis, Plan, Segment
+
+
+def make_plan(*, private: bool = False, drop: float = 0.0) -> Plan:
+    x, mid, out = (Live(name, "FP32", (-1, 8)) for name in ("x", "b1", "out"))
+    cuts = (
+        Cut("input", 0, Millis(0, 0), Millis(10, 10), (x,), (Coding("native", bytes_p50=16_000),), raw=True),
+        Cut(
+            "c1",
+            1,
+            Millis(50, 50),
+            Millis(6, 6),
+            (mid,),
+            (Coding("u4", scales=(0.1,), zeros=(0,), bytes_p50=9_000, admitted=drop <= 1),),
+        ),
+        Cut("local", 2, Millis(150, 150), Millis(0, 0)),
+    )
+    segments = (
+        Segment("segments/0.onnx", "0" * 64, 9, ("x",), ("b1",)),
+        Segment("segments/1.onnx", "1" * 64, 9, ("b1",), ("out",)),
+    )
+    return Plan("a" * 64, (x,), (out,), segments, cuts, private=private)
+
+
+def test_when_the_compressed_input_is_faster_the_verdict_says_so_and_by_how_much() -> None:
+    verdict = judge(make_plan(), Link(5, 5))
+    assert verdict.cut == "input"
+    assert (
+        verdict.text
+        == "send the input (native): 45 ms; staying local takes 150 ms, the best split (c1, u4) needs 79 ms"
+    )
+
+
+def test_a_private_plan_splits_and_says_what_the_input_would_take() -> None:
+    verdict = judge(make_plan(private=True), Link(5, 5))
+    assert verdict.text.startswith("split at c1 (b1; u4): 79 ms; staying local takes 150 ms")
+    assert verdict.text.endswith("the compressed input would take 45 ms but may not leave")
+
+
+def test_a_poor_link_means_local_and_splits_over_the_budget_are_named_as_such() -> None:
+    verdict = judge(make_plan(private=True, drop=9.0), Link(0.05, 100))
+    assert verdict.text == "stay local: 150 ms; no split keeps within the budget"
+
+
+def test_a_cut_that_no_link_could_want_is_not_cut_for_good() -> None:
+    plan = make_plan()
+    worse = dataclasses.replace(plan.cuts[1], name="c2", device_ms=Millis(60, 60))
+    assert ever_best([plan.cuts[1], worse]) == {"c1"}
+    assert ever_best([plan.cuts[1], worse], {"c2"}) == {"c1", "c2"}
