@@ -29,6 +29,9 @@ async def serve_https(app: Any, listen: str, port: int, authority: Authority) ->
 
     try:
         listener = socket.create_server((listen, port), family=socket.AF_INET6 if ":" in listen else socket.AF_INET)
+        # Inherited by every connection. asyncio would set it for sockets that it opened itself; without it an answer of two
+        # packets waits 40 ms for the client's delayed acknowledgement.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except OSError as error:
         raise Unreachable(f"cannot listen for the API on {bracket(listen)}:{port}: {error.strerror or error}") from None
     config = uvicorn.Config(
