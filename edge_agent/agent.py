@@ -1,8 +1,8 @@
 """The daemon: serves from the disk first, then talks to its controller.
 
-Four tasks, each the owner of its state: `reconcile` brings the device to what is wanted, `listen` takes what the broker
-brings, `report` says what changed, the local endpoint answers programs on the device. The network is on none of the paths
-that lead to serving.
+Five tasks, each the owner of its state: `reconcile` brings the device to what is wanted, `listen` takes what the broker
+brings, `accept` checks assignments, `report` says what changed, the local endpoint answers programs on the device. The
+network is on none of the paths that lead to serving.
 """
 
 import asyncio
@@ -31,7 +31,6 @@ from edge_agent.usage import UsageLog
 from edge_agent.worker import pss_kb
 from edge_agent.workers import Workers
 from skills import __version__, topics
-from skills.desired import open_sealed
 from skills.errors import DeadlineExceeded, FormatError, SkerryError, StorageError, TrustError, Unreachable, UsageError
 from skills.files import write_atomic
 from skills.messaging import Connected, Disconnected, Message, MqttClient
@@ -41,6 +40,7 @@ from skills.wire import encode_json, pack_frame, to_plain, unpack_frame
 
 LOG = logging.getLogger("skerry.agent")
 LISTEN_S = 5.0
+RETRY_S = 5.0
 REPORT_EVERY_S = 60.0
 REPORT_PAUSE_S = 0.25  # progress is told at most four times a second
 MAX_COMMAND_BYTES = 256 << 10
@@ -69,7 +69,7 @@ class Agent:
 
     def __init__(self, data: Path, identity: Identity, config: AgentConfig, parts: Parts) -> None:
         self._data, self._identity, self._config, self._mqtt = data, identity, config, parts.mqtt
-        self._store = parts.store
+        self._store, self._trust = parts.store, parts.trust
         self._usage = UsageLog(data / "usage")
         self.service = Service(self._usage, config.max_waiting)
         self._intake = Intake(parts.mqtt, identity.device, parts.store, chance=parts.chance, offload=parts.offload)
@@ -89,7 +89,8 @@ class Agent:
         )
         self._boot = secrets.token_hex(8)
         self._nonce = ""
-        self._unsaved: Message | None = None  # an assignment that the full disk did not take: tried again soon
+        self._sealed: bytes | None = None  # the newest assignment that came; an older one that waits is of no more use
+        self._arrived = asyncio.Event()
         self._seq = 0
         self._reported: tuple[SkillState, ...] | None = None
         self._commands: set[asyncio.Task[None]] = set()
@@ -105,7 +106,7 @@ class Agent:
             StorageError: the data directory cannot be used.
         """
         self._store.prepare()
-        self._recall()
+        self.reconciler.boot()
         await self.endpoint.start(self._config.host, self._config.port)
         self._tasks.append(asyncio.create_task(self._forever(self.reconciler.run), name="reconcile"))
         run = {"pid": os.getpid(), "port": self.endpoint.port, "device": self._identity.device}
@@ -120,6 +121,7 @@ class Agent:
         )
         self._mqtt.subscribe((topics.down_filter(self._identity.device),))
         await self._mqtt.start()
+        self._tasks.append(asyncio.create_task(self._forever(self._accept), name="accept"))
         self._tasks.append(asyncio.create_task(self._forever(self._listen), name="listen"))
         self._tasks.append(asyncio.create_task(self._forever(self._report), name="report"))
 
@@ -172,18 +174,52 @@ class Agent:
             await asyncio.sleep(pause)
             pause = min(pause * 2, 30.0)
 
-    def _recall(self) -> None:
-        """Take up the last accepted assignment; without one, or with a damaged one, the pointers alone decide."""
-        self.reconciler.boot()
+    async def _accept(self) -> None:
+        """Take up the last accepted assignment, then every newer one that comes."""
+        if self.reconciler.assignment is None:
+            await self._recall()
+        while True:
+            await self._arrived.wait()
+            self._arrived.clear()
+            sealed, self._sealed = self._sealed, None
+            if sealed is None:
+                continue
+            try:
+                await self._judge(sealed)
+            except (FormatError, TrustError) as error:
+                LOG.warning("assignment.refused error=%r", str(error))
+            except SkerryError as error:
+                LOG.error("assignment.delayed error=%r", str(error))  # noqa: TRY400 - one sentence says it
+                if self._sealed is None:
+                    self._sealed = sealed
+                await asyncio.sleep(RETRY_S)
+                self._arrived.set()
+
+    async def _recall(self) -> None:
+        """Without a last assignment, or with a damaged one, the pointers alone decide."""
         sealed = self._store.read_assignment()
         if sealed is None:
             return
         try:
-            last = open_sealed(sealed, self._identity.director_pem, self._identity.device, None)
+            last = await self._trust.open(sealed, self._identity.device, None)
         except (FormatError, TrustError) as error:
             LOG.warning("assignment.damaged error=%r", str(error))
             return
         self.reconciler.assign(last, fresh=False)
+
+    async def _judge(self, sealed: bytes) -> None:
+        last = self.reconciler.assignment
+        assignment = await self._trust.open(sealed, self._identity.device, last)
+        if last is not None and assignment.time < last.time:
+            # Trusted time never runs backwards, whatever the controller's clock does.
+            assignment = dataclasses.replace(assignment, time=last.time)
+        fresh = bool(self._nonce) and secrets.compare_digest(assignment.nonce, self._nonce)
+        if last is None or dataclasses.replace(assignment, nonce=last.nonce, time=last.time) != last or fresh:
+            # Before anything is done about it: after a crash the device must not fall behind what it has accepted.
+            self._store.write_assignment(sealed)
+        if last is None or last.counter != assignment.counter:
+            LOG.info("assignment.accepted counter=%s skills=%s", assignment.counter, len(assignment.skills))
+        self.reconciler.assign(assignment, fresh=fresh)
 
     async def _listen(self) -> None:
         while True:
@@ -192,8 +228,6 @@ class Agent:
             except DeadlineExceeded:
                 if self.reconciler.connected and not self._nonce:
                     self._greet()
-                if self._unsaved is not None:
-                    self._hear(self._unsaved)
                 continue
             match event:
                 case Connected():
@@ -229,32 +263,12 @@ class Agent:
                 case "blk":
                     self._intake.arrived(decode_chunk(message.payload))
                 case "desired":
-                    self._unsaved = None
-                    self._accept(message)
+                    self._sealed = message.payload
+                    self._arrived.set()
                 case "cmd":
                     self._command(message.payload)
         except (FormatError, TrustError) as error:
             LOG.warning("message.refused topic=%s error=%r", message.topic, str(error))
-
-    def _accept(self, message: Message) -> None:
-        sealed = message.payload
-        last = self.reconciler.assignment
-        assignment = open_sealed(sealed, self._identity.director_pem, self._identity.device, last)
-        if last is not None and assignment.time < last.time:
-            # Trusted time never runs backwards, whatever the controller's clock does.
-            assignment = dataclasses.replace(assignment, time=last.time)
-        fresh = bool(self._nonce) and secrets.compare_digest(assignment.nonce, self._nonce)
-        if last is None or dataclasses.replace(assignment, nonce=last.nonce, time=last.time) != last or fresh:
-            try:
-                # Before anything is done about it: after a crash the device must not fall behind what it has accepted.
-                self._store.write_assignment(sealed)
-            except StorageError as error:
-                LOG.error("assignment.unsaved error=%r", str(error))  # noqa: TRY400 - one sentence says it
-                self._unsaved = message
-                return
-        if last is None or last.counter != assignment.counter:
-            LOG.info("assignment.accepted counter=%s skills=%s", assignment.counter, len(assignment.skills))
-        self.reconciler.assign(assignment, fresh=fresh)
 
     # --- reports ----------------------------------------------------------------------------------
 

@@ -60,7 +60,6 @@ class Identity:
 
     files: IdentityFiles
     controller: Controller
-    director_pem: bytes
 
     @property
     def device(self) -> str:
@@ -83,7 +82,7 @@ def load_identity(data: Path) -> Identity:
             "(run `skerry devices invite` on the controller and paste the line it prints here)"
         ) from None
     controller = decode_json(Controller, text, str(files.device))
-    for path in (files.key, files.cert, files.ca, files.root):
+    for path in (files.key, files.cert, files.ca, files.root, files.director):
         if not path.is_file():
             raise NotFound(f"the identity lacks {path}: enrol the device again")
-    return Identity(files, controller, read_bytes(files.director, "the director's key", MAX_FILE_BYTES))
+    return Identity(files, controller)

@@ -1,15 +1,15 @@
-"""Does the repository list this release? Asked of python-tuf's client, in a short-lived process of its own.
+"""What needs cryptography, in short-lived processes: who sealed this assignment, and does the repository list this release?
 
-`python -m edge_agent.trust` reads one JSON question on stdin and writes one JSON answer on stdout, so the supervisor never
-carries python-tuf. The metadata comes as one object that the device has fetched; trusted time is handed in, for a board
-without a clock boots in 1970. Time may block an install; it never stops what runs.
+`python -m edge_agent.trust` reads one JSON question on stdin and writes one JSON answer on stdout, so the supervisor carries
+neither python-tuf nor cryptography (7 MB). Releases are judged by python-tuf's client over a metadata set that the device
+has fetched; trusted time is handed in, for a board without a clock boots in 1970. Time may block an install; it never stops
+what runs.
 """
 
 import asyncio
 import contextlib
 import dataclasses
 import datetime as dt
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Annotated, Any, Protocol
 from urllib.parse import unquote, urlsplit
 
-from skills.desired import ObjectRef, WantedSkill
-from skills.errors import FormatError, SkerryError, Unreachable
+from skills.desired import MAX_ASSIGNMENT_BYTES, Assignment, ObjectRef, WantedSkill, open_sealed
+from skills.errors import FormatError, SkerryError, TrustError, Unreachable, UsageError, error_for
+from skills.files import read_bytes
 from skills.report import Sha256
 from skills.signing import MetadataSet, unpack_metadata
 from skills.wire import Limits, decode_json, encode_json
@@ -26,6 +27,8 @@ from skills.wire import Limits, decode_json, encode_json
 DEADLINE_S = 60.0
 BASE_URL = "set://metadata/"
 MAX_METADATA_FILE_BYTES = 1 << 20
+MAX_QUESTION_BYTES = 256 << 10
+MAX_KEY_BYTES = 64 << 10
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -42,6 +45,33 @@ class Question:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Sealed:
+    """Who sealed this assignment, and may it follow `last`? `director` is the path of the pinned key."""
+
+    envelope: str
+    director: str
+    device: str
+    last: Assignment | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ask:
+    """One question to the process: exactly one of the two."""
+
+    release: Question | None = None
+    sealed: Sealed | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Opened:
+    """The answer to `Sealed`: the assignment, or the error's code and sentence."""
+
+    assignment: Assignment | None = None
+    code: int = 0
+    error: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Verdict:
     """`reason` is empty when the release is trusted."""
 
@@ -49,7 +79,15 @@ class Verdict:
 
 
 class Trust(Protocol):
-    """Who judges a release."""
+    """Who judges releases and opens assignments."""
+
+    async def open(self, envelope: bytes, device: str, last: Assignment | None) -> Assignment:
+        """Return the assignment in a sealed envelope.
+
+        Raises:
+            FormatError, TrustError: as `skills.desired.open_sealed`.
+            Unreachable: the process gave no answer; asking again may help.
+        """
 
     async def judge(self, wanted: WantedSkill, metadata: ObjectRef, time: int) -> Verdict:
         """Return the verdict.
@@ -65,8 +103,21 @@ class TrustProcess:
     def __init__(self, data: Path) -> None:
         self._data = data
 
+    async def open(self, envelope: bytes, device: str, last: Assignment | None) -> Assignment:
+        if len(envelope) > MAX_ASSIGNMENT_BYTES:
+            raise FormatError(f"the assignment has {len(envelope)} bytes, the limit is {MAX_ASSIGNMENT_BYTES}")
+        text = envelope.decode("utf-8", "replace")
+        sealed = Sealed(text, str(self._data / "identity" / "director.pem"), device, last)
+        opened = decode_json(Opened, await self._run(Ask(sealed=sealed)), "the opened assignment")
+        if opened.assignment is None:
+            raise error_for(opened.code, opened.error)
+        return opened.assignment
+
     async def judge(self, wanted: WantedSkill, metadata: ObjectRef, time: int) -> Verdict:
         question = ask(self._data, wanted, metadata, time)
+        return decode_json(Verdict, await self._run(Ask(release=question)), "the verdict")
+
+    async def _run(self, question: Ask) -> bytes:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -79,14 +130,16 @@ class TrustProcess:
             async with asyncio.timeout(DEADLINE_S):
                 out, err = await process.communicate(encode_json(question))
         except TimeoutError:
-            raise Unreachable(f"the trust process gave no verdict within {DEADLINE_S:g} s") from None
+            raise Unreachable(f"the trust process gave no answer within {DEADLINE_S:g} s") from None
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+                await process.wait()
         if process.returncode != 0:
             last = err.decode(errors="replace").strip().splitlines()[-1:] or ["it wrote nothing"]
             raise Unreachable(f"the trust process ended with status {process.returncode}: {last[0][:300]}")
-        return decode_json(Verdict, out, "the verdict")
+        return out
 
 
 def ask(data: Path, wanted: WantedSkill, metadata: ObjectRef, time: int) -> Question:
@@ -212,15 +265,32 @@ def _sentence(error: Exception) -> str:
     return " ".join(str(error).split())[:400]
 
 
-def main() -> int:
-    """Answer one question."""
+def answer(question: Ask) -> Opened | Verdict:
+    """Answer one question.
+
+    Raises:
+        SkerryError: a file of the device's own cannot be used, or nothing was asked.
+    """
+    if question.release is not None:
+        return judge(question.release)
+    if question.sealed is None:
+        raise UsageError("nothing was asked")
+    sealed = question.sealed
+    pem = read_bytes(Path(sealed.director), "the director's key", MAX_KEY_BYTES)
     try:
-        question = decode_json(Question, sys.stdin.buffer.read(64 << 10), "the question")
-        verdict = judge(question)
+        return Opened(open_sealed(sealed.envelope.encode(), pem, sealed.device, sealed.last))
+    except (FormatError, TrustError) as error:
+        return Opened(None, error.exit_code, str(error))
+
+
+def main() -> int:
+    """Answer one question on stdin."""
+    try:
+        question = decode_json(Ask, sys.stdin.buffer.read(MAX_QUESTION_BYTES + 1), "the question", MAX_QUESTION_BYTES)
+        sys.stdout.buffer.write(encode_json(answer(question)))
     except (SkerryError, OSError) as error:
         print(str(error), file=sys.stderr)
         return 1
-    sys.stdout.write(json.dumps({"reason": verdict.reason}))
     return 0
 
 

@@ -18,7 +18,7 @@ from edge_agent.trust import Verdict, ask, judge
 from edge_agent.workers_fake import FakeWorkers
 from skills import signing, topics
 from skills.bundle import BundleFile, build_bundle, open_bundle
-from skills.desired import Assignment, ObjectRef, WantedSkill, seal
+from skills.desired import Assignment, ObjectRef, WantedSkill, open_sealed, seal
 from skills.errors import DeadlineExceeded
 from skills.files import sha256_hex
 from skills.messaging import Message, Will
@@ -93,6 +93,10 @@ class InlineTrust:
     def __init__(self, data: Path) -> None:
         self._data = data
         self.asked = 0
+
+    async def open(self, envelope: bytes, device: str, last: Assignment | None) -> Assignment:
+        pem = (self._data / "identity/director.pem").read_bytes()
+        return open_sealed(envelope, pem, device, last)
 
     async def judge(self, wanted: WantedSkill, metadata: ObjectRef, time: int) -> Verdict:
         self.asked += 1
@@ -233,9 +237,8 @@ class World:
         files = IdentityFiles(self.data / "identity")
         files.folder.mkdir(parents=True, exist_ok=True)
         files.root.write_bytes(self.controller.root)
-        identity = Identity(
-            files, Controller(DEVICE, "https://c", "mqtt://b"), signing.public_pem(self.controller.director)
-        )
+        files.director.write_bytes(signing.public_pem(self.controller.director))
+        identity = Identity(files, Controller(DEVICE, "https://c", "mqtt://b"))
         self.workers = FakeWorkers() if self.agent is not None else self.workers
         mqtt = self.broker.client(DEVICE, Will(topics.up(DEVICE, "state"), b""))
         if not network:

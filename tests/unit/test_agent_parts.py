@@ -249,7 +249,7 @@ def test_the_supervisor_carries_no_heavy_package():
         "import edge_agent.__main__, edge_agent.agent, edge_agent.links, edge_agent.status, edge_agent.capabilities\n"
         "import skills.mqtt, skills.desired\n"
         "heavy = {'numpy', 'grpc', 'tuf', 'onnxruntime', 'torch', 'onnx', 'typer', 'rich', 'sqlalchemy', 'pydantic', 'PIL',\n"
-        "         'ai_edge_litert', 'yaml', 'httpx', 'google'}\n"
+        "         'ai_edge_litert', 'yaml', 'httpx', 'google', 'cryptography'}\n"
         "print(sorted(heavy & {name.partition('.')[0] for name in sys.modules}))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

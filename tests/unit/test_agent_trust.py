@@ -1,20 +1,19 @@
 """The judgement of python-tuf's client over a fetched metadata set, with the time handed in."""
 
+import dataclasses
 import datetime as dt
 import json
-import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from edge_agent import trust
-from edge_agent.trust import Question, judge, set_reference_time
+from edge_agent.trust import Question, TrustProcess, judge, set_reference_time
 from skills import signing
-from skills.desired import ObjectRef
-from skills.errors import SkerryError
-from skills.wire import encode_json
+from skills.desired import Assignment, ObjectRef, WantedSkill, seal
+from skills.errors import FormatError, SkerryError, TrustError, Unreachable
+from skills.files import sha256_hex
 
 NOW = dt.datetime(2026, 11, 21, tzinfo=dt.UTC)
 REF = ObjectRef("a" * 64, 1234)
@@ -103,15 +102,30 @@ def test_tuf_is_pinned_exactly():
     assert all("==" in pin for pin in pins)
 
 
-def test_the_trust_process_answers_one_question_and_ends(publisher):
-    command = [sys.executable, "-m", "edge_agent.trust"]
-    good = subprocess.run(
-        command, input=encode_json(publisher.question()), capture_output=True, timeout=60, check=False
-    )
-    assert (good.returncode, json.loads(good.stdout)) == (0, {"reason": ""})
-    bad = subprocess.run(command, input=b"what?", capture_output=True, timeout=60, check=False)
-    assert bad.returncode == 1
-    assert b"Traceback" not in bad.stderr
+async def test_the_trust_process_judges_a_release_and_opens_an_assignment(publisher):
+    publisher.question()
+    packed = (publisher.folder / "set").read_bytes()
+    for folder in ("identity", "objects"):
+        (publisher.folder / folder).mkdir()
+    ref = ObjectRef(sha256_hex(packed), len(packed))
+    (publisher.folder / "objects" / ref.sha256).write_bytes(packed)
+    (publisher.folder / "identity/root.json").write_bytes(publisher.root)
+    director = signing.new_key()
+    (publisher.folder / "identity/director.pem").write_bytes(signing.public_pem(director))
+    process = TrustProcess(publisher.folder)
+    wanted = WantedSkill("tiny", "1.0.0", "skills/tiny/1.0.0.json", REF)
+    assert (await process.judge(wanted, ref, int(NOW.timestamp()))).reason == ""
+    assignment = Assignment("cam-1", 7, 1, ref, (wanted,))
+    assert await process.open(seal(assignment, director), "cam-1", None) == assignment
+    with pytest.raises(TrustError, match="the counter 6, 7 was already accepted"):
+        await process.open(seal(dataclasses.replace(assignment, counter=6), director), "cam-1", assignment)
+    with pytest.raises(TrustError, match="not signed"):
+        await process.open(seal(assignment, signing.new_key()), "cam-1", None)
+    with pytest.raises(FormatError):
+        await process.open(b"\xff\x00", "cam-1", None)
+    (publisher.folder / "identity/director.pem").unlink()
+    with pytest.raises(Unreachable, match="status 1"):
+        await process.open(seal(assignment, director), "cam-1", None)
 
 
 def test_the_trusted_folder_reaches_the_disk(publisher, monkeypatch):
