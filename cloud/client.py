@@ -237,7 +237,7 @@ class Client:
                     f"{self.access.url} shows a certificate that this user's CA file did not sign: "
                     "name the right one with --ca, or skerry login again"
                 ) from None
-            raise Unreachable(f"no controller answers at {self.access.url}: is it running (skerry status)?") from None
+            raise Unreachable(f"no controller answers at {self.access.url}: start it with skerry up, or name another") from None
         except (httpx.HTTPError, ssl.SSLError) as error:
             raise Unreachable(
                 f"the connection to {self.access.url} broke: {str(error) or type(error).__name__}"

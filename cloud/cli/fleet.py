@@ -187,9 +187,11 @@ def logs(
     """Show the last lines of a device's own log, asked for over its connection."""
     with connect(url, token, ca) as client:
         found = client.logs(device, lines)
-    from rich.text import Text
-
-    screen.result({"device": device, "lines": list(found)}, lambda: Text("\n".join(found)))
+    if screen.manner.json:
+        screen.result({"device": device, "lines": list(found)}, "")
+        return
+    for line in found:
+        screen.plain(line)
 
 
 def devices_list(screen: Screen, url: Url = None, token: Token = None, ca: Ca = None) -> None:

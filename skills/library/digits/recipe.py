@@ -109,6 +109,8 @@ def train(progress: Progress = quiet, seed: int = 0, epochs: int = EPOCHS) -> Tr
     prepare = _control_code().prepare
     image, label, held_image, held_label = digits(seed)
     x, held_x = prepare(image), prepare(held_image)
+    # One thread: the net is too small to gain by two, and torch's threads spin for minutes where other programs want the cores.
+    torch.set_num_threads(1)
     torch.manual_seed(seed)
     chance = np.random.default_rng(seed)
     net = network()
