@@ -72,14 +72,15 @@ def tell(scene: Scene) -> Together:
     x = recipe.photos()
     whole = ort.session(folder / "models" / "photos.onnx").run({"image": x})["logits"].argmax(1)
     _serve(scene, folder)
-    normal = _flow(scene, x, whole, kill=False)  # every photo once: what its agreement is measured on
+    views = recipe.pictures()  # the same photos as the skill takes them
+    normal = _flow(scene, views, whole, kill=False)  # every photo once: what its agreement is measured on
     cut = Counter(str(record.get("cut")) for record in normal.records).most_common(1)[0][0]
     local_ms = plan.cut("local").device_ms.p50
     scene.say(
         f"the camera answers together with the tail (cut {cut}) over an emulated {LINK} link: "
         f"p50 {normal.times.p50:.0f} ms, p90 {normal.times.p90:.0f} ms; alone it would take {local_ms:.0f} ms"
     )
-    outage = _flow(scene, x, whole, kill=True)
+    outage = _flow(scene, views, whole, kill=True)
     return _judge(scene, plan, open_plan, private.text, normal, outage)
 
 
