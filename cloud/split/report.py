@@ -64,7 +64,7 @@ def render_html(plan: Plan, details: Mapping[str, Any]) -> str:
 <h2>What to do on each link</h2>{verdicts}<p>{facts}</p><p><b>Privacy.</b> {say(PRIVACY if plan.private else OPEN)}</p>
 <p class="key soft"><span style="background:var(--split)"></span>split<span style="background:var(--input)"></span>compressed
 input<span style="background:var(--local)"></span>local<span style="background:var(--refused)"></span>refused: over the budget,
-or input that may not leave</p>
+or input that may not leave (» a bar that is cut off)</p>
 {charts}
 <h2>Every candidate, as measured</h2><div class="wide">{_table(plan, details)}</div>
 <p class="soft">Device and tail times are medians of {details.get("rounds", "?")} interleaved warm runs of whole heads and tails.
@@ -81,7 +81,7 @@ def _chart(plan: Plan, link: Any) -> str:
     for at, one in enumerate(shown):
         y, width = at * 24, max(2.0, min(one.ms, longest) / longest * 520)
         colour = _group(one.cut.name) if _key(one) in allowed else "refused"
-        note = f"{one.ms:.0f} ms" + ("  (longer than the chart)" if one.ms > longest else "") + _size(one)
+        note = f"{one.ms:.0f} ms" + (" »" if one.ms > longest else "") + _size(one)
         rows.append(
             f'<text x="150" y="{y + 16}" text-anchor="end">{html.escape(_label(one))}</text>'
             f'<rect x="158" y="{y + 4}" width="{width:.1f}" height="16" rx="2" fill="var(--{colour})"/>'

@@ -1,0 +1,169 @@
+"""The planner as a whole: what it writes, what it refuses, and that nothing is left half-written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cloud.split import plan as planning
+from cloud.split import split
+from skills import ort
+from skills.errors import FormatError, NotFound, SkerryError, StorageError, UsageError
+from skills.files import sha256_file
+from skills.split import Image, Link, load_plan, plan_hash
+
+
+def plan_it(model: bytes | Path, data: Any, out: Path, **options: Any) -> Any:
+    return split(model, data, out=out, **{"slowdown": 10, "rounds": 2, "most_samples": 8, **options})
+
+
+def test_a_plan_holds_local_and_input_and_its_segments_are_the_model(planned_net: Any) -> None:
+    plan = load_plan((planned_net.folder / "split.yaml").read_text())
+    assert plan.cuts[0].name == "input"
+    assert plan.cuts[-1].name == "local"
+    assert len(plan.segments) > 1
+    for segment in plan.segments:
+        assert sha256_file(planned_net.folder / segment.file) == segment.sha256
+    chain = ort.chain([planned_net.folder / one.file for one in plan.segments], ["logits"])
+    x = planned_net.x[:20]
+    right = ort.session(planned_net.model).run({"x": x})["logits"]
+    np.testing.assert_allclose(chain.run({"x": x})["logits"], right, atol=1e-5)
+    assert plan.metric == "accuracy"
+
+
+def test_the_report_says_for_every_link_what_to_do_and_what_was_measured(planned_net: Any) -> None:
+    report = json.loads((planned_net.folder / "report.json").read_text())
+    plan = load_plan((planned_net.folder / "split.yaml").read_text())
+    assert report["plan"] == plan_hash(plan)
+    assert [one["link"] for one in report["links"]] == ["1mbit/30ms", "5mbit/30ms", "20mbit/30ms", "100mbit/30ms"]
+    assert all(one["text"] for one in report["verdicts"])
+    assert {"metric_name", "max_abs_difference", "seconds", "versions", "device", "privacy"} <= set(report)
+    page = (planned_net.folder / "report.html").read_text()
+    assert page.count('class="verdict') == 4
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_without_labels_the_figure_is_called_agreement_and_a_private_plan_says_what_it_does_not_prove(
+    small_net: Any, tmp_path: Path
+) -> None:
+    net = small_net("plain")
+    report = plan_it(net.model.SerializeToString(), {"x": net.x}, tmp_path / "out", private=True)
+    assert report.plan.metric == "agreement"
+    assert "accuracy" not in (tmp_path / "out" / "report.html").read_text().lower()
+    assert "no proof against reconstruction" in (tmp_path / "out" / "report.json").read_text()
+    assert all(verdict.cut != "input" for verdict in report.verdicts)
+
+
+def test_a_declared_minimum_cut_is_kept_and_nothing_before_it_is_admitted(small_net: Any, tmp_path: Path) -> None:
+    net = small_net("residual")
+    report = plan_it(net.model.SerializeToString(), {"x": net.x}, tmp_path / "out", private=True, min_cut="summed")
+    least = report.plan.cut(str(report.plan.min_cut))
+    assert [tensor.name for tensor in least.tensors] == ["summed"]
+    for mbit in (0.1, 10, 1000):
+        chosen = planning.judge(report.plan, Link(mbit, 1)).cut
+        assert report.plan.cut(chosen).after >= least.after
+
+
+def test_pictures_are_recognised_and_may_travel_as_jpeg(small_net: Any, tmp_path: Path) -> None:
+    net = small_net("plain")
+    chance = np.random.default_rng(0)
+    x = chance.integers(0, 256, (6, 1, 12, 12)).astype(np.float32) / 255
+    report = plan_it(net.model.SerializeToString(), {"x": x}, tmp_path / "out")
+    assert report.plan.inputs[0].image == Image((0.0,), (255.0,), "NCHW")
+    assert [coding.kind for coding in report.plan.cut("input").codings] == ["jpeg", "jpeg", "jpeg", "png", "pixels"]
+    noise = plan_it(net.model.SerializeToString(), {"x": net.x}, tmp_path / "other")
+    assert noise.plan.inputs[0].image is None
+
+
+def test_a_plan_is_replaced_whole_and_a_failed_one_leaves_the_old(
+    small_net: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, out = small_net("plain"), tmp_path / "out"
+    first = plan_it(net.model.SerializeToString(), {"x": net.x}, out, slowdown=10)
+    second = plan_it(net.model.SerializeToString(), {"x": net.x}, out, slowdown=20)
+    assert load_plan((out / "split.yaml").read_text()).slowdown == 20
+    assert first.plan.model_sha256 == second.plan.model_sha256
+
+    def full(*_: object, **__: object) -> None:
+        raise StorageError("no space left to write report.html: free some, then try again")
+
+    monkeypatch.setattr(planning, "write_atomic", full)
+    with pytest.raises(StorageError):
+        plan_it(net.model.SerializeToString(), {"x": net.x}, out, slowdown=30)
+    assert load_plan((out / "split.yaml").read_text()).slowdown == 20
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "home") == ["out"]
+
+
+def test_bad_input_is_one_sentence_and_writes_nothing(small_net: Any, tmp_path: Path) -> None:
+    net = small_net("plain")
+    model, data, out = net.model.SerializeToString(), {"x": net.x}, tmp_path / "out"
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "photo.jpg").write_bytes(b"")
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(b"no model")
+    cases: list[tuple[type[SkerryError], str, dict[str, Any]]] = [
+        (NotFound, "there is no model file", {"model": tmp_path / "absent.onnx"}),
+        (FormatError, "is no ONNX model", {"model": broken}),
+        (NotFound, "there is no data file", {"data": tmp_path / "absent.npz"}),
+        (FormatError, "is no .npz with arrays", {"data": broken}),
+        (FormatError, "the data has images, the model needs 'x'", {"data": {"images": net.x}}),
+        (FormatError, "expected the same number", {"data": {"x": net.x, "y": net.y[:3]}}),
+        (FormatError, "onnxruntime refuses the input", {"data": {"x": net.x[:, :, :5, :1].astype(np.int64)}}),
+        (UsageError, "exists and is no split plan", {"out": taken}),
+        (UsageError, "the slowdown is 0.5", {"slowdown": 0.5}),
+        (UsageError, "in percentage points", {"max_drop": -1}),
+        (UsageError, "no link was given", {"links": ()}),
+        (UsageError, "the model has no tensor 'c99'", {"min_cut": "c99"}),
+    ]
+    for kind, sentence, change in cases:
+        with pytest.raises(kind, match=sentence):
+            plan_it(**{"model": model, "data": data, "out": out, **change})
+    assert not out.exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_model_that_offers_no_cut_still_gets_a_plan(tmp_path: Path) -> None:
+    from onnx import TensorProto, helper
+
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 4]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", ends[:1], ends[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    report = plan_it(model.SerializeToString(), {"x": np.ones((3, 4), np.float32)}, tmp_path / "out")
+    assert [cut.name for cut in report.plan.cuts] == ["input", "local"]
+    assert len(report.plan.segments) == 1
+    assert report.verdicts[0].cut == "local"
+
+
+def test_an_int8_model_is_cut_at_its_codes_and_the_chain_is_bit_equal(tmp_path: Path) -> None:
+    from onnx import TensorProto, helper, numpy_helper
+
+    chance = np.random.default_rng(0)
+    constants = [numpy_helper.from_array(np.float32(0.05), "s"), numpy_helper.from_array(np.uint8(128), "z")]
+    nodes = [helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q0"])]
+    for at in range(3):
+        weight = chance.integers(-127, 128, (8, 8, 3, 3)).astype(np.int8)
+        constants += [numpy_helper.from_array(weight, f"w{at}"), numpy_helper.from_array(np.float32(0.004), f"ws{at}")]
+        nodes += [
+            helper.make_node("DequantizeLinear", [f"q{at}", "s", "z"], [f"d{at}"]),
+            helper.make_node("DequantizeLinear", [f"w{at}", f"ws{at}"], [f"wd{at}"]),
+            helper.make_node("Conv", [f"d{at}", f"wd{at}"], [f"c{at}"], strides=[2, 2], pads=[1, 1, 1, 1]),
+            helper.make_node("Relu", [f"c{at}"], [f"r{at}"]),
+            helper.make_node("QuantizeLinear", [f"r{at}", "s", "z"], [f"q{at + 1}"]),
+        ]
+    nodes.append(helper.make_node("DequantizeLinear", ["q3", "s", "z"], ["y"]))
+    ends = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 8, 16, 16])]
+    outs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 8, 2, 2])]
+    graph = helper.make_graph(nodes, "g", ends, outs, constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
+    x = chance.standard_normal((8, 8, 16, 16)).astype(np.float32)
+    report = plan_it(model, {"x": x}, tmp_path / "out", slowdown=100)
+    cuts = [cut for cut in report.plan.cuts if cut.name.startswith("c")]
+    assert cuts
+    for cut in cuts:
+        assert [tensor.dtype for tensor in cut.tensors] == ["UINT8"]
+        assert [(coding.kind, coding.drop) for coding in cut.codings] == [("native", 0.0)]
+    chain = ort.chain([tmp_path / "out" / one.file for one in report.plan.segments], ["y"])
+    assert np.array_equal(chain.run({"x": x})["y"], ort.session(model).run({"x": x})["y"])
