@@ -1,7 +1,6 @@
 """skerry-agent: the device's command line. argparse on purpose: it starts in milliseconds on a small board."""
 
 import argparse
-import asyncio
 import contextlib
 import fcntl
 import json
@@ -107,6 +106,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _run(given: argparse.Namespace) -> int:
+    import asyncio
+
     from edge_agent.identity import load_identity
     from edge_agent.logs import start_logging
 
@@ -125,6 +126,8 @@ def _run(given: argparse.Namespace) -> int:
 
 async def _serve(data: Path, identity: Any, config: Any) -> bool:
     """Run the agent until a signal comes; True when it was Ctrl-C."""
+    import asyncio
+
     from edge_agent.agent import Agent, Parts
     from edge_agent.capabilities import capabilities
     from edge_agent.links import LinkKeeper
