@@ -254,3 +254,18 @@ def test_the_supervisor_carries_no_heavy_package():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_every_key_of_agent_yaml_stands_in_the_documentation_with_its_default():
+    page = (Path(__file__).parents[2] / "docs/agent.md").read_text()
+    for field in AgentConfig.__dataclass_fields__.values():
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| `{field.name}` |")]
+        default = field.default
+        text = (
+            f"[{', '.join(default)}]"
+            if isinstance(default, tuple)
+            else f"{default:g}"
+            if isinstance(default, float)
+            else str(default)
+        )
+        assert f"| {text} |" in row.replace("`", ""), row
