@@ -44,8 +44,7 @@ class CallableModel:
 
     def __call__(self, **feeds: "NDArray[Any]") -> "Arrays":
         if self._split is not None:
-            inputs: dict[str, Any] = dict(feeds)
-            return self._split(**inputs)
+            return self._split(**feeds)
         return self._timer.run(lambda: self._run(feeds)).value  # type: ignore[misc]
 
     @property

@@ -2,10 +2,12 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import datetime as dt
 import json
 import os
 import select
+import shutil
 import signal
 import ssl
 import subprocess
@@ -23,10 +25,12 @@ import pytest
 from cloud import supervise
 from cloud.config import Settings
 from edge_agent.workers import Load, ZygoteWorkers
-from skills import oip, signing
+from skills import oip, ort, signing
 from skills.bundle import build_bundle, open_bundle
 from skills.desired import ObjectRef
 from skills.errors import DeadlineExceeded, FormatError, SkerryError, Unreachable
+from skills.split import load_plan
+from skills.wire import encode_yaml
 
 SKILL = """\
 name: {name}
@@ -304,9 +308,9 @@ class Fleet:
         self.call("POST", "/v1/releases", json={"manifest_sha256": file.digest, "targets_json": targets})
         return file.digest
 
-    def push(self, version: str, stage: str) -> dict[str, Any]:
+    def push(self, version: str, stage: str, skill: str = "tiny") -> dict[str, Any]:
         """Roll a version out and wait for its device to come to a stage; the API is slow enough not to spin."""
-        order = {"skill": "tiny", "version": version, "selector": "all", "canary": None}
+        order = {"skill": skill, "version": version, "selector": "all", "canary": None}
         number = self.call("POST", "/v1/rollouts", json=order)["id"]
         return self.until(number, stage)
 
@@ -381,3 +385,58 @@ def test_a_real_device_takes_releases_answers_refuses_returns_and_boots_offline(
     assert board.stop(signal.SIGINT) == 130
     assert "Traceback" not in (board.data / "agent.log").read_text()
     assert json.loads(board.call("status", "--json").stdout)["running"] is False
+
+
+SPLIT_SKILL = """\
+name: halves
+version: 1.0.0
+inputs: [{name: x, dtype: FP32, shape: [-1, 1, 12, 12]}]
+outputs: [{name: logits, dtype: FP32, shape: [-1, 4]}]
+models: {net: {variants: [{name: split, runtime: onnxruntime, split: models/split/split.yaml, ram_mb: 16}]}}
+stages: [{name: look, model: net, code: look.py}]
+probe: {tolerance: 0.001}
+"""
+
+
+def test_a_split_skill_is_probed_here_answered_together_with_the_tail_and_alone_without_it(
+    controller, board, planned_net, tmp_path
+):
+    import numpy as np
+
+    folder = tmp_path / "halves"
+    shutil.copytree(planned_net.folder, folder / "models/split")
+    plan_file = folder / "models/split/split.yaml"
+    plan = load_plan(plan_file.read_text(), "the plan")
+    cut = next(c.name for c in plan.cuts if c.name.startswith("c") and any(one.admitted for one in c.codings))
+    plan_file.write_text(encode_yaml(dataclasses.replace(plan, policy=dataclasses.replace(plan.policy, pin=cut))))
+    (folder / "skill.yaml").write_text(SPLIT_SKILL)
+    (folder / "look.py").write_text("def look(inputs, model):\n    return model(x=inputs['x'])\n")
+    x = planned_net.x[:1].astype(np.float32)
+    whole = ort.session(planned_net.model).run({"x": x})["logits"]
+    np.savez(folder / "probe.npz", **{"in.x": x, "out.logits": whole})
+    (board.data / "agent.yaml").write_text("listen: 127.0.0.1:0\ntail_deadline_ms: 2000\ntimer: dilated(10)\n")
+    board.start()
+    controller.release(folder)
+    controller.push("1.0.0", "serving", skill="halves")
+
+    def ask() -> str:
+        body, size = oip.encode_call(oip.Call({"x": x}))
+        url = f"http://127.0.0.1:{board.port}/v2/models/halves/infer"
+        request = urllib.request.Request(url, body, {"Inference-Header-Content-Length": str(size)})
+        with urllib.request.urlopen(request, timeout=30) as reply:  # noqa: S310 - http, just above
+            head = reply.headers["Inference-Header-Content-Length"]
+            answer = oip.decode_answer(reply.read(), int(head))
+        assert np.argmax(answer.arrays["logits"]) == np.argmax(whole)
+        records = (board.data / "usage/usage.jsonl").read_text().splitlines()
+        return str(json.loads(records[-1])["where"])
+
+    for _ in range(200):
+        if ask() == "split":
+            break
+    else:
+        raise AssertionError("the tail never answered")
+    supervise.stop(controller.data)  # the tail and the broker are gone
+    assert {ask() for _ in range(10)} <= {"local", "continued"}
+    log = (board.data / "agent.log").read_text()
+    assert "link.started" in log
+    assert board.stop() == 0
