@@ -13,6 +13,8 @@ COLD_AFTER_S = 0.5  # TCP forgets its window after one retransmission timeout wi
 LEAST_SAMPLE_BYTES = 8192  # below, the time says more about the machine than about the network
 CALL_MS = 0.7  # what a tiny call costs on a link without delay
 FAST, SLOW = 0.5, 0.1
+PROBE_EVERY_S = 10.0  # without a transfer for this long, one is made
+PROBE_SHARE = 0.01  # of the time, at most
 SURPRISES = 3  # samples in a row that the slow average does not explain: the network has changed
 MISSES = 2
 FIRST_PROBE_S, LAST_PROBE_S, JITTER = 0.5, 30.0, 0.2
@@ -28,6 +30,15 @@ class Estimator:
         self._surprises = 0
         self._queue_ms = 0.0
         self._last_traffic_s = float("-inf")
+        self._probe_at_s = float("-inf")
+
+    def on_probe(self, now_s: float, took_s: float) -> None:
+        """A transfer was made only to learn the bandwidth; the next one waits its share of the time."""
+        self._probe_at_s = now_s + max(PROBE_EVERY_S, took_s / PROBE_SHARE)
+
+    def wants_probe(self, now_s: float) -> bool:
+        """Say whether nothing was learnt about the bandwidth for a while: the device stayed local, the link may have changed."""
+        return now_s >= self._probe_at_s
 
     def on_traffic(self, now_s: float) -> None:
         """Something was sent or came back."""
@@ -49,6 +60,7 @@ class Estimator:
             return
         moving_ms = max(total_ms - server_ms - self.rtt_ms(now_s) - 2 * CALL_MS, 0.02)
         mbit = min(size * 8 / moving_ms / 1000, 10_000.0)
+        self._probe_at_s = max(self._probe_at_s, now_s + PROBE_EVERY_S)
         if not self._slow:
             self._fast = self._slow = mbit
             return

@@ -4,6 +4,7 @@
 
 DIR holds ca.pem, cert.pem and key.pem. Workers connect to the Unix socket and speak frames (edge_agent/ipc.py):
   to the link    infer  {id, plan, cut, codec, deadline_us} + activation frame · cancel {id, late} · plan {plan}: have it warmed
+                 look {}: a request looked at the estimate and may stay local
   to the worker  answer {id, ok, outputs: [[name, datatype, shape, bytes]…]} + raw tensors, or {id, ok: false, kind, error}
                  estimate {mbit, rtt_ms, up, cold, queue_ms}: at once, and whenever it has changed
 While anybody used it in the last five seconds it keeps the connection warm with tiny calls on the same channel: TCP starts
@@ -34,6 +35,9 @@ IDLE_AFTER_S = 5.0
 PING_DEADLINE_S = 1.0
 MAX_IN_FLIGHT = 32
 MAX_PLANS = 64
+PROBE = {"plan": "probe", "cut": "probe", "codec": "probe"}
+PROBE_BYTES = 16_384
+PROBE_DEADLINE_US = 5_000_000
 WARM_DEADLINE_S = 30.0
 MAX_KEY_BYTES = 1 << 20
 TLS_FILES = ("ca.pem", "key.pem", "cert.pem")
@@ -52,6 +56,7 @@ class Link:
         self._told: tuple[object, ...] = ()
         self._connected_once = False
         self._plans: set[str] = set()
+        self._probing = False
         self._workers: set[asyncio.Task[Any]] = set()
 
     async def serve(self, path: Path, stop: asyncio.Event) -> None:
@@ -110,6 +115,9 @@ class Link:
 
     def _handle(self, stub: Any, writer: asyncio.StreamWriter, header: Mapping[str, Any], body: memoryview) -> None:
         op, number = header.get("op"), header.get("id")
+        if op == "look":
+            self._start_probe(stub)
+            return
         self._use()
         if op == "infer" and type(number) is int:
             key = id(writer), number
@@ -128,6 +136,37 @@ class Link:
                 task_or_none.cancel()
                 if header.get("late") is True:
                     self._missed()
+
+    def _start_probe(self, stub: Any) -> None:
+        """Learn the bandwidth while every skill stays local, or none of them would ever find out that the link is better now."""
+        now = time.monotonic()
+        if self._probing or not self._connected_once or self._breaker.open or not self._estimator.wants_probe(now):
+            return
+        self._probing = True
+        task = asyncio.create_task(self._probe(stub), name="probe")
+        self._workers.add(task)
+        task.add_done_callback(self._workers.discard)
+
+    async def _probe(self, stub: Any) -> None:
+        """Send two requests to a model that no tail has: the first one warms the connection, the second one is timed."""
+        import grpc
+
+        began = start = time.monotonic()
+        try:
+            await self._ping(stub)
+            for _ in range(2):
+                start = time.monotonic()
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    await stub.ModelInfer(
+                        _request(PROBE, bytes(PROBE_BYTES), PROBE_DEADLINE_US), timeout=PROBE_DEADLINE_US / 1e6
+                    )
+            now = time.monotonic()
+            if now - start < PROBE_DEADLINE_US / 1e6:
+                self._estimator.on_transfer(now, PROBE_BYTES + CALL_BYTES, (now - start) * 1e3, 0.0)
+                self._tell_all()
+        finally:
+            self._estimator.on_probe(time.monotonic(), time.monotonic() - began)
+            self._probing = False
 
     def _start_warming(self, stub: Any) -> None:
         """Have the tail load the plans in use before a request needs them; one that it does not know shows in the request."""

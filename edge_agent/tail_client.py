@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 RECONNECT_S = 1.0
+LOOK_EVERY_S = 1.0
 SEND_DEADLINE_S = 1.0
 MAX_FRAME_BYTES = oip.MAX_MESSAGE_BYTES + (1 << 20)
 
@@ -65,6 +66,7 @@ class LinkClient:
         self._waiting: set[int] = set()
         self._estimate = Estimate(0.0, 0.0, up=False)
         self._plan = ""
+        self._looked_at_s = float("-inf")
         self._next, self._try_at_s = 0, float("-inf")
 
     def prepare(self, plan: str) -> None:
@@ -74,6 +76,10 @@ class LinkClient:
     def estimate(self) -> Estimate:
         self._connect()
         self._receive(0)
+        now = time.monotonic()
+        if now - self._looked_at_s > LOOK_EVERY_S:
+            self._looked_at_s = now
+            self._put(ipc.frame({"op": "look"}))
         return self._estimate
 
     def send(self, plan: str, cut: str, codec: str, frame: bytes, deadline_s: float) -> int:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,22 @@ def test_a_cut_link_comes_back_without_a_restart(planned_net: Any, tmp_path: Pat
         assert "split" not in places[1:]
         assert reached(model, 10)
         settled(model, planned_net.x[:1])
+
+
+def test_a_model_that_stays_local_learns_the_bandwidth_all_the_same(planned_net: Any, tmp_path: Path) -> None:
+    install(planned_net.folder, tmp_path / "tails")
+    with (
+        running_tail(tmp_path / "tails", tmp_path) as port,
+        emulated_link(port, Link(4, 10)) as link,
+        split_model(planned_net, tmp_path, link.port) as model,
+    ):
+        model.use("local")
+        assert isinstance(model.tail, LinkClient)
+        until = time.monotonic() + 10
+        while not model.tail.estimate().mbit and time.monotonic() < until:
+            model(x=planned_net.x[:1])
+        assert 2 < model.tail.estimate().mbit < 6
+        assert model.last.where == "local"
 
 
 def test_a_tail_with_another_plan_refuses_in_one_sentence_and_two_plans_live_side_by_side(

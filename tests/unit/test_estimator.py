@@ -79,3 +79,14 @@ def test_probes_grow_rarer_up_to_a_bound_and_are_spread(lucks: list[float]) -> N
             middle = min(0.5 * 2 ** (at - 1), LAST_PROBE_S)
             assert 0.8 * middle - 1e-9 <= wait <= 1.2 * middle + 1e-9
             now = breaker.probe_at_s
+
+
+def test_a_probe_is_wanted_only_after_silence_and_takes_a_hundredth_of_the_time_at_most() -> None:
+    estimator = Estimator()
+    assert estimator.wants_probe(0.0)
+    send(estimator, 0.0, 20, 5)
+    assert not estimator.wants_probe(9.0)
+    assert estimator.wants_probe(11.0)
+    estimator.on_probe(11.0, took_s=0.5)
+    assert not estimator.wants_probe(60.0)
+    assert estimator.wants_probe(61.5)
