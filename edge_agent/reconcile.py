@@ -126,7 +126,7 @@ class Reconciler:
             if attempt is None or attempt.digest != wanted.manifest.sha256:
                 self._attempts[wanted.skill] = Attempt(wanted.manifest.sha256, assignment.metadata.sha256)
             elif attempt.metadata != assignment.metadata.sha256:
-                attempt.metadata, attempt.trusted = assignment.metadata.sha256, None
+                attempt.metadata, attempt.trusted, attempt.held_until = assignment.metadata.sha256, None, 0.0
         self.poke()
 
     def online(self, *, connected: bool) -> None:
@@ -393,6 +393,10 @@ class Reconciler:
 
     async def _verify(self, skill: str, wanted: WantedSkill, metadata: Any) -> None:
         verdict = await self._trust.judge(wanted, metadata, self.assignment.time if self.assignment else 0)
+        if verdict.passing:
+            raise Unreachable(
+                verdict.reason
+            )  # waits for metadata that is signed anew; nothing is held against the release
         attempt = self._attempts.get(skill)
         if attempt is not None and (attempt.digest, attempt.metadata) == (wanted.manifest.sha256, metadata.sha256):
             attempt.trusted = verdict.reason

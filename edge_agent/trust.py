@@ -73,9 +73,10 @@ class Opened:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Verdict:
-    """`reason` is empty when the release is trusted."""
+    """`reason` is empty when the release is trusted; `passing` means that time alone stands against it."""
 
     reason: str = ""
+    passing: bool = False
 
 
 class Trust(Protocol):
@@ -190,7 +191,7 @@ def judge(question: Question) -> Verdict:
         updater.refresh()
         info = updater.get_targetinfo(question.target)
     except exceptions.ExpiredMetadataError as error:
-        return Verdict(f"the repository's metadata has expired: {_sentence(error)}")
+        return Verdict(f"the repository's metadata has expired: {_sentence(error)}", passing=True)
     except (exceptions.RepositoryError, exceptions.DownloadError) as error:
         return Verdict(f"the repository's metadata is not trusted: {_sentence(error)}")
     finally:

@@ -23,6 +23,7 @@ FORK_S = 10.0
 LOAD_S = 120.0
 PROBE_S = 120.0
 END_S = 3.0
+HANG_S = 60.0  # a worker that is busy with one question for longer is killed and started anew
 LAST_WORDS = 12  # lines of a worker's output that are kept for a reason
 MAX_LINE = 400
 LOG = logging.getLogger("skerry.worker")
@@ -238,6 +239,7 @@ class ForkedWorker:
         self._lines: collections.deque[str] = collections.deque(maxlen=LAST_WORDS)
         self._dead: str | None = None
         self._wanted_dead = False
+        self._busy_since = 0.0
         self._idle = asyncio.Event()
         self._idle.set()
         self._status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -257,6 +259,8 @@ class ForkedWorker:
         if self._dead is not None:
             raise Unreachable(f"the worker of {self.load.skill} {self.load.version} is gone: {self._dead}")
         future: asyncio.Future[tuple[dict[str, Any], bytes]] = asyncio.get_running_loop().create_future()
+        if not self._waiting:
+            self._busy_since = asyncio.get_running_loop().time()
         self._waiting.append(future)
         self._idle.clear()
         self._writer.write(ipc.frame(header, body))
@@ -264,6 +268,9 @@ class ForkedWorker:
             async with asyncio.timeout(deadline_s):
                 reply, answer = await future
         except TimeoutError:
+            if asyncio.get_running_loop().time() - self._busy_since >= HANG_S:
+                LOG.warning("worker.hangs skill=%s version=%s", self.load.skill, self.load.version)
+                self._kill()
             raise DeadlineExceeded(f"{self.load.skill} did not answer within {deadline_s:g} s") from None
         if reply.get("ok") is not True:
             raise error_for(int(reply.get("code", 1)), str(reply.get("error", "the worker gave no reason")))
@@ -277,9 +284,7 @@ class ForkedWorker:
         with contextlib.suppress(SkerryError, TimeoutError):
             async with asyncio.timeout(drain_s):
                 await self._idle.wait()
-        with contextlib.suppress(ProcessLookupError):
-            if not self._status.done():
-                os.kill(self.pid, signal.SIGKILL)
+        self._kill()
         # The kernel closes both ends of a killed process; the deadline is for a log that a grandchild keeps open.
         _, late = await asyncio.wait(self._tasks, timeout=END_S)
         for task in late:
@@ -288,6 +293,11 @@ class ForkedWorker:
         self._writer.close()
         with contextlib.suppress(OSError):
             await self._writer.wait_closed()
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            if not self._status.done():  # afterwards the number may be another process's
+                os.kill(self.pid, signal.SIGKILL)
 
     def buried(self, status: int) -> None:
         """The zygote saw the process end."""
@@ -298,6 +308,7 @@ class ForkedWorker:
         try:
             while (received := await ipc.read(self._reader)) is not None:
                 header, body = received
+                self._busy_since = asyncio.get_running_loop().time()
                 if self._waiting:
                     future = self._waiting.popleft()
                     if not future.done():

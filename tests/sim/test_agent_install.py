@@ -14,6 +14,7 @@ from skills.errors import FormatError
 from skills.files import sha256_hex
 from skills.report import CHUNK_BYTES, decode_chunk
 
+NOW = dt.datetime(2026, 11, 21, tzinfo=dt.UTC)
 DIGITS1, DIGITS2 = ("digits", "1.0.0"), ("digits", "2.0.0")
 
 
@@ -305,18 +306,21 @@ def test_an_unsigned_foreign_or_older_assignment_changes_nothing(scene, what):
     scene(story)
 
 
-def test_expired_metadata_blocks_an_install_and_stops_nothing(scene):
+def test_expired_metadata_blocks_an_install_until_it_is_signed_anew_and_stops_nothing(scene):
     async def story(world):
         good, late = world.controller.release(), world.controller.release(version="2.0.0")
         await world.boot()
         world.controller.assign(DIGITS1)
         await world.serving(good)
-        world.controller.time += 30 * 86_400  # the controller's clock goes on, its metadata is not signed anew
+        month = dt.timedelta(days=30)  # the controller's clock goes on, its metadata is not signed anew
+        world.controller.time += int(month.total_seconds())
         world.controller.assign(DIGITS2)
-        state = await world.settled(late)
-        assert state.phase == "refused"
-        assert "expired" in state.reason
+        await world.until(lambda: (s := world.state("digits", late)) is not None and s.phase == "stalled")
+        assert "expired" in world.state("digits", late).reason
         assert world.state("digits", good).phase == "serving"
+        world.controller.refresh(NOW + month)
+        world.controller.tell()
+        await world.serving(late)
 
     scene(story)
 

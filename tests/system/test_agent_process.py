@@ -1,6 +1,7 @@
 """The real agent with real workers: a zygote, forked workers, a real ONNX model, the local endpoint, a real controller."""
 
 import asyncio
+import base64
 import contextlib
 import dataclasses
 import datetime as dt
@@ -241,6 +242,24 @@ async def test_a_worker_that_is_too_slow_meets_the_deadline_and_goes_on(tiny_ski
         await workers.stop()
 
 
+async def test_a_worker_that_hangs_is_killed_at_the_next_missed_deadline(tiny_skill, tmp_path, monkeypatch):
+    import numpy as np
+
+    monkeypatch.setattr("edge_agent.workers.HANG_S", 0.2)
+    code = CODE.replace("    y = ", "    while True:\n        pass\n    y = ")
+    workers, died = ZygoteWorkers(("onnxruntime",)), asyncio.Event()
+    try:
+        worker = await workers.start(load_of(tiny_skill(code=code), tmp_path), lambda _: died.set())
+        for deadline_s in (0.1, 0.15):
+            with pytest.raises(DeadlineExceeded):
+                await worker.call(*question(np.ones((1, 4), np.float32)), deadline_s)
+        async with asyncio.timeout(10):
+            await died.wait()
+        assert "SIGKILL" in str(worker.dead)
+    finally:
+        await workers.stop()
+
+
 def test_workers_die_with_the_supervisor_even_when_it_is_killed(tiny_skill, tmp_path):
     load = load_of(tiny_skill(), tmp_path)
     script = (
@@ -340,6 +359,33 @@ def board(controller: Fleet, tmp_path: Path) -> Iterator[Board]:
     yield made
     if made.process is not None:
         made.stop(signal.SIGKILL)
+
+
+def test_a_device_joins_only_the_controller_that_invited_it_and_only_once(controller, tmp_path):
+    token = controller.call("POST", "/v1/invites", json={"labels": {}})["token"]
+    said = json.loads(base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)))
+
+    def changed(**more: str) -> str:
+        return base64.urlsafe_b64encode(json.dumps({**said, **more}).encode()).decode()
+
+    cases = [
+        (changed(f="0" * 64), 77, "its CA is another one"),
+        (changed(s="x"), 77, "invitation"),
+        (changed(u="https://127.0.0.1:9"), 69, "does not answer"),
+        (changed(u="http://127.0.0.1:9"), 2, "expected https://HOST:PORT"),
+        (token[: len(token) // 2], 2, "all of it"),
+    ]
+    board = Board(tmp_path / "board")
+    for wrong, code, words in cases:
+        done = board.call("enroll", wrong)
+        assert (done.returncode, words in done.stderr) == (code, True), done.stderr
+        assert not (board.data / "identity/device.json").exists()
+        assert "Traceback" not in done.stderr
+    key = (board.data / "identity/key.pem").read_bytes()
+    assert board.call("enroll", token).returncode == 0
+    assert (board.data / "identity/key.pem").read_bytes() == key
+    assert Board(tmp_path / "other").call("enroll", token).returncode == 77
+    assert board.call("doctor").returncode == 0
 
 
 def test_a_real_device_takes_releases_answers_refuses_returns_and_boots_offline(controller, board, tiny_skill):
