@@ -78,7 +78,7 @@ def split_table(plan: "Plan", links: "Sequence[Link]") -> Group:
     """Return milliseconds from input to answer of every cut in its best coding over each link, and the verdicts."""
     from cloud.split.verdict import judge, options
 
-    columns = [f"{link.mbit:g} Mbit/s" for link in links]
+    columns = [f"{link.mbit:g} Mbit" for link in links]
     made = table(
         "cut",
         "coding",
@@ -103,7 +103,7 @@ def split_table(plan: "Plan", links: "Sequence[Link]") -> Group:
         verdict = judge(plan, link)
         line = Text(f"{link.mbit:g} Mbit/s, {link.rtt_ms:g} ms: ", "bold")
         sentences.append(line.append(verdict.text, "not bold"))
-    note = f"ms to the answer; the device is {plan.slowdown:g}× slower than this machine; {plan.metric} on {plan.samples} inputs"
+    note = f"ms to the answer over each link; device {plan.slowdown:g}× slower than this machine; {plan.metric} on {plan.samples} inputs"
     return Group(made, Text(note, "dim"), Text(), *sentences)
 
 

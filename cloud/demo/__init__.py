@@ -4,6 +4,7 @@ One module a chapter: `smaller` (a), `delivered` (b), `answers` (c), `trouble` (
 processes, `claims` what must hold, `facts` what ends up in demo.json.
 """
 
+import os
 import shutil
 import tempfile
 import time
@@ -26,6 +27,7 @@ def tell(screen: Screen, data: Path | None, *, keep: bool) -> Story:
         SkerryError: something broke; the folder is kept and its logs say more.
     """
     folder = _folder(data)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "torch")  # torch makes it even where nothing is compiled
     try:
         with Scene(folder, screen) as scene:
             story = _chapters(scene)

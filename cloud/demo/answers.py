@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 TITLE = "Answered: the devices read digits"
 TEXT = (
-    "Each device is asked for all held-out digits: one by one at its own endpoint, as a program on it would, and through\n"
+    "Each device is asked for all held-out digits: one by one at its own endpoint, as a program on it would, and through "
     "the controller over MQTT, as works behind any NAT. Every answer is compared with the compressed model's own."
 )
 RELAYED = 40  # single digits through the cloud, for the latency; all of them go in batches for the answers

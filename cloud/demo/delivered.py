@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 TITLE = "Delivered: a signed skill reaches its devices"
 TEXT = (
-    "The skill is built, signed with the publisher's key and brought to three agents, processes of their own that know\n"
+    "The skill is built, signed with the publisher's key and brought to three agents, processes of their own that know "
     "only their broker. One device goes first; the others follow when it serves."
 )
 BOARDS = {

@@ -137,7 +137,6 @@ class Scene:
             Text(),
             Rule(Text.assemble((f" {letter} ", "bold reverse"), " ", (title, "bold")), align="left", style="dim"),
             Text(text),
-            Text(),
         )
 
     def say(self, text: str) -> None:

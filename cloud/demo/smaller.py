@@ -16,7 +16,7 @@ LEAST_SMALLER = 6.0
 LEAST_FASTER = 1.2
 TITLE = "Smaller: a model is trained and compressed"
 TEXT = (
-    "A convolutional net learns scikit-learn's 1,797 handwritten digits. Compression may cost one point of accuracy on\n"
+    "A convolutional net learns scikit-learn's 1,797 handwritten digits. Compression may cost one point of accuracy on "
     "digits that neither training nor compression has seen; size, accuracy and speed are measured on onnxruntime, here."
 )
 
