@@ -41,7 +41,7 @@ def encode(weight: Array, axis: int, bits: int, range_bits: int = 8) -> Codes:
     low, high = limits(bits, range_bits)
     rows = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1).astype(np.float32)
     biggest = np.abs(rows).max(axis=1)
-    biggest[biggest == 0] = high
+    biggest[biggest < high * np.finfo(np.float32).tiny] = high  # all zero, or so small that the scale would vanish
     best = np.full(len(rows), np.inf)
     scales = biggest / high
     shrink = LEAST_SHRINK[bits if bits == 4 else range_bits]
