@@ -237,7 +237,9 @@ class Client:
                     f"{self.access.url} shows a certificate that this user's CA file did not sign: "
                     "name the right one with --ca, or skerry login again"
                 ) from None
-            raise Unreachable(f"no controller answers at {self.access.url}: start it with skerry up, or name another") from None
+            raise Unreachable(
+                f"no controller answers at {self.access.url}: start it with skerry up, or name another"
+            ) from None
         except (httpx.HTTPError, ssl.SSLError) as error:
             raise Unreachable(
                 f"the connection to {self.access.url} broke: {str(error) or type(error).__name__}"
@@ -259,6 +261,8 @@ class Client:
 def fetch_ca(url: str, deadline_s: float = DEADLINE_S) -> bytes:
     """Return the CA certificate (PEM) that a controller shows, without trusting it: the caller compares its fingerprint.
 
+    It is one certificate, whatever else was sent: nobody would compare a second one.
+
     Raises:
         Unreachable: nobody answers.
         FormatError: it is no controller.
@@ -270,9 +274,15 @@ def fetch_ca(url: str, deadline_s: float = DEADLINE_S) -> bytes:
         response = httpx.get(f"{url}/v1/ca", verify=False, timeout=deadline_s, trust_env=False)  # noqa: S501
     except httpx.HTTPError:
         raise Unreachable(f"no controller answers at {url}") from None
-    if response.is_error or b"BEGIN CERTIFICATE" not in response.content:
-        raise FormatError(f"{url} does not answer like a Skerry controller: check the address")
-    return response.content
+    from cryptography import x509
+    from cryptography.hazmat.primitives.serialization import Encoding
+
+    try:
+        if not response.is_error:
+            return x509.load_pem_x509_certificate(response.content).public_bytes(Encoding.PEM)
+    except ValueError:
+        pass
+    raise FormatError(f"{url} does not answer like a Skerry controller: check the address")
 
 
 def _trusting(ca: str | None) -> ssl.SSLContext:

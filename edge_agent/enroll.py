@@ -94,9 +94,10 @@ def enroll(data: Path, token: str, *, url: str | None = None, name: str | None =
     )
     if fingerprint(welcome.ca_pem) != invitation.f:
         raise TrustError("the controller sends another CA than the invitation names")
+    ca_pem = only_certificate(welcome.ca_pem)
     # 1. Everything that device.json speaks of. A crash here leaves the key, which the next try uses again.
     write_atomic(files.cert, welcome.cert_pem.encode())
-    write_atomic(files.ca, welcome.ca_pem.encode())
+    write_atomic(files.ca, ca_pem.encode())
     write_atomic(files.root, welcome.root_json.encode())
     write_atomic(files.director, welcome.director_pem.encode())
     # 2. Commit point: from here on the device is enrolled.
@@ -120,7 +121,7 @@ def fetch_ca(url: str, expected: str) -> str:
         raise TrustError(
             f"what answers at {url} is not the controller that made this invitation: its CA is another one"
         )
-    return pem
+    return only_certificate(pem)
 
 
 def fingerprint(pem: str) -> str:
@@ -129,6 +130,11 @@ def fingerprint(pem: str) -> str:
         return hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem.strip() + "\n")).hexdigest()
     except ValueError:
         return ""
+
+
+def only_certificate(pem: str) -> str:
+    """Return the certificate that `fingerprint` looked at, alone: what stands behind it in the text is trusted by nobody."""
+    return ssl.DER_cert_to_PEM_cert(ssl.PEM_cert_to_DER_cert(pem.strip() + "\n"))
 
 
 def request_pem(key_pem: bytes, name: str) -> str:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import ssl
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cloud.authority import Authority
 from edge_agent import capabilities, enroll, logs
 from edge_agent.__main__ import main, parser
 from edge_agent.config import AgentConfig, load_config
@@ -269,3 +271,12 @@ def test_every_key_of_agent_yaml_stands_in_the_documentation_with_its_default():
             else str(default)
         )
         assert f"| {text} |" in row.replace("`", ""), row
+
+
+def test_a_second_ca_behind_the_invited_one_is_not_trusted(tmp_path, monkeypatch):
+    ours, foreign = Authority(tmp_path / "ours", []), Authority(tmp_path / "foreign", [])
+    sent = (ours.ca_pem + foreign.ca_pem).encode()
+    monkeypatch.setattr(enroll, "_exchange", lambda *_: sent)
+    trusted = enroll.fetch_ca("https://controller:1", ours.fingerprint)
+    assert len(ssl.create_default_context(cadata=trusted).get_ca_certs()) == 1
+    assert enroll.fingerprint(trusted) == ours.fingerprint
