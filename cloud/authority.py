@@ -15,7 +15,7 @@ import json
 import re
 import secrets
 from collections.abc import Iterable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
@@ -108,10 +108,13 @@ class Authority:
 
     def revoke(self, serials: Iterable[str]) -> None:
         """Write the list of revoked certificates; `serials` are all of them, not only the new ones."""
+        serials = set(serials)
         builder = (
             x509.CertificateRevocationListBuilder()
             .issuer_name(self._cert.subject)
-            .last_update(ALWAYS)
+            # A broker that reads the list again keeps the old one too, and OpenSSL goes by the later of the two. The number
+            # of entries only grows, so it serves as a clock that no restored backup turns back.
+            .last_update(ALWAYS + timedelta(seconds=len(serials)))
             .next_update(NEVER)
         )
         for serial in sorted(serials):

@@ -103,8 +103,13 @@ class Fleet:
                     id=identity, key_sha256=fingerprint, enrolled=self._now(), counter=0, nonce="", online=False
                 )
                 session.add(known)
+            else:
+                # Only the newest certificate is the device's: removing it must leave none that still opens a door.
+                session.add(Revocation(serial=known.cert_serial, device=identity, time=self._now()))
             known.labels, known.cert_serial = dict(invite.labels), issued.serial
             invite.used_by = identity
+            session.flush()
+            self._authority.revoke([row.serial for row in session.query(Revocation)])
         self.record("device.enrolled", identity, key=fingerprint[:12])
         return Enrolled(identity, issued.cert_pem)
 

@@ -1,5 +1,6 @@
 """The CA, certificates and invitations."""
 
+import contextlib
 import ssl
 from collections.abc import Callable
 from pathlib import Path
@@ -108,6 +109,39 @@ def test_revocations_are_all_in_the_list(tmp_path: Path, csr: Callable[[], str])
     crl = x509.load_pem_x509_crl(authority.crl_file.read_bytes())
     assert {f"{entry.serial_number:x}" for entry in crl} == serials
     assert crl.is_signature_valid(x509.load_pem_x509_certificate(authority.ca_pem.encode()).public_key())  # type: ignore[arg-type]
+
+
+def test_a_list_that_is_read_again_revokes_even_where_the_reader_keeps_the_old_one(
+    tmp_path: Path, new_csr: Callable[[], tuple[str, bytes]]
+) -> None:
+    authority = Authority(tmp_path / "ca", [])
+    request, key = new_csr()
+    issued = authority.certify(request, "cam-1")
+    cert_file, key_file = tmp_path / "cert.pem", tmp_path / "key.pem"
+    cert_file.write_text(issued.cert_pem)
+    key_file.write_bytes(key)
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.verify_mode = ssl.CERT_REQUIRED
+    server.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
+    server.load_cert_chain(authority.server.cert, authority.server.key)
+    server.load_verify_locations(authority.ca_file)
+    server.load_verify_locations(authority.crl_file)
+    client = ssl.create_default_context(cafile=authority.ca_file)
+    client.load_cert_chain(cert_file, key_file)
+    shake_hands(server, client)
+    authority.revoke([issued.serial])
+    server.load_verify_locations(authority.crl_file)
+    with pytest.raises(ssl.SSLCertVerificationError, match="revoked"):
+        shake_hands(server, client)
+
+
+def shake_hands(server: ssl.SSLContext, client: ssl.SSLContext) -> None:
+    up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = (client.wrap_bio(down, up, server_hostname="localhost"), server.wrap_bio(up, down, server_side=True))
+    for _ in range(4):
+        for end in ends:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                end.do_handshake()
 
 
 @pytest.mark.parametrize("name", ["controller", "all", "server", "A", "a b", "a/b", "+", "-a", "a" * 64, "ü"])

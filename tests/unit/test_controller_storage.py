@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 from sqlalchemy import text
 
 from cloud.authority import Authority
@@ -158,6 +159,18 @@ def test_an_invitation_works_once_but_a_lost_answer_may_be_asked_for_again(
     with pytest.raises(TrustError, match="unknown or has expired"):
         fleet.enroll(second, csr(), None)
     assert len(fleet.devices()) == 1
+
+
+def test_a_removed_device_keeps_no_certificate_that_was_not_revoked(
+    tmp_path: Path, database: Database, csr: Callable[[], str]
+) -> None:
+    authority = Authority(tmp_path / "ca", [])
+    fleet = Fleet(database, authority, open_journal(None), lambda: 1000.0)
+    token, request = fleet.invite("https://x", {}, 60).token(), csr()
+    issued = [fleet.enroll(token, request, None) for _ in range(2)]
+    fleet.remove(issued[0].device)
+    revoked = {entry.serial_number for entry in x509.load_pem_x509_crl(authority.crl_file.read_bytes())}
+    assert revoked == {x509.load_pem_x509_certificate(one.cert_pem.encode()).serial_number for one in issued}
 
 
 def test_a_log_line_is_one_line_whatever_is_in_it(tmp_path: Path) -> None:
