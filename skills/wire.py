@@ -9,6 +9,7 @@ error that names the line and the nearest right key. Field types: `str int float
 import dataclasses
 import difflib
 import functools
+import itertools
 import json
 import math
 import re
@@ -21,6 +22,7 @@ from skills.errors import FormatError
 
 MAX_JSON_BYTES = 1 << 20
 MAX_DEPTH = 32
+MAX_YAML_NODES = 1 << 19  # aliases let a small text stand for very many
 MAX_FRAME_HEADER_BYTES = 64 << 10
 
 T = TypeVar("T")
@@ -69,8 +71,9 @@ def decode_yaml(cls: type[T], text: str, source: str) -> T:
     import yaml
 
     try:
+        _check_depth(text, source)
         node = yaml.compose(text, Loader=_safe_loader())
-        raw = None if node is None else _plain(node, source)
+        raw = None if node is None else _plain(node, source, itertools.count(1))
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise FormatError(f"{source}{line}: not YAML: {error.problem}") from None
@@ -248,7 +251,10 @@ def _decode_scalar(kind: Any, raw: Any, path: tuple[str | int, ...], where: Wher
     if kind is Any or kind is object:
         return raw
     if kind is float and isinstance(raw, int) and not isinstance(raw, bool):
-        raw = float(raw)
+        try:
+            raw = float(raw)
+        except OverflowError:
+            raise FormatError(f"{where(path)}: {_name(path)} is {_show(raw)}, expected {_KINDS[kind]}") from None
     if type(raw) is not kind or (kind is float and not math.isfinite(raw)):
         raise FormatError(f"{where(path)}: {_name(path)} is {_show(raw)}, expected {_KINDS.get(kind, str(kind))}")
     return raw
@@ -313,11 +319,25 @@ def _safe_loader() -> Any:
     return getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-def _plain(node: Any, source: str, depth: int = 0) -> Any:
+def _check_depth(text: str, source: str) -> None:
+    """Look at the nesting before anything recurses: libyaml's composer, in C, would end the process."""
     import yaml
 
-    if depth > MAX_DEPTH:
-        raise FormatError(f"{source} line {node.start_mark.line + 1}: nested deeper than {MAX_DEPTH} levels")
+    depth = 0
+    for event in yaml.parse(text, Loader=_safe_loader()):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise FormatError(
+                f"{source} line {event.start_mark.line + 1 if event.start_mark else 1}: nested deeper than {MAX_DEPTH} levels"
+            )
+
+
+def _plain(node: Any, source: str, seen: "itertools.count[int]", depth: int = 0) -> Any:
+    import yaml
+
+    if depth > MAX_DEPTH or next(seen) > MAX_YAML_NODES:
+        limit = f"nested deeper than {MAX_DEPTH} levels" if depth > MAX_DEPTH else f"more than {MAX_YAML_NODES} entries"
+        raise FormatError(f"{source} line {node.start_mark.line + 1}: {limit}")
     if isinstance(node, yaml.MappingNode):
         found: dict[str, Any] = {}
         for key_node, value_node in node.value:
@@ -326,10 +346,10 @@ def _plain(node: Any, source: str, depth: int = 0) -> Any:
                 raise FormatError(f"{source} line {key_node.start_mark.line + 1}: a key must be a plain word")
             if key in found:
                 raise FormatError(f"{source} line {key_node.start_mark.line + 1}: the key {key!r} stands twice")
-            found[key] = _plain(value_node, source, depth + 1)
+            found[key] = _plain(value_node, source, seen, depth + 1)
         return found
     if isinstance(node, yaml.SequenceNode):
-        return [_plain(item, source, depth + 1) for item in node.value]
+        return [_plain(item, source, seen, depth + 1) for item in node.value]
     constructor = yaml.constructor.SafeConstructor()
     value = constructor.construct_object(node)
     if value is not None and not isinstance(value, (str, int, float, bool)):

@@ -123,3 +123,19 @@ def test_a_frame_comes_apart_as_it_was_packed(header: dict[str, object], body: b
 
 def test_canonical_bytes_do_not_depend_on_the_order_of_keys() -> None:
     assert encode_json({"b": 1, "a": 2}) == b'{"a":2,"b":1}' == encode_json(json.loads('{"a":2,"b":1}'))
+
+
+def test_yaml_that_nests_deeper_than_any_recursion_is_one_sentence() -> None:
+    with pytest.raises(FormatError, match="line 1: nested deeper than"):
+        decode_yaml(Cart, "[" * 200_000, "cart.yaml")
+
+
+def test_yaml_whose_aliases_stand_for_too_much_is_one_sentence() -> None:
+    levels = [f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 10)}]" for n in range(1, 9)]
+    with pytest.raises(FormatError, match="more than"):
+        decode_yaml(Cart, "\n".join(["l0: &l0 [a, b]", *levels]), "cart.yaml")
+
+
+def test_a_whole_number_that_no_float_holds_is_one_sentence() -> None:
+    with pytest.raises(FormatError, match="expected a number"):
+        decode_json(Wheel, '{"size": 1, "spokes": 1' + "0" * 400 + "}", "wheel")
