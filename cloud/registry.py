@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from cloud.database import Database, Release
@@ -290,16 +290,18 @@ class Registry:
                 part = parts[path]
                 return unpack_part(part, read_bytes(self.path_of(part.wire_sha256), "the object", MAX_OBJECT_BYTES))
 
-            text = content(plan_path).decode()
-            folder = self._tails / plan_hash(load_plan(text, plan_path))
+            text = content(plan_path).decode("utf-8", "replace")
+            plan = load_plan(text, plan_path)
+            files = {str(PurePosixPath(plan_path).parent / file): file for file in plan.files()}
+            if set(files) != set(segments):
+                raise FormatError(f"{plan_path} names other segments than the bundle's manifest says")
+            folder = self._tails / plan_hash(plan)
             if (folder / "split.yaml").exists():
                 continue
-            base = Path(plan_path).parent
             with storage_errors(folder):
-                for segment in segments:
-                    file = folder / Path(segment).relative_to(base)
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    write_atomic(file, content(segment))
+                for path, name in files.items():
+                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    write_atomic(folder / name, content(path))
             # Commit point: the tail server takes a folder for complete when its plan is there.
             write_atomic(folder / "split.yaml", text.encode())
             self._journal.info(

@@ -74,6 +74,10 @@ class Bundle:
         wanted = {*self.skill.files(), *(path for files in self.splits.values() for path in files)}
         if missing := sorted(wanted - set(paths)):
             raise FormatError(f"the bundle lacks the part {missing[0]}")
+        plans = {variant.split for model in self.skill.models.values() for variant in model.variants if variant.split}
+        if plans != set(self.splits):
+            odd = min(plans ^ set(self.splits))
+            raise FormatError(f"the bundle's splits and the skill's variants disagree on the split plan {odd}")
 
     @property
     def size(self) -> int:

@@ -1,5 +1,6 @@
 """Bundles: what a folder becomes, and that no changed byte gets through."""
 
+import dataclasses
 import io
 import zipfile
 from pathlib import Path
@@ -132,3 +133,9 @@ def test_a_bomb_stops_at_the_announced_size() -> None:
     with pytest.raises(FormatError, match="unpacks to more"):
         zstd.decompress(zstd.compress(bytes(50 << 20), 3), 1000)
     assert sha256_hex(b"") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+def test_a_manifest_whose_splits_no_variant_names_is_refused(folder: Path, tmp_path: Path) -> None:
+    bundle = build_bundle(folder, tmp_path / "echo.skb")
+    with pytest.raises(FormatError, match=r"disagree on the split plan other\.yaml"):
+        dataclasses.replace(bundle, splits={"other.yaml": ("small.onnx",)})
