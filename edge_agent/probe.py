@@ -1,5 +1,6 @@
 """Golden inputs and outputs: a version serves only when it reproduces them on this very device, with this very runtime."""
 
+import zipfile
 from typing import TYPE_CHECKING, Any
 
 from skills.errors import FormatError
@@ -23,7 +24,7 @@ def check(loaded: "LoadedSkill") -> str:
     try:
         with np.load(loaded.folder / probe.file, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise FormatError(f"the probe file {probe.file} cannot be read: {error}") from None
     inputs = {name[3:]: array for name, array in arrays.items() if name.startswith("in.")}
     golden = {name[4:]: array for name, array in arrays.items() if name.startswith("out.")}

@@ -10,7 +10,7 @@ from typing import Any
 
 from edge_agent import plan
 from edge_agent.config import AgentConfig
-from edge_agent.intake import Intake, Lacking, Offload
+from edge_agent.intake import MAX_WHOLE_BYTES, Intake, Lacking, Offload
 from edge_agent.links import Links
 from edge_agent.plan import Facts, Installed, Pointer, Refusal, Running
 from edge_agent.service import Service
@@ -392,6 +392,8 @@ class Reconciler:
         attempt.received_part_bytes += received
 
     async def _verify(self, skill: str, wanted: WantedSkill, metadata: Any) -> None:
+        # Read here for its hash alone: a set that was damaged on the disk says nothing of the release, and is fetched again.
+        self._store.read_object(metadata.sha256, MAX_WHOLE_BYTES)
         verdict = await self._trust.judge(wanted, metadata, self.assignment.time if self.assignment else 0)
         if verdict.passing:
             raise Unreachable(

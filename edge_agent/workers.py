@@ -23,6 +23,10 @@ FORK_S = 10.0
 LOAD_S = 120.0
 PROBE_S = 120.0
 END_S = 3.0
+HUNG_S = (
+    60.0  # a worker that has not answered so long after its asker gave up never will: it is killed and started again
+)
+MAX_BEHIND = 8  # answers that a worker may owe; more are not asked for
 HANG_S = 60.0  # a worker that is busy with one question for longer is killed and started anew
 LAST_WORDS = 12  # lines of a worker's output that are kept for a reason
 MAX_LINE = 400
@@ -64,7 +68,7 @@ class Worker(Protocol):
         """Ask for one operation.
 
         Raises:
-            DeadlineExceeded: no answer in time; the worker goes on and its late answer is dropped.
+            DeadlineExceeded: no answer in time, or too many are owed already. A late answer is dropped.
             Unreachable: the worker died before it answered.
             SkerryError: what the worker itself answered as its error.
         """
@@ -261,6 +265,8 @@ class ForkedWorker:
         future: asyncio.Future[tuple[dict[str, Any], bytes]] = asyncio.get_running_loop().create_future()
         if not self._waiting:
             self._busy_since = asyncio.get_running_loop().time()
+        if len(self._waiting) >= MAX_BEHIND:
+            raise DeadlineExceeded(f"{self.load.skill} still owes {MAX_BEHIND} answers: try again later")
         self._waiting.append(future)
         self._idle.clear()
         self._writer.write(ipc.frame(header, body))
@@ -272,9 +278,19 @@ class ForkedWorker:
                 LOG.warning("worker.hangs skill=%s version=%s", self.load.skill, self.load.version)
                 self._kill()
             raise DeadlineExceeded(f"{self.load.skill} did not answer within {deadline_s:g} s") from None
+        finally:
+            if future in self._waiting:
+                future.get_loop().call_later(HUNG_S, self._give_up, future)
         if reply.get("ok") is not True:
             raise error_for(int(reply.get("code", 1)), str(reply.get("error", "the worker gave no reason")))
         return reply, answer
+
+    def _give_up(self, future: "asyncio.Future[tuple[dict[str, Any], bytes]]") -> None:
+        """Kill the process when it still has not answered."""
+        if future in self._waiting and not self._status.done():
+            LOG.warning("worker.hung skill=%s version=%s", self.load.skill, self.load.version)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
 
     def last_words(self) -> str:
         return " / ".join(self._lines)

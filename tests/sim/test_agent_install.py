@@ -143,6 +143,21 @@ def test_a_bundle_signed_by_a_key_that_the_repository_does_not_list_is_refused(s
     scene(story)
 
 
+def test_metadata_that_was_damaged_on_the_disk_is_fetched_again_and_refuses_nothing(scene):
+    async def story(world):
+        first, second = world.controller.release(), world.controller.release(version="2.0.0")
+        await world.boot()
+        world.controller.assign(DIGITS1)
+        await world.serving(first)
+        damaged = world.data / "objects" / world.controller.metadata.sha256
+        damaged.chmod(0o644)
+        damaged.write_bytes(damaged.read_bytes().replace(b"targets", b"tergets"))
+        world.controller.assign(DIGITS2)
+        await world.serving(second)
+
+    scene(story)
+
+
 def test_a_release_that_only_the_assignment_names_is_refused(scene):
     async def story(world):
         digest = world.controller.release()
