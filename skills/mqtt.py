@@ -21,6 +21,7 @@ from skills.messaging import Connected, Disconnected, Message, MqttEvent, Will
 KEEPALIVE_S = 30
 RECONNECT_MAX_S = 30
 DEFAULT_QUEUE_BYTES = 32 << 20
+MESSAGE_BYTES = 200  # what a message takes beside topic and payload
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,7 +60,9 @@ class Mqtt:
         self._filters: tuple[str, ...] = ()
         self._events: collections.deque[MqttEvent] = collections.deque()
         self._queued = 0
-        self._pending: dict[int, int] = {}
+        self._pending: dict[int, int] = {}  # bytes by message number
+        self._subscribing: int | None = None
+        self._early: set[int] = set()  # acknowledged before publish() could enter them as pending
         self._lock = threading.Lock()
         self._wake: asyncio.Event = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -97,8 +100,9 @@ class Mqtt:
         if info.rc != 0:
             raise Unreachable(f"the broker {self._host}:{self._port} takes no message: {_reason(info.rc)}")
         with self._lock:
-            # paho may have called on_publish already, from its own thread; then there is nothing to count.
-            if not info.is_published():
+            if info.mid in self._early:
+                self._early.discard(info.mid)
+            else:
                 self._pending[info.mid] = len(payload)
 
     async def next(self, deadline_s: float) -> MqttEvent:
@@ -109,7 +113,7 @@ class Mqtt:
                         if self._events:
                             event = self._events.popleft()
                             if isinstance(event, Message):
-                                self._queued -= len(event.payload)
+                                self._queued -= _weight(event)
                             return event
                         self._wake.clear()
                     await self._wake.wait()
@@ -137,6 +141,7 @@ class Mqtt:
             client.will_set(self._will.topic, self._will.payload, qos=1)
         client.on_socket_open = _at_once
         client.on_connect = self._on_connect
+        client.on_subscribe = self._on_subscribe
         client.on_connect_fail = lambda *_: self._put(Disconnected(f"{self._host}:{self._port} does not answer"))
         client.on_disconnect = self._on_disconnect
         client.on_message = lambda _client, _data, message: self._put(Message(message.topic, message.payload))
@@ -154,29 +159,46 @@ class Mqtt:
         if reason.is_failure:
             self._put(Disconnected(f"{self._host}:{self._port} refused the connection: {reason}"))
             return
-        if self._filters:
-            client.subscribe([(name, 1) for name in self._filters])
+        if not self._filters:
+            self._put(Connected())
+            return
+        _, self._subscribing = client.subscribe([(name, 1) for name in self._filters])
+
+    def _on_subscribe(self, _client: Any, _data: Any, mid: int, reasons: Any, _properties: Any) -> None:
+        if mid != self._subscribing:
+            return
+        if any(reason.is_failure for reason in reasons):
+            self._put(Disconnected(f"{self._host}:{self._port} refuses the subscription to this client's own topics"))
+            return
+        # Not before: what another client sends now would pass by.
         self._put(Connected())
 
     def _on_disconnect(self, _client: Any, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
         with self._lock:
             self._pending.clear()
+            self._early.clear()
         self._put(Disconnected(f"{self._host}:{self._port}: {reason}"))
 
     def _on_publish(self, _client: Any, _data: Any, mid: int, _reason: Any, _properties: Any) -> None:
         with self._lock:
-            self._pending.pop(mid, None)
+            if self._pending.pop(mid, None) is None:
+                self._early.add(mid)
 
     def _put(self, event: MqttEvent) -> None:
         with self._lock:
             if isinstance(event, Message):
-                if self._queued + len(event.payload) > self._max:
+                if self._queued + _weight(event) > self._max:
                     self.dropped += 1
                     return
-                self._queued += len(event.payload)
+                self._queued += _weight(event)
             self._events.append(event)
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._wake.set)
+
+
+def _weight(message: Message) -> int:
+    """Return what a waiting message counts: an empty one takes memory too."""
+    return len(message.topic) + len(message.payload) + MESSAGE_BYTES
 
 
 def _reason(code: int) -> str:
