@@ -263,10 +263,6 @@ async def _connected(controller: Controller, deadline_s: float) -> None:
 
 
 async def _start_tail(controller: Controller, settings: Settings, ports: Ports) -> None:
-    import importlib.util
-
-    if importlib.util.find_spec("cloud.tail") is None or importlib.util.find_spec("cloud.tail.__main__") is None:
-        return
     files = controller.authority
     listen = f"{bracket(settings.listen)}:{ports.tail}"
     port_file = settings.data / "tails" / ".port"

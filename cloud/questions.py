@@ -1,5 +1,6 @@
 """Questions to a skill on a device: arrays from a file, checked against what the skill takes, and the answer as JSON."""
 
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,7 @@ def read_question(file: Path, inputs: Sequence[Tensor]) -> "Call":
             found = {tensor.name: _picture(file, tensor)}
         else:
             raise UsageError(f"{file} is of an unknown kind: give an .npz, an .npy or an image ({', '.join(IMAGES)})")
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise FormatError(f"{file} cannot be read: {error}") from None
     if len(found) == 1 and len(inputs) == 1:
         found = {inputs[0].name: next(iter(found.values()))}
@@ -71,21 +72,21 @@ def _only(inputs: Sequence[Tensor], file: Path) -> Tensor:
 def _fitted(array: "Array", tensor: Tensor, dtype: Any) -> "Array":
     import numpy as np
 
-    if array.ndim == len(tensor.shape) - 1:
+    if tensor.shape[:1] == (-1,) and _fits(array.shape, tensor.shape[1:]):
         array = array[None]
-    fits = array.ndim == len(tensor.shape) and all(
-        want in (-1, have) for want, have in zip(tensor.shape, array.shape, strict=True)
-    )
-    if not fits:
+    if not _fits(array.shape, tensor.shape):
         wanted = "×".join("any" if side == -1 else str(side) for side in tensor.shape)
-        raise FormatError(
-            f"the input {tensor.name} has the shape {'×'.join(map(str, array.shape))}, the skill takes {wanted}"
-        )
+        found = "×".join(map(str, array.shape))
+        raise FormatError(f"the input {tensor.name} has the shape {found}, the skill takes {wanted}")
     if array.dtype != dtype:
         if not np.can_cast(array.dtype, dtype, casting="same_kind") and not np.issubdtype(array.dtype, np.integer):
             raise FormatError(f"the input {tensor.name} holds {array.dtype}, the skill takes {dtype}")
         array = array.astype(dtype)
     return np.ascontiguousarray(array)
+
+
+def _fits(shape: Sequence[int], pattern: Sequence[int]) -> bool:
+    return len(shape) == len(pattern) and all(want in (-1, have) for want, have in zip(pattern, shape, strict=True))
 
 
 def _picture(file: Path, tensor: Tensor) -> "Array":

@@ -79,7 +79,7 @@ def _read(path: Path) -> dict[str, Array]:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as pack:
             return {key: pack[key] for key in KEYS if key in pack.files} or dict.fromkeys(pack.files, np.empty(0))
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise FormatError(f"{path} is not an .npz file that can be read: {str(error).splitlines()[0]}") from None
 
 

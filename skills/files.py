@@ -96,11 +96,6 @@ def xdg_config(*parts: str) -> Path:
     return _xdg("XDG_CONFIG_HOME", ".config", parts)
 
 
-def xdg_cache(*parts: str) -> Path:
-    """Return a path below the user's cache directory for Skerry."""
-    return _xdg("XDG_CACHE_HOME", ".cache", parts)
-
-
 def _xdg(variable: str, fallback: str, parts: tuple[str, ...]) -> Path:
     # A relative value is invalid by the specification and must be ignored.
     home = Path(os.environ.get(variable, ""))
