@@ -23,11 +23,8 @@ FORK_S = 10.0
 LOAD_S = 120.0
 PROBE_S = 120.0
 END_S = 3.0
-HUNG_S = (
-    60.0  # a worker that has not answered so long after its asker gave up never will: it is killed and started again
-)
+HANG_S = 60.0  # a worker that still owes an answer so long after its asker gave up is killed and started anew
 MAX_BEHIND = 8  # answers that a worker may owe; more are not asked for
-HANG_S = 60.0  # a worker that is busy with one question for longer is killed and started anew
 LAST_WORDS = 12  # lines of a worker's output that are kept for a reason
 MAX_LINE = 400
 LOG = logging.getLogger("skerry.worker")
@@ -243,7 +240,6 @@ class ForkedWorker:
         self._lines: collections.deque[str] = collections.deque(maxlen=LAST_WORDS)
         self._dead: str | None = None
         self._wanted_dead = False
-        self._busy_since = 0.0
         self._idle = asyncio.Event()
         self._idle.set()
         self._status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -263,8 +259,6 @@ class ForkedWorker:
         if self._dead is not None:
             raise Unreachable(f"the worker of {self.load.skill} {self.load.version} is gone: {self._dead}")
         future: asyncio.Future[tuple[dict[str, Any], bytes]] = asyncio.get_running_loop().create_future()
-        if not self._waiting:
-            self._busy_since = asyncio.get_running_loop().time()
         if len(self._waiting) >= MAX_BEHIND:
             raise DeadlineExceeded(f"{self.load.skill} still owes {MAX_BEHIND} answers: try again later")
         self._waiting.append(future)
@@ -274,23 +268,20 @@ class ForkedWorker:
             async with asyncio.timeout(deadline_s):
                 reply, answer = await future
         except TimeoutError:
-            if asyncio.get_running_loop().time() - self._busy_since >= HANG_S:
-                LOG.warning("worker.hangs skill=%s version=%s", self.load.skill, self.load.version)
-                self._kill()
             raise DeadlineExceeded(f"{self.load.skill} did not answer within {deadline_s:g} s") from None
         finally:
+            # However it was given up: at this deadline, or cancelled by that of the one who asked.
             if future in self._waiting:
-                future.get_loop().call_later(HUNG_S, self._give_up, future)
+                future.get_loop().call_later(HANG_S, self._give_up, future)
         if reply.get("ok") is not True:
             raise error_for(int(reply.get("code", 1)), str(reply.get("error", "the worker gave no reason")))
         return reply, answer
 
     def _give_up(self, future: "asyncio.Future[tuple[dict[str, Any], bytes]]") -> None:
         """Kill the process when it still has not answered."""
-        if future in self._waiting and not self._status.done():
-            LOG.warning("worker.hung skill=%s version=%s", self.load.skill, self.load.version)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
+        if future in self._waiting:
+            LOG.warning("worker.hangs skill=%s version=%s", self.load.skill, self.load.version)
+            self._kill()
 
     def last_words(self) -> str:
         return " / ".join(self._lines)
@@ -324,7 +315,6 @@ class ForkedWorker:
         try:
             while (received := await ipc.read(self._reader)) is not None:
                 header, body = received
-                self._busy_since = asyncio.get_running_loop().time()
                 if self._waiting:
                     future = self._waiting.popleft()
                     if not future.done():

@@ -242,7 +242,7 @@ async def test_a_worker_that_is_too_slow_meets_the_deadline_and_goes_on(tiny_ski
         await workers.stop()
 
 
-async def test_a_worker_that_hangs_is_killed_at_the_next_missed_deadline(tiny_skill, tmp_path, monkeypatch):
+async def test_a_worker_that_hangs_is_killed(tiny_skill, tmp_path, monkeypatch):
     import numpy as np
 
     monkeypatch.setattr("edge_agent.workers.HANG_S", 0.2)
@@ -250,9 +250,8 @@ async def test_a_worker_that_hangs_is_killed_at_the_next_missed_deadline(tiny_sk
     workers, died = ZygoteWorkers(("onnxruntime",)), asyncio.Event()
     try:
         worker = await workers.start(load_of(tiny_skill(code=code), tmp_path), lambda _: died.set())
-        for deadline_s in (0.1, 0.15):
-            with pytest.raises(DeadlineExceeded):
-                await worker.call(*question(np.ones((1, 4), np.float32)), deadline_s)
+        with pytest.raises(DeadlineExceeded):
+            await worker.call(*question(np.ones((1, 4), np.float32)), 0.1)
         async with asyncio.timeout(10):
             await died.wait()
         assert "SIGKILL" in str(worker.dead)
