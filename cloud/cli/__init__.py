@@ -35,11 +35,11 @@ def run(arguments: list[str]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        return _fail(StorageError(f"{error.filename or 'the system'}: {error.strerror or error}"), debug)
+        return _fail(StorageError(f"{error.filename or 'the system'}: {error.strerror or error}"), debug, error)
     except ModuleNotFoundError as error:
-        return _fail(_missing(error), debug)
+        return _fail(_missing(error), debug, error)
     except Exception as error:  # noqa: BLE001  the outermost loop of the process
-        return _fail(SkerryError(f"unexpected {type(error).__name__}: {error} (--debug shows where)"), debug)
+        return _fail(SkerryError(f"unexpected {type(error).__name__}: {error} (--debug shows where)"), debug, error)
 
 
 def _invoke(arguments: list[str]) -> int:
@@ -115,9 +115,9 @@ EXTRAS = {
 }
 
 
-def _fail(error: SkerryError, debug: bool) -> int:
+def _fail(error: SkerryError, debug: bool, cause: BaseException | None = None) -> int:
     if debug:
-        traceback.print_exception(error)
+        traceback.print_exception(cause or error)
     with contextlib.suppress(OSError):
         sys.stderr.write(f"skerry: {error}\n")
         sys.stderr.flush()

@@ -103,7 +103,7 @@ def split_table(plan: "Plan", links: "Sequence[Link]") -> Group:
         verdict = judge(plan, link)
         line = Text(f"{link.mbit:g} Mbit/s, {link.rtt_ms:g} ms: ", "bold")
         sentences.append(line.append(verdict.text, "not bold"))
-    note = f"ms to the answer over each link; device {plan.slowdown:g}× slower than this machine; {plan.metric} on {plan.samples} inputs"
+    note = f"ms to the answer on each link; device {plan.slowdown:g}× slower than here; {plan.metric} on {plan.samples} inputs"
     return Group(made, Text(note, "dim"), Text(), *sentences)
 
 

@@ -59,7 +59,8 @@ class Screen:
         if self.manner.json:
             self._out.write(to_json(value) + "\n")
             return
-        self.out.print(view() if callable(view) else view)
+        made = view() if callable(view) else view
+        self.out.print(made, markup=False)
 
     def plain(self, line: str) -> None:
         """Show one line of the result as it is: never wrapped, never coloured."""
@@ -67,8 +68,15 @@ class Screen:
 
     def say(self, text: str) -> None:
         """Remark on what is happening (rich markup); never part of the result."""
-        if not self.manner.quiet and not self.manner.json:
-            self.err.print(text, highlight=False)
+        if self.manner.quiet or self.manner.json:
+            return
+        from rich.errors import MarkupError
+        from rich.text import Text
+
+        try:
+            self.err.print(Text.from_markup(text))
+        except MarkupError:  # a path or a name with brackets in it
+            self.err.print(Text(text))
 
     @contextlib.contextmanager
     def progress(self, title: str) -> Iterator[Step]:

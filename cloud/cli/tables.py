@@ -4,6 +4,8 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 
 from rich import box
+from rich.console import RenderableType
+from rich.style import StyleType
 from rich.table import Table
 from rich.text import Text
 
@@ -17,10 +19,19 @@ STYLES = {
 }  # fmt: skip
 
 
-def table(*columns: str, title: str | None = None, right: Sequence[str] = ()) -> Table:
+class PlainTable(Table):
+    """A table whose cells are text as it stands: what a device or a file says is never taken for markup."""
+
+    def add_row(self, *cells: RenderableType | None, style: StyleType | None = None, end_section: bool = False) -> None:
+        """Add a row."""
+        plain = (Text(cell) if isinstance(cell, str) else cell for cell in cells)
+        super().add_row(*plain, style=style, end_section=end_section)
+
+
+def table(*columns: str, title: str | None = None, right: Sequence[str] = ()) -> PlainTable:
     """Return an empty table in the house style; the columns in `right` are numbers."""
-    made = Table(
-        title=title,
+    made = PlainTable(
+        title=None if title is None else Text(title),
         box=box.SIMPLE_HEAD,
         title_justify="left",
         title_style="bold",

@@ -1,0 +1,129 @@
+"""How a command ends: one sentence, the documented code, no traceback unless asked for."""
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cloud import cli
+from cloud.cli import fleet, run
+from skills.errors import Refused
+
+SKERRY = [sys.executable, "-P", "-c", "from cloud.cli import main; main()"]
+
+
+def ends(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    code = run(list(arguments))
+    return code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["bogus"], 2, "no such command 'bogus'"),
+        (["push"], 2, "missing argument 'SKILL[@VERSION]'"),
+        (["push", "digits", "--too", "all"], 2, "no such option: --too"),
+        (["push", "digits@", "--to", "all"], 2, "SKILL@VERSION"),
+        (["devices"], 66, "no controller is known"),
+        (["login", "nowhere"], 2, "expected https://HOST:PORT"),
+        (["skill", "check", "absent"], 66, "absent is not a folder"),
+        (["skill", "build", "absent", "-o", "x.skb"], 66, "absent is not a folder"),
+        (["skill", "new", "Bad Name"], 2, "cannot be called"),
+        (["compress", "absent.onnx", "--data", "absent.npz", "-o", "out"], 66, "absent"),
+        (
+            ["compress", "absent.onnx", "--data", "absent.npz", "-o", "out", "--goal", "fame"],
+            2,
+            "expected size, latency or both",
+        ),
+        (["split", "absent.onnx", "--data", "absent.npz", "-o", "out"], 66, "absent"),
+        (["split", "m.onnx", "--data", "d.npz", "-o", "out", "--link", "fast"], 2, "20mbit/30ms"),
+        (["up", "--listen", "no.such.host.invalid"], 2, "not known here"),
+    ],
+)
+def test_bad_input_is_one_sentence_with_its_code(
+    arguments: list[str],
+    code: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found, text = ends(capsys, *arguments)
+    assert (found, text.startswith("skerry: ")) == (code, True)
+    assert said in text
+    assert text.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home"]
+
+
+def failing(error: BaseException) -> Any:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (Refused("the canary failed"), 79, "the canary failed"),
+        (OSError(errno.ENOSPC, "No space left on device", "/full"), 74, "/full: No space left on device"),
+        (ModuleNotFoundError("No module named 'torch'", name="torch"), 78, "pip install 'skerry[compress]'"),
+        (
+            ModuleNotFoundError("No module named 'sqlalchemy.orm'", name="sqlalchemy.orm"),
+            78,
+            "pip install 'skerry[cloud]'",
+        ),
+        (ZeroDivisionError("oh"), 1, "unexpected ZeroDivisionError"),
+        (BrokenPipeError(), 0, ""),
+    ],
+)
+def test_whatever_happens_inside_a_command_ends_in_order(
+    error: BaseException, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fleet, "connect", failing(error))
+    monkeypatch.setattr(cli.os, "dup2", lambda *_: None)
+    found, text = ends(capsys, "devices")
+    assert found == code
+    assert said in text
+    assert "Traceback" not in text
+
+
+def test_debug_shows_where_it_happened(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(fleet, "connect", failing(ZeroDivisionError("oh")))
+    found, text = ends(capsys, "devices", "--debug")
+    assert found == 1
+    assert "Traceback" in text
+
+
+def test_help_and_version_load_nothing_heavy() -> None:
+    heavy = {
+        "torch",
+        "onnx",
+        "onnxruntime",
+        "numpy",
+        "fastapi",
+        "sqlalchemy",
+        "httpx",
+        "grpc",
+        "tuf",
+        "pydantic",
+        "PIL",
+        "compress",
+    }
+    code = f"import sys; from cloud.cli import run; assert not run(['--help']); assert not {heavy} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "skerry demo" in done.stdout
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {sys.executable} -P -c 'from cloud.cli import main; main()' --help | head -1"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr
