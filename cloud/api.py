@@ -203,7 +203,6 @@ def _release_routes(app: FastAPI, controller: "Controller", guard: list[Any]) ->
         """List all releases, newest first."""
         return [release_json(row) for row in controller.registry.releases()]
 
-
     @app.get("/v1/releases/{skill}/{version}", dependencies=guard, tags=["releases"])
     async def one_release(skill: str, version: str) -> dict[str, Any]:
         """Show one release (`latest`: the newest) with its skill.yaml."""
