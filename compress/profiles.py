@@ -4,9 +4,9 @@ import platform
 from importlib import resources
 from pathlib import Path
 
-from skills import ort
 from skills.errors import NotFound
 from skills.files import read_bytes
+from skills.isa import isa
 from skills.profile import Profile, load_profile
 
 MAX_PROFILE_BYTES = 64 << 10
@@ -26,7 +26,7 @@ def find(device: str) -> Profile:
         FormatError: the file is no profile.
     """
     if device == "auto":
-        device = detect(platform.machine(), ort.isa())
+        device = detect(platform.machine(), isa())
     if device.endswith((".yaml", ".yml")):
         text = read_bytes(Path(device), "the profile", MAX_PROFILE_BYTES).decode(errors="replace")
         return load_profile(text, device)
@@ -36,7 +36,7 @@ def find(device: str) -> Profile:
     return load_profile(text, f"{device}.yaml")
 
 
-def detect(machine: str, isa: tuple[str, ...]) -> str:
+def detect(machine: str, found: tuple[str, ...]) -> str:
     """Return the name of the profile for a machine with these instruction sets. Pure.
 
     Raises:
@@ -44,7 +44,7 @@ def detect(machine: str, isa: tuple[str, ...]) -> str:
     """
     match machine.lower():
         case "x86_64" | "amd64":
-            return "x86-vnni" if {"avx512_vnni", "avx_vnni"} & set(isa) else "x86-avx2"
+            return "x86-vnni" if {"avx512_vnni", "avx_vnni"} & set(found) else "x86-avx2"
         case "aarch64" | "arm64":
             return "arm64-onnxruntime"
     raise NotFound(f"no shipped profile fits this machine ({machine}): name one with --device")

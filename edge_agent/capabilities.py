@@ -8,12 +8,9 @@ from pathlib import Path
 from edge_agent.config import AgentConfig
 from edge_agent.runtimes import installed
 from skills import __version__
+from skills.isa import isa
 from skills.resolve import Capabilities
 
-KNOWN_ISA = (
-    "avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8",
-    "neon", "asimd", "asimddp", "asimdhp", "i8mm", "sve", "bf16",
-)  # fmt: skip
 RESERVE_MB = 64  # never offered to skills: room for pointers, logs and the next assignment
 
 
@@ -65,17 +62,6 @@ def capabilities(config: AgentConfig, data: Path, root: Path = Path("/")) -> Cap
         npu=tuple(found.name for found in accelerators(root) if found.node and found.library),
         runtimes=installed(config.runtimes),
     )
-
-
-def isa(root: Path = Path("/")) -> tuple[str, ...]:
-    """Return the instruction sets that matter to kernels, as the kernel names them."""
-    have: set[str] = set()
-    for line in _lines(root / "proc/cpuinfo"):
-        key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            have.update(value.split())
-            break
-    return tuple(name for name in KNOWN_ISA if name in have)
 
 
 def memory_mb(root: Path = Path("/")) -> int:

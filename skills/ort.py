@@ -4,7 +4,6 @@ Importing this module is cheap; onnxruntime and numpy come in with the first ses
 that import, everywhere.
 """
 
-import contextlib
 import dataclasses
 import os
 import platform
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skills.errors import FormatError, MissingExtra, NotFound
+from skills.isa import isa
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -166,17 +166,6 @@ def versions() -> dict[str, str]:
         "onnxruntime": version(), "numpy": np.__version__, "python": platform.python_version(),
         "machine": platform.machine(), "isa": ",".join(isa()),
     }  # fmt: skip
-
-
-def isa() -> tuple[str, ...]:
-    """Return the instruction sets of this machine that decide which kernels run, by the kernel's own names."""
-    wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "neon", "asimd", "asimddp", "i8mm", "sve")
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
-            if line.lower().startswith(("flags", "features")):
-                have = set(line.partition(":")[2].split())
-                return tuple(name for name in wanted if name in have)
-    return ()
 
 
 def session(model: bytes | Path, threads: int = 1, *, optimise: bool = True) -> Session:

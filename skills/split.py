@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from skills.errors import FormatError, UsageError
 from skills.manifest import Datatype, check_path
+from skills.report import Sha256
 from skills.wire import Doc, Limits, decode_yaml, encode_json
 
 MAX_PLAN_BYTES = 1 << 20
@@ -22,7 +23,6 @@ CODED_KINDS = ("u8", "u4")
 IMAGE_KINDS = ("pixels", "png", "jpeg")
 
 Positive = Limits(min=1e-9)
-Sha256 = Annotated[str, Limits(pattern=r"[0-9a-f]{64}", hint="64 hexadecimal digits")]
 TensorName = Annotated[str, Limits(min=1, max_items=512)]
 CutName = Annotated[str, Limits(pattern=r"local|input|c[1-9]\d{0,2}", hint="local, input or c1, c2, …")]
 Kind = Literal["u8", "u4", "native", "pixels", "png", "jpeg"]

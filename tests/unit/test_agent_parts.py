@@ -1,6 +1,7 @@
 """Small parts of the agent: settings, capabilities, usage records, logs, tokens, golden outputs, the command line."""
 
 import argparse
+import itertools
 import json
 import logging
 import ssl
@@ -21,6 +22,7 @@ from edge_agent.probe import differs
 from edge_agent.usage import UsageLog, UsageRecord
 from edge_agent.workers import how_it_ended
 from skills.errors import FormatError, NotFound, UsageError
+from skills.isa import isa
 from skills.manifest import Probe
 from skills.wire import encode_json
 
@@ -86,7 +88,7 @@ def test_the_owner_caps_memory_and_runtimes(fake_board, tmp_path):
 
 
 def test_a_board_without_proc_still_reports(tmp_path):
-    assert capabilities.isa(tmp_path) == ()
+    assert isa(tmp_path) == ()
     assert capabilities.memory_mb(tmp_path) > 0
 
 
@@ -274,9 +276,11 @@ def test_every_key_of_agent_yaml_stands_in_the_documentation_with_its_default():
 
 
 def test_a_second_ca_behind_the_invited_one_is_not_trusted(tmp_path, monkeypatch):
-    ours, foreign = Authority(tmp_path / "ours", []), Authority(tmp_path / "foreign", [])
-    sent = (ours.ca_pem + foreign.ca_pem).encode()
-    monkeypatch.setattr(enroll, "_exchange", lambda *_: sent)
+    foreign = Authority(tmp_path / "foreign", [])
+    # Base64 ends in padding for two sizes of three, and only there decoders stop before what comes next.
+    candidates = (Authority(tmp_path / str(number), []) for number in itertools.count())
+    ours = next(one for one in candidates if len(ssl.PEM_cert_to_DER_cert(one.ca_pem)) % 3)
+    monkeypatch.setattr(enroll, "_exchange", lambda *_: (ours.ca_pem + foreign.ca_pem).encode())
     trusted = enroll.fetch_ca("https://controller:1", ours.fingerprint)
     assert len(ssl.create_default_context(cadata=trusted).get_ca_certs()) == 1
     assert enroll.fingerprint(trusted) == ours.fingerprint
