@@ -76,7 +76,7 @@ def choose_broker(
     )
     where = ("--host", listen, "--port", str(port))
     return Broker(
-        "amqtt", loopback_of(listen), port, (sys.executable, "-m", "cloud.broker_amqtt", *where, *map(str, files))
+        "amqtt", loopback_of(listen), port, (sys.executable, "-P", "-m", "cloud.broker_amqtt", *where, *map(str, files))
     )
 
 

@@ -269,6 +269,7 @@ async def _start_tail(controller: Controller, settings: Settings, ports: Ports) 
     port_file.unlink(missing_ok=True)
     command = [
         sys.executable,
+        "-P",
         "-m",
         "cloud.tail",
         "--tails",

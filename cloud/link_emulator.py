@@ -136,6 +136,7 @@ def emulated_link(target_port: int, link: Link) -> Iterator[EmulatedLink]:
     """
     command = [
         sys.executable,
+        "-P",
         "-m",
         "cloud.link_emulator",
         "--target",

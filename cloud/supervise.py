@@ -59,6 +59,7 @@ def _spawn(settings: Settings, *, detach: bool) -> int:
     log = str(settings.data / "start.log")
     command = [
         sys.executable,
+        "-P",
         "-m",
         "cloud.controller",
         *options(settings),

@@ -71,7 +71,7 @@ class LinkKeeper:
             shutil.rmtree(folder, ignore_errors=True)
 
     async def _keep(self, path: Path) -> None:
-        command = [sys.executable, "-m", "edge_agent.link", "--socket", str(path), "--target", self._target]
+        command = [sys.executable, "-P", "-m", "edge_agent.link", "--socket", str(path), "--target", self._target]
         if self._tls is not None:
             command += ["--tls", str(self._tls)]
         pause, loop = FIRST_PAUSE_S, asyncio.get_running_loop()

@@ -121,6 +121,7 @@ class TrustProcess:
     async def _run(self, question: Ask) -> bytes:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
+            "-P",
             "-m",
             "edge_agent.trust",
             stdin=asyncio.subprocess.PIPE,

@@ -144,7 +144,7 @@ class ZygoteWorkers:
         await self._end_zygote()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
-        command = [sys.executable, "-m", "edge_agent.zygote", "--channel", str(theirs.fileno())]
+        command = [sys.executable, "-P", "-m", "edge_agent.zygote", "--channel", str(theirs.fileno())]
         command += ["--supervisor", str(os.getpid()), "--runtimes", ",".join(self._runtimes)]
         self._process = subprocess.Popen(  # noqa: ASYNC220 - returns at once; the wait is below, with a deadline
             command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, start_new_session=True

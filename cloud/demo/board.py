@@ -134,4 +134,4 @@ class Board:
             process.wait(STOP_DEADLINE_S)
 
     def _command(self, verb: str) -> list[str]:
-        return [sys.executable, "-m", "edge_agent", verb, "--data", str(self.folder)]
+        return [sys.executable, "-P", "-m", "edge_agent", verb, "--data", str(self.folder)]

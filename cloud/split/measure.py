@@ -95,7 +95,7 @@ def tail_process(tails: Path, folder: Path, *arguments: str) -> "Iterator[tuple[
     port_file = folder / "tail.port"
     port_file.unlink(missing_ok=True)
     child = subprocess.Popen(
-        [sys.executable, "-m", "cloud.tail", "--tails", tails, "--port-file", port_file, *arguments]
+        [sys.executable, "-P", "-m", "cloud.tail", "--tails", tails, "--port-file", port_file, *arguments]
     )
     try:
         _await(child, port_file.exists, "the tail server")
@@ -110,6 +110,7 @@ def running_link(path: Path, port: int, *arguments: str) -> "Iterator[subprocess
     path.unlink(missing_ok=True)
     command = [
         sys.executable,
+        "-P",
         "-m",
         "edge_agent.link",
         "--socket",
