@@ -2,26 +2,19 @@
 
 import ast
 import dataclasses
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
 from importlib import resources
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
+from cloud.recipes import Say, run_recipe
 from skills.bundle import MANIFEST_NAME, Bundle, build_bundle, load_folder, read_text
-from skills.errors import DeadlineExceeded, FormatError, NotFound, SkerryError, UsageError, error_for
+from skills.errors import FormatError, NotFound, UsageError
 from skills.files import storage_errors, write_atomic
 from skills.manifest import NAME, Skill, Stage, load_skill
 
-RECIPE_DEADLINE_S = 1800.0
 NOT_COPIED = ("__pycache__", "models", "probe.npz")  # a recipe makes these
-
-Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -110,67 +103,6 @@ def build_skill(folder: Path, out: Path, say: Say = lambda text: None) -> Bundle
         if checked.missing:
             raise NotFound(f"the recipe {checked.skill.recipe} ran but did not make {checked.missing[0]}")
     return build_bundle(folder, out, lambda path: say(f"packing {path}"))
-
-
-def run_recipe(folder: Path, recipe: str, missing: tuple[str, ...], say: Say, extra: tuple[str, ...] = ()) -> None:
-    """Let a recipe rebuild a skill in a folder beside it, and take over what is missing.
-
-    Raises:
-        SkerryError: the recipe failed, with its own last words and exit code.
-        DeadlineExceeded: it took longer than half an hour.
-    """
-    with (
-        storage_errors(folder),
-        tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.resolve().parent) as work,
-    ):
-        made = Path(work) / "made"
-        _run([sys.executable, str(folder.resolve() / recipe), "--out", str(made), *extra], say)
-        for path in _made(made):
-            target = folder / path
-            if str(path) in missing or not target.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(made / path, target)
-
-
-def _made(folder: Path) -> Iterator[PurePosixPath]:
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and "__pycache__" not in path.parts:
-            yield PurePosixPath(path.relative_to(folder))
-
-
-def _run(command: list[str], say: Say) -> None:
-    """Run a program to its end, its lines handed to `say`; it dies with us and with all that it started."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "ORT_DISABLE_TELEMETRY": "1"}
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
-    last = ""
-    try:
-        for line in process.stdout or ():
-            if line.strip():
-                last = line.strip()
-                say(last)
-        code = process.wait(RECIPE_DEADLINE_S)
-    except subprocess.TimeoutExpired:
-        raise DeadlineExceeded(f"the recipe took longer than {RECIPE_DEADLINE_S:.0f} s") from None
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
-    if code:
-        raise (
-            error_for(code, f"the recipe failed: {last.removeprefix('recipe.py: ')}")
-            if code > 2
-            else SkerryError(f"the recipe failed: {last}")
-        )
 
 
 def _manifest(folder: Path) -> Skill:

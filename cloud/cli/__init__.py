@@ -9,6 +9,7 @@ from types import FrameType
 
 from skills.errors import Interrupted, MissingExtra, SkerryError, StorageError, UsageError
 
+INTERRUPTED = "interrupted; nothing is left half-written"
 STOPPED_BY_SIGNAL = 143  # 128 + SIGTERM, as shells count
 
 
@@ -20,26 +21,45 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Run one command; return its exit code. An error is one sentence on stderr, its traceback only with `--debug`."""
     debug = "--debug" in arguments or os.environ.get("SKERRY_DEBUG") == "1"
+    pressed = False
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        nonlocal pressed
+        pressed = True
+        raise KeyboardInterrupt
+
     with contextlib.suppress(ValueError):  # not the main thread: a test
+        signal.signal(signal.SIGINT, interrupt)
         signal.signal(signal.SIGTERM, _stop)
         signal.signal(signal.SIGHUP, _stop)
     try:
         return _invoke(arguments)
-    except SkerryError as error:
-        return _fail(error, debug)
-    except KeyboardInterrupt:
-        return _fail(Interrupted("interrupted; nothing is left half-written"), debug)
-    except BrokenPipeError:
-        # Whoever read the output has seen enough (`skerry devices | head`); Python must not complain at exit.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        return _fail(StorageError(f"{error.filename or 'the system'}: {error.strerror or error}"), debug, error)
-    except ModuleNotFoundError as error:
-        return _fail(_missing(error), debug, error)
-    except Exception as error:  # noqa: BLE001  the outermost loop of the process
-        return _fail(SkerryError(f"unexpected {type(error).__name__}: {error} (--debug shows where)"), debug, error)
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  the outermost loop of the process
+        if isinstance(error, BrokenPipeError):
+            return _nobody_reads()
+        # Some libraries turn a Ctrl-C inside their import into an ImportError of their own.
+        return _fail(Interrupted(INTERRUPTED) if pressed else _known(error), debug, error)
+
+
+def _known(error: BaseException) -> SkerryError:
+    """Return the error of our tree that says what happened."""
+    match error:
+        case SkerryError():
+            return error
+        case KeyboardInterrupt():
+            return Interrupted(INTERRUPTED)
+        case OSError():
+            return StorageError(f"{error.filename or 'the system'}: {error.strerror or error}")
+        case ModuleNotFoundError():
+            return _missing(error)
+    return SkerryError(f"unexpected {type(error).__name__}: {error} (--debug shows where)")
+
+
+def _nobody_reads() -> int:
+    """Whoever read the output has seen enough (`skerry devices | head`); Python must not complain at exit."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def _invoke(arguments: list[str]) -> int:
@@ -58,13 +78,13 @@ def _invoke(arguments: list[str]) -> int:
         # Without standalone mode typer hands errors over instead of printing them in boxes of its own.
         code = typer.main.get_command(build())(arguments, prog_name="skerry", standalone_mode=False)
     except typer.Abort:
-        raise Interrupted("interrupted; nothing is left half-written") from None
+        raise Interrupted(INTERRUPTED) from None
     except Exception as error:
         if (usage := _usage(error)) is None:
             raise
         raise usage from None
     if code == Interrupted.exit_code:
-        raise Interrupted("interrupted; nothing is left half-written")
+        raise Interrupted(INTERRUPTED)
     return code if isinstance(code, int) else 0
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cloud.interrupts import held_back
 from skills.errors import DeadlineExceeded, FormatError, SkerryError, Unreachable, error_for
 
 if TYPE_CHECKING:
@@ -56,14 +57,10 @@ class Board:
             DeadlineExceeded: it was not there in time.
         """
         output = self.folder / "output.log"
-        with output.open("wb") as sink:
-            # A session of its own: a Ctrl-C at the terminal reaches the demo, which then stops its agents in order.
+        # A session of its own: a Ctrl-C at the terminal reaches the demo, which then stops its agents in order.
+        with output.open("wb") as sink, held_back():
             self._process = subprocess.Popen(
-                self._command("run"),
-                stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+                self._command("run"), stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True
             )
         end = time.monotonic() + START_DEADLINE_S
         while time.monotonic() < end:

@@ -9,7 +9,8 @@ import pytest
 
 from cloud import authoring
 from cloud.authoring import build_skill, check_skill, new_skill, templates
-from skills.errors import FormatError, NotFound, SkerryError, StorageError, UsageError
+from cloud.recipes import run_recipe
+from skills.errors import DeadlineExceeded, FormatError, NotFound, SkerryError, StorageError, UsageError
 
 MANIFEST = """\
 name: tiny
@@ -114,3 +115,12 @@ def test_a_folder_that_is_no_skill_is_named(tmp_path: Path) -> None:
         check_skill(tmp_path)
     with pytest.raises(NotFound, match="is not a folder"):
         check_skill(tmp_path / "absent")
+
+
+def test_a_recipe_that_never_ends_is_ended(folder: Path) -> None:
+    (folder / "recipe.py").write_text(
+        "import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    )
+    with pytest.raises(DeadlineExceeded, match="longer than 0.5 s"):
+        run_recipe(folder, "recipe.py", ("probe.npz",), deadline_s=0.5)
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["home", "tiny"]
