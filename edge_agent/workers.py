@@ -186,10 +186,12 @@ class ZygoteWorkers:
             socket.send_fds(self._channel, [json.dumps({"fork": number}).encode()], [theirs.fileno(), log_end])
             async with asyncio.timeout(FORK_S):
                 return await future, ours, log
-        except (OSError, TimeoutError) as error:
+        except BaseException as error:
             ours.close()
             os.close(log)
-            raise Unreachable(f"no worker could be forked: {error or 'the zygote does not answer'}") from None
+            if isinstance(error, OSError):  # TimeoutError is one
+                raise Unreachable(f"no worker could be forked: {error or 'the zygote does not answer'}") from None
+            raise
         finally:
             theirs.close()
             os.close(log_end)
@@ -214,8 +216,12 @@ class ZygoteWorkers:
             self._ready.set_result(message["ready"])
         elif "forked" in message:
             future = self._forks.get(message["forked"])
-            if future is not None and not future.done():
+            if future is None or future.done():
+                return
+            if "pid" in message:
                 future.set_result(message["pid"])
+            else:
+                future.set_exception(Unreachable(f"no worker could be forked: {message['error']}"))
         elif "exit" in message:
             worker = self._alive.pop(message["exit"], None)
             if worker is not None:

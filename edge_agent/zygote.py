@@ -1,8 +1,9 @@
 """The process from which workers are forked: it has imported the runtimes once, so that a worker costs milliseconds.
 
 Speaks SOCK_SEQPACKET with the supervisor. In: {"fork": n} with two descriptors (the worker's channel, its log).
-Out: {"ready": {runtime: version}}, {"forked": n, "pid": p}, {"exit": p, "status": s}. It never imports grpc: a process
-with grpc's threads must not fork. When the supervisor dies, the kernel kills the zygote, and with it the workers.
+Out: {"ready": {runtime: version}}, {"forked": n, "pid": p} or {"forked": n, "error": why}, {"exit": p, "status": s}. It never
+imports grpc: a process with grpc's threads must not fork. When the supervisor dies, the kernel kills the zygote, and with
+it the workers.
 """
 
 import argparse
@@ -90,14 +91,22 @@ def _fork(channel: socket.socket) -> bool:
     if not message:
         return False
     number = json.loads(message)["fork"]
-    mine, log = descriptors
-    parent = os.getpid()
-    pid = os.fork()
-    if pid == 0:
-        _become_worker(parent, channel, mine, log)
-    os.close(mine)
-    os.close(log)
-    channel.send(json.dumps({"forked": number, "pid": pid}).encode())
+    reply: dict[str, object] = {"forked": number}
+    try:
+        # The kernel hands over fewer when this process may not open more.
+        mine, log = descriptors
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            _become_worker(parent, channel, mine, log)
+        reply["pid"] = pid
+    except ValueError:
+        reply["error"] = "too many open files"
+    except OSError as error:  # no memory or no process left: the workers that run go on
+        reply["error"] = error.strerror or str(error)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    channel.send(json.dumps(reply).encode())
     return True
 
 

@@ -1,6 +1,7 @@
 """The supervisor's end of a worker process, over a socket whose other end says what the test wants."""
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -9,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from edge_agent import workers
-from edge_agent.workers import MAX_BEHIND, ForkedWorker, Load
-from skills.errors import DeadlineExceeded
+from edge_agent.workers import MAX_BEHIND, ForkedWorker, Load, ZygoteWorkers
+from skills.errors import DeadlineExceeded, Unreachable
 
 LOAD = Load("digits", "1.0.0", "0" * 64, Path("/none"), Path("/none"), {}, "local", 250)
 PID = 1 << 30  # no process has this number
@@ -55,3 +56,24 @@ async def test_a_worker_that_owes_answers_is_not_asked_for_ever_more() -> None:
     assert worker.pending == MAX_BEHIND
     end(worker, theirs, log_end)
     await worker.stop(0)
+
+
+async def test_a_zygote_that_cannot_fork_is_out_of_reach_and_leaves_no_descriptor_behind() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    theirs.setblocking(False)
+    pool = ZygoteWorkers(())
+    pool._channel = ours  # as after the start of a zygote, which here is the test
+    listening = asyncio.create_task(pool._listen(ours))
+    before = len(os.listdir("/proc/self/fd"))
+    forking = asyncio.create_task(pool._fork())
+    async with asyncio.timeout(5):
+        number = json.loads(await asyncio.get_running_loop().sock_recv(theirs, 4096))["fork"]
+        theirs.send(json.dumps({"forked": number, "error": "Resource temporarily unavailable"}).encode())
+        with pytest.raises(Unreachable, match="no worker could be forked: Resource temporarily unavailable"):
+            await forking
+    assert len(os.listdir("/proc/self/fd")) == before
+    listening.cancel()
+    await asyncio.gather(listening, return_exceptions=True)
+    ours.close()
+    theirs.close()
