@@ -84,7 +84,7 @@ def keep_access(access: Access) -> Path:
 
 
 def check_url(url: str) -> str:
-    """Return the URL without a trailing slash.
+    """Return the URL without a trailing slash; https only, for a token goes with every request.
 
     Raises:
         UsageError: not an address that a controller could have.
@@ -94,7 +94,7 @@ def check_url(url: str) -> str:
         port_is_fine = parts.port is None or parts.port > 0
     except ValueError:
         port_is_fine = False
-    if parts.scheme not in ("https", "http") or not parts.hostname or not port_is_fine or parts.path not in ("", "/"):
+    if parts.scheme != "https" or not parts.hostname or not port_is_fine or parts.path not in ("", "/"):
         raise UsageError(f"{url!r} is no controller's address: expected https://HOST:PORT")
     return f"{parts.scheme}://{parts.netloc}"
 
