@@ -71,6 +71,11 @@ class Bundle:
         paths = [part.path for part in self.parts]
         if len(set(paths)) != len(paths):
             raise FormatError("two parts have the same path")
+        known = set(paths)
+        for path in paths:
+            for folder in PurePosixPath(path).parents:
+                if str(folder) in known:
+                    raise FormatError(f"the part {folder} is a file and the folder of the part {path} at once")
         wanted = {*self.skill.files(), *(path for files in self.splits.values() for path in files)}
         if missing := sorted(wanted - set(paths)):
             raise FormatError(f"the bundle lacks the part {missing[0]}")

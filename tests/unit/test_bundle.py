@@ -99,6 +99,15 @@ def test_a_folder_that_is_no_skill_is_one_sentence(folder: Path, tmp_path: Path,
     assert not (tmp_path / "echo.skb").exists()
 
 
+def test_no_part_is_a_file_and_the_folder_of_another_part(folder: Path, tmp_path: Path) -> None:
+    bundle = build_bundle(folder, tmp_path / "echo.skb")
+    inside = dataclasses.replace(bundle.parts[0], path="run.py/more/x.py")
+    beside = dataclasses.replace(bundle.parts[0], path="run.pyc/x.py")
+    assert dataclasses.replace(bundle, parts=(*bundle.parts, beside))
+    with pytest.raises(FormatError, match=r"the part run\.py is a file and the folder of the part run\.py/more/x\.py"):
+        dataclasses.replace(bundle, parts=(*bundle.parts, inside))
+
+
 def test_something_else_is_no_bundle(tmp_path: Path) -> None:
     (tmp_path / "x.skb").write_bytes(b"PK not a zip")
     with pytest.raises(FormatError, match="is no bundle"):
