@@ -30,14 +30,9 @@ class Profile:
         False
     )
     keep_float: Annotated[tuple[str, ...], Doc("operators that are never quantized"), Limits(max_items=64)] = ()
-    channel_multiple: Annotated[
-        int, Doc("channel counts that the kernels like are multiples of this"), Limits(min=1)
-    ] = 8
-    ram_mb: Annotated[int | None, Doc("memory budget for the running model, in MiB"), Limits(min=1)] = None
     slowdown: Annotated[
         float | None, Doc("how many times slower than the planning machine it is; used by split"), Limits(min=0.01)
     ] = None
-    flash_kb: Annotated[int | None, Doc("storage budget for the model file, in KiB"), Limits(min=1)] = None
     format: Literal["profile/v1"] = "profile/v1"
 
 

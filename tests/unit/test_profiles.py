@@ -42,5 +42,11 @@ def test_a_misspelt_key_is_named_with_its_line() -> None:
         load_profile("name: a\nruntime: litert\narch: aarch64\nweight_bit: 7\n", "p.yaml")
 
 
+@pytest.mark.parametrize("key", ["channel_multiple", "ram_mb", "flash_kb"])
+def test_a_key_that_nothing_would_act_on_is_refused(key: str) -> None:
+    with pytest.raises(FormatError, match=f"unknown key '{key}'"):
+        load_profile(f"name: a\nruntime: litert\narch: aarch64\n{key}: 8\n", "p.yaml")
+
+
 def test_s8_activations_never_go_to_x86() -> None:
     assert all(profiles.find(name).activation == "u8" for name in profiles.names() if name.startswith("x86"))
