@@ -1,6 +1,7 @@
 """How a controller is set up: its options, its data directory, and the ports that devices were told about."""
 
 import argparse
+import contextlib
 import dataclasses
 import socket
 from pathlib import Path
@@ -154,7 +155,11 @@ def choose_ports(settings: Settings) -> Ports:
 
 def _settle(listen: str, asked: int | None, known: int | None, usual: int, what: str, option: str) -> int:
     port = asked or known
-    if asked == 0 and known is None:
+    if asked == 0:  # any free one: the remembered one if it is, for devices know it
+        with contextlib.suppress(Unreachable):
+            if known is not None:
+                check_port(listen, known, what, option)
+                return known
         return free_port(listen)
     if port is not None:
         check_port(listen, port, what, option)
