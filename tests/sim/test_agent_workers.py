@@ -65,14 +65,14 @@ async def test_a_zygote_that_cannot_fork_is_out_of_reach_and_leaves_no_descripto
     pool = ZygoteWorkers(())
     pool._channel = ours  # as after the start of a zygote, which here is the test
     listening = asyncio.create_task(pool._listen(ours))
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     forking = asyncio.create_task(pool._fork())
     async with asyncio.timeout(5):
         number = json.loads(await asyncio.get_running_loop().sock_recv(theirs, 4096))["fork"]
         theirs.send(json.dumps({"forked": number, "error": "Resource temporarily unavailable"}).encode())
         with pytest.raises(Unreachable, match="no worker could be forked: Resource temporarily unavailable"):
             await forking
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
     listening.cancel()
     await asyncio.gather(listening, return_exceptions=True)
     ours.close()
