@@ -41,6 +41,7 @@ from skills.wire import encode_json, pack_frame, to_plain, unpack_frame
 LOG = logging.getLogger("skerry.agent")
 LISTEN_S = 5.0
 RETRY_S = 5.0
+FAREWELL_S = 2.0  # how long a stop waits for the broker to take the last message
 REPORT_EVERY_S = 60.0
 REPORT_PAUSE_S = 0.25  # progress is told at most four times a second
 MAX_COMMAND_BYTES = 256 << 10
@@ -130,8 +131,13 @@ class Agent:
         for task in [*self._tasks, *self._commands]:
             task.cancel()
         await asyncio.gather(*self._tasks, *self._commands, return_exceptions=True)
+        with contextlib.suppress(SkerryError):
+            # The will again: a broker sends it for those who vanish only, and nobody should wait for one that left.
+            self._mqtt.publish(topics.up(self._identity.device, "state"), b"")
         await self.endpoint.stop()
         await self.reconciler.close()
+        if self.reconciler.connected and not await self._mqtt.settled(FAREWELL_S):
+            LOG.warning("farewell.lost device=%s", self._identity.device)
         await self._mqtt.stop()
         self._usage.close()
         (self._data / RUN_FILE).unlink(missing_ok=True)

@@ -54,6 +54,9 @@ class MqttClient(Protocol):
             Unreachable: not connected, or more bytes are waiting than the bound allows. The message is dropped.
         """
 
+    async def settled(self, deadline_s: float) -> bool:
+        """Wait until the broker has acknowledged what was published with QoS 1; False when it has not in time."""
+
     async def next(self, deadline_s: float) -> MqttEvent:
         """Return the next event.
 

@@ -6,6 +6,7 @@ the application, so a broker's offline queue is never relied on.
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import random
 import socket
@@ -65,6 +66,7 @@ class Mqtt:
         self._early: set[int] = set()  # acknowledged before publish() could enter them as pending
         self._lock = threading.Lock()
         self._wake: asyncio.Event = asyncio.Event()
+        self._acknowledged: asyncio.Event = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._client: Any = None
         self.dropped = 0
@@ -104,6 +106,17 @@ class Mqtt:
                 self._early.discard(info.mid)
             else:
                 self._pending[info.mid] = len(payload)
+
+    async def settled(self, deadline_s: float) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(deadline_s):
+                while self._client is not None and self._client.is_connected():
+                    with self._lock:
+                        if not self._pending:
+                            return True
+                        self._acknowledged.clear()
+                    await self._acknowledged.wait()
+        return False
 
     async def next(self, deadline_s: float) -> MqttEvent:
         try:
@@ -177,12 +190,14 @@ class Mqtt:
         with self._lock:
             self._pending.clear()
             self._early.clear()
+        self._tell(self._acknowledged)
         self._put(Disconnected(f"{self._host}:{self._port}: {reason}"))
 
     def _on_publish(self, _client: Any, _data: Any, mid: int, _reason: Any, _properties: Any) -> None:
         with self._lock:
             if self._pending.pop(mid, None) is None:
                 self._early.add(mid)
+        self._tell(self._acknowledged)
 
     def _put(self, event: MqttEvent) -> None:
         with self._lock:
@@ -192,8 +207,12 @@ class Mqtt:
                     return
                 self._queued += _weight(event)
             self._events.append(event)
+        self._tell(self._wake)
+
+    def _tell(self, event: asyncio.Event) -> None:
+        """Set an event of the loop from a thread of paho's."""
         if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._wake.set)
+            self._loop.call_soon_threadsafe(event.set)
 
 
 def _weight(message: Message) -> int:

@@ -94,6 +94,9 @@ class FakeMqtt:
             raise Unreachable("the broker is not connected")
         self._broker.deliver(Message(topic, payload), retain=retain)
 
+    async def settled(self, deadline_s: float) -> bool:
+        return self._broker.connected(self)
+
     async def next(self, deadline_s: float) -> MqttEvent:
         try:
             async with asyncio.timeout(deadline_s):

@@ -168,6 +168,15 @@ async def test_what_a_device_says_reaches_the_controller_in_order(site: Site) ->
     assert [int(message.payload) for message in await messages(controller, 50)] == list(range(50))
 
 
+async def test_what_was_said_before_a_clean_stop_is_with_the_broker(site: Site) -> None:
+    controller, device = await site.client("controller"), await site.client("cam-1")
+    device.publish(topics.up("cam-1", "state"), b"")
+    assert await device.settled(DEADLINE_S)
+    await device.stop()
+    assert await messages(controller, 1) == [Message(topics.up("cam-1", "state"), b"")]
+    assert not await device.settled(DEADLINE_S)  # and without a connection nobody waits
+
+
 async def test_a_retained_assignment_awaits_a_device_that_comes_later(site: Site) -> None:
     controller = await site.client("controller")
     controller.publish(topics.down("cam-1", "desired"), b"old", retain=True)

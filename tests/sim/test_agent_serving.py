@@ -281,6 +281,17 @@ def test_a_lost_broker_changes_nothing_for_those_who_ask_here_and_the_state_is_t
     scene(story)
 
 
+def test_a_device_that_is_stopped_says_that_it_goes(scene):
+    async def story(world):
+        await installed(world, DIGITS1)
+        await world.agent.stop()
+        assert [m for m in world.broker.log if m.topic.endswith("/up/state")][-1].payload == b""
+        assert (await world.boot(network=False)).status()["connected"] is False
+        await world.agent.stop()  # without a broker there is nobody to tell, and nothing to wait for
+
+    scene(story)
+
+
 def test_every_answer_leaves_one_usage_record(scene):
     async def story(world):
         (digest,) = await installed(world, DIGITS1)
