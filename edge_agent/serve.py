@@ -23,6 +23,7 @@ LOG = logging.getLogger("skerry.serve")
 READ_BYTES = 64 << 10
 IDLE_S = 75.0
 MAX_CONNECTIONS = 256
+LARGEST_AT_ONCE = 2  # request bodies in flight may take as much memory together as so many of the largest
 STATUS = {FormatError: 400, NotFound: 404, Refused: 403, DeadlineExceeded: 504, Unreachable: 503, StorageError: 507}
 MODEL = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(/ready|/infer)?")
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
@@ -39,6 +40,8 @@ class LocalEndpoint:
         self._service, self._status, self._max_bytes, self._deadline_s = service, status, max_bytes, deadline_s
         self._server: asyncio.Server | None = None
         self._open: set[asyncio.Task[None]] = set()
+        self._budget = LARGEST_AT_ONCE * max_bytes
+        self.held_bytes = 0  # request bodies that are arriving, waiting or being answered
         self.port = 0
 
     async def start(self, host: str, port: int) -> None:
@@ -98,8 +101,16 @@ class LocalEndpoint:
     async def _exchange(
         self, connection: h11.Connection, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> Answer:
-        request: h11.Request | None = None
         body = bytearray()
+        try:
+            return await self._receive(connection, reader, writer, body)
+        finally:
+            self.held_bytes -= len(body)
+
+    async def _receive(
+        self, connection: h11.Connection, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: bytearray
+    ) -> Answer:
+        request: h11.Request | None = None
         while True:
             event = connection.next_event()
             if event is h11.NEED_DATA:
@@ -113,13 +124,16 @@ class LocalEndpoint:
             elif isinstance(event, h11.Data):
                 if len(body) + len(event.data) > self._max_bytes:
                     return _failure(413, f"the request is larger than the limit of {self._max_bytes} bytes")
+                if self.held_bytes + len(event.data) > self._budget:
+                    return _failure(503, f"requests of {self.held_bytes} bytes are being answered already: try again")
                 body += event.data
+                self.held_bytes += len(event.data)
             elif isinstance(event, h11.EndOfMessage) and request is not None:
-                return await self._answer(request, bytes(body))
+                return await self._answer(request, memoryview(body).toreadonly())
             else:
                 return 0, {}, b""  # the client is gone
 
-    async def _answer(self, request: h11.Request, body: bytes) -> Answer:
+    async def _answer(self, request: h11.Request, body: memoryview) -> Answer:
         path = unquote(request.target.decode("ascii", "replace").partition("?")[0])
         method = request.method.decode()
         try:
@@ -150,7 +164,7 @@ class LocalEndpoint:
         return _failure(404, f"nothing is at {path}; skills are at /v2/models/NAME")
 
     async def _model(
-        self, method: str, request: h11.Request, body: bytes, name: str, version: str | None, what: str
+        self, method: str, request: h11.Request, body: memoryview, name: str, version: str | None, what: str
     ) -> Answer:
         if what == "/infer":
             if method != "POST":

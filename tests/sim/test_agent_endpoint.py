@@ -142,6 +142,40 @@ async def test_a_client_that_hangs_up_half_way_leaves_nothing_behind(tmp_path):
         assert (await exchange(made.port, get("/v2")))[0][0] == 200
 
 
+async def test_request_bodies_share_one_budget_and_what_goes_beyond_it_is_refused_until_there_is_room(tmp_path):
+    async with endpoint(tmp_path) as (made, service):
+        worker = service.find("digits").worker
+        worker.hold = asyncio.Event()
+        asked = [
+            asyncio.create_task(exchange(made.port, post("/v2/models/digits/infer", b"x" * 9_000))) for _ in range(2)
+        ]
+        async with asyncio.timeout(5):
+            while made.held_bytes < 18_000:
+                await asyncio.sleep(0)
+        ((status, _, body),) = await exchange(made.port, post("/v2/models/digits/infer", b"x" * 3_000))
+        assert status == 503
+        assert "18000 bytes are being answered already" in json.loads(body)["error"]
+        ((status, _, _),) = await exchange(made.port, get("/v2/health/live"))
+        assert status == 200
+        worker.hold.set()
+        assert [answer[0][0] for answer in await asyncio.gather(*asked)] == [200, 200]
+        assert made.held_bytes == 0
+        assert (await exchange(made.port, post("/v2/models/digits/infer", b"x" * 3_000)))[0][0] == 200
+
+
+async def test_a_client_that_hangs_up_gives_its_share_of_the_budget_back(tmp_path):
+    async with endpoint(tmp_path) as (made, _):
+        _, writer = await asyncio.open_connection("127.0.0.1", made.port)
+        writer.write(post("/v2/models/digits/infer", b"x" * 9_000)[:-50])
+        async with asyncio.timeout(5):
+            while not made.held_bytes:
+                await asyncio.sleep(0)
+            writer.close()
+            await writer.wait_closed()
+            while made.held_bytes:
+                await asyncio.sleep(0)
+
+
 async def test_a_taken_port_is_one_sentence(tmp_path):
     async with endpoint(tmp_path) as (made, service):
         other = LocalEndpoint(service, dict, max_bytes=1, deadline_s=1)
