@@ -102,9 +102,9 @@ class Controller:
         self.delivery.tell(changed)
         return self.orders.rollout(number)
 
-    def accept(self, manifest_sha256: str, targets: bytes) -> Release:
+    async def accept(self, manifest_sha256: str, targets: bytes) -> Release:
         """Take in a signed release."""
-        release = self.registry.accept(manifest_sha256, targets)
+        release = await self.registry.accept(manifest_sha256, targets)
         self.fleet.record(
             "release.published", None, skill=release.skill, version=release.version, manifest=manifest_sha256
         )

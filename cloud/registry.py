@@ -11,6 +11,8 @@ import dataclasses
 import hashlib
 import os
 import re
+import shutil
+import threading
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path, PurePosixPath
@@ -18,11 +20,13 @@ from typing import TYPE_CHECKING
 
 from cloud.database import Database, Release
 from cloud.journal import Journal
+from cloud.tail.layout import lay_out
 from skills import signing
-from skills.bundle import MAX_MANIFEST_BYTES, Bundle, decode_bundle, unpack_part
+from skills.bundle import MAX_MANIFEST_BYTES, Bundle, Part, decode_bundle, unpack_part
 from skills.desired import ObjectRef
 from skills.errors import FormatError, NotFound, StorageError, TrustError
 from skills.files import fsync_directory, read_bytes, sha256_hex, storage_errors, write_atomic
+from skills.split import MAX_PLAN_BYTES, Plan, load_plan, plan_hash
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -59,6 +63,10 @@ class Registry:
                 directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         for stray in self._objects.glob(".*.tmp"):
             stray.unlink(missing_ok=True)
+        for stray in self._tails.glob(".*.tmp"):
+            shutil.rmtree(stray, ignore_errors=True)
+        self._accepting = asyncio.Lock()
+        self._laying = threading.Lock()
         self.keys = self._open_keys()
         self._bundles: dict[str, Bundle] = {}
         self._signed_for = ""  # the targets that the online metadata speaks of
@@ -197,8 +205,10 @@ class Registry:
         """Say whether the online metadata should be signed again."""
         return signing.metadata_expires(self.role("timestamp")) - self._clock() < REFRESH_BEFORE
 
-    def accept(self, manifest_sha256: str, targets: bytes) -> Release:
+    async def accept(self, manifest_sha256: str, targets: bytes) -> Release:
         """Take in a release that somebody signed; a release that is listed already is returned as it is.
+
+        Models are unpacked and written in a thread, one release at a time; everything else stays with the calling task.
 
         Raises:
             NotFound: the manifest or one of its objects was not uploaded.
@@ -207,24 +217,27 @@ class Registry:
         """
         if len(targets) > MAX_TARGETS_BYTES:
             raise FormatError(f"targets.json has {len(targets)} bytes, the limit is {MAX_TARGETS_BYTES}")
-        bundle = self._check_objects(manifest_sha256)
-        target = signing.release_target(bundle.skill.name, bundle.skill.version)
-        current = self.role("targets")
-        if targets == current:
-            releases = signing.list_releases(targets)
-        else:
-            releases = signing.check_targets(self.root_bytes, targets, current)
-        if releases.get(target) != ObjectRef(manifest_sha256, self.size_of(manifest_sha256) or 0):
-            raise TrustError(f"targets.json does not list {target} with the manifest {manifest_sha256[:12]}…")
-        self._materialise_tails(bundle)
-        if targets != current:
-            # Commit point: from here on the release is in the repository. The rest is made again at the next start
-            # or, where the disk was full just now, when the same release is sent again.
-            write_atomic(self._repository / "targets.json", targets)
-        if self._signed_for != sha256_hex(targets):
-            self.refresh()
-        self._adopt()
-        return self.release(bundle.skill.name, bundle.skill.version)
+        async with self._accepting:
+            bundle = self._check_objects(manifest_sha256)
+            skill, version = bundle.skill.name, bundle.skill.version
+            target = signing.release_target(skill, version)
+            current = self.role("targets")
+            if targets == current:
+                releases = signing.list_releases(targets)
+            else:
+                releases = signing.check_targets(self.root_bytes, targets, current)
+            if releases.get(target) != ObjectRef(manifest_sha256, self.size_of(manifest_sha256) or 0):
+                raise TrustError(f"targets.json does not list {target} with the manifest {manifest_sha256[:12]}…")
+            for plan in await asyncio.to_thread(self._lay_out_tails, bundle):
+                self._journal.info("tail.laid_out", skill=skill, version=version, plan=plan)
+            if targets != current:
+                # Commit point: from here on the release is in the repository. The rest is made again at the next start
+                # or, where the disk was full just now, when the same release is sent again.
+                write_atomic(self._repository / "targets.json", targets)
+            if self._signed_for != sha256_hex(targets):
+                self.refresh()
+            self._adopt()
+            return self.release(skill, version)
 
     # --- releases ---------------------------------------------------------------------------------
 
@@ -280,33 +293,34 @@ class Registry:
                 raise TrustError(f"part {part.path} has {size} bytes, the manifest says {part.wire_size}")
         return bundle
 
-    def _materialise_tails(self, bundle: Bundle) -> None:
-        """Lay out each split plan with its segments where the tail server finds it: tails/<plan hash>/."""
+    def _lay_out_tails(self, bundle: Bundle) -> list[str]:
+        """Lay out each split plan where the tail server finds it, and return the new ones; called in a thread."""
+        fresh = []
         parts = {part.path: part for part in bundle.parts}
-        for plan_path, segments in bundle.splits.items():
-            from skills.split import load_plan, plan_hash
+        # The task that waits for this thread may be gone (its client hung up) while the thread goes on.
+        with self._laying:
+            for plan_path, segments in bundle.splits.items():
+                plan, text = self._plan(bundle, plan_path)
+                folder = PurePosixPath(plan_path).parent
+                if {str(folder / file) for file in plan.files()} != set(segments):
+                    raise FormatError(f"{plan_path} names other segments than the bundle's manifest says")
 
-            def content(path: str) -> bytes:
-                part = parts[path]
-                return unpack_part(part, read_bytes(self.path_of(part.wire_sha256), "the object", MAX_OBJECT_BYTES))
+                def content(file: str, folder: PurePosixPath = folder) -> bytes:
+                    return self._content(parts[str(folder / file)])
 
-            text = content(plan_path).decode("utf-8", "replace")
-            plan = load_plan(text, plan_path)
-            files = {str(PurePosixPath(plan_path).parent / file): file for file in plan.files()}
-            if set(files) != set(segments):
-                raise FormatError(f"{plan_path} names other segments than the bundle's manifest says")
-            folder = self._tails / plan_hash(plan)
-            if (folder / "split.yaml").exists():
-                continue
-            with storage_errors(folder):
-                for path, name in files.items():
-                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                    write_atomic(folder / name, content(path))
-            # Commit point: the tail server takes a folder for complete when its plan is there.
-            write_atomic(folder / "split.yaml", text.encode())
-            self._journal.info(
-                "tail.laid_out", skill=bundle.skill.name, version=bundle.skill.version, plan=folder.name[:12]
-            )
+                if lay_out(plan, text, content, self._tails):
+                    fresh.append(plan_hash(plan))
+        return fresh
+
+    def _plan(self, bundle: Bundle, path: str) -> tuple[Plan, str]:
+        part = next(part for part in bundle.parts if part.path == path)
+        if part.size > MAX_PLAN_BYTES:
+            raise FormatError(f"{path} has {part.size} bytes, the limit of a split plan is {MAX_PLAN_BYTES}")
+        text = self._content(part).decode("utf-8", "replace")
+        return load_plan(text, path), text
+
+    def _content(self, part: Part) -> bytes:
+        return unpack_part(part, read_bytes(self.path_of(part.wire_sha256), "the object", MAX_OBJECT_BYTES))
 
     def _open_keys(self) -> Keys:
         """Load the keys, or make all of them and an empty repository at the first start."""

@@ -76,6 +76,43 @@ def small_bundle(tmp_path: Path) -> "Callable[..., BundleFile]":
 
 
 @pytest.fixture
+def split_bundle(tmp_path: Path) -> "Callable[..., BundleFile]":
+    """Build a bundle of the split skill `halves`, whose two segments are only bytes of that version."""
+    from skills.bundle import build_bundle, open_bundle
+    from skills.files import sha256_hex
+    from skills.split import Coding, Cut, Live, Millis, Plan, Segment
+    from skills.wire import encode_yaml
+
+    def build(version: str) -> BundleFile:
+        folder = tmp_path / f"halves-{version}"
+        (folder / "split").mkdir(parents=True, exist_ok=True)
+        x, middle, y = (Live(name, "FP32", (-1, 4)) for name in ("x", "middle", "y"))
+        no_time = Millis(0.0, 0.0)
+        segments = []
+        for at, (source, out) in enumerate((("x", "middle"), ("middle", "y"))):
+            data = f"segment {at} of {version}".encode()
+            (folder / f"split/{at}.onnx").write_bytes(data)
+            segments.append(Segment(f"{at}.onnx", sha256_hex(data), len(data), (source,), (out,)))
+        cuts = (
+            Cut("input", 0, no_time, no_time, (x,), (Coding("native"),), raw=True),
+            Cut("c1", 1, no_time, no_time, (middle,), (Coding("native"),)),
+            Cut("local", 2, no_time, no_time),
+        )
+        folder.joinpath("split/split.yaml").write_text(encode_yaml(Plan("0" * 64, (x,), (y,), tuple(segments), cuts)))
+        folder.joinpath("run.py").write_text("def run(inputs, model):\n    return model(**inputs)\n")
+        folder.joinpath("probe.npz").write_bytes(b"probe")
+        folder.joinpath("skill.yaml").write_text(
+            TINY_SKILL.format(version=version)
+            .replace("file: model.onnx", "split: split/split.yaml")
+            .replace("tiny", "halves")
+        )
+        build_bundle(folder, folder / "halves.skb")
+        return open_bundle(folder / "halves.skb")
+
+    return build
+
+
+@pytest.fixture
 def csr() -> "Callable[[], str]":
     """Make a new device key each time and return a certificate request for it."""
     return lambda: make_csr()[0]

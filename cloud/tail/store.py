@@ -2,13 +2,14 @@
 
 import dataclasses
 import re
-import shutil
 import threading
 from pathlib import Path
 
+from cloud.tail.layout import lay_out
 from skills import ort
+from skills.bundle import MAX_PART_BYTES
 from skills.errors import FormatError, NotFound, TrustError
-from skills.files import fsync_directory, read_bytes, sha256_file, storage_errors
+from skills.files import read_bytes, sha256_file
 from skills.split import MAX_PLAN_BYTES, Plan, load_plan, plan_hash
 
 MAX_LOADED = 16  # plans held in memory; the one used longest ago makes room
@@ -55,10 +56,13 @@ class Store:
             raise NotFound(f"no plan {name[:32]!r} lies here: publish its skill to this controller again")
         with self._lock:
             loading = self._loading.setdefault(name, threading.Lock())
-        with loading:
-            found = self._held(name) or self._load(name)
+        try:
+            with loading:
+                found = self._held(name) or self._load(name)
+        finally:
+            with self._lock:
+                self._loading.pop(name, None)
         with self._lock:
-            self._loading.pop(name, None)
             self._loaded[name] = found
             while len(self._loaded) > MAX_LOADED:
                 self._loaded.pop(next(iter(self._loaded)))
@@ -108,20 +112,8 @@ def install(plan_folder: Path, tails: Path) -> str:
     """
     text = read_bytes(plan_folder / "split.yaml", "the split plan", MAX_PLAN_BYTES).decode("utf-8", "replace")
     plan = load_plan(text, str(plan_folder / "split.yaml"))
-    name = plan_hash(plan)
-    target, work = tails / name, tails / f".{name}.tmp"
-    if (target / "split.yaml").is_file():
-        return name
-    with storage_errors(target):
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        for file in ("split.yaml", *plan.files()):
-            (work / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(plan_folder / file, work / file)
-        shutil.rmtree(target, ignore_errors=True)
-        work.rename(target)  # commit point
-        fsync_directory(tails)
-    return name
+    lay_out(plan, text, lambda file: read_bytes(plan_folder / file, "the segment", MAX_PART_BYTES), tails)
+    return plan_hash(plan)
 
 
 def _warm(plan: Plan, chain: ort.Chain) -> None:

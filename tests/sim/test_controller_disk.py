@@ -43,7 +43,7 @@ async def live(data: Path, bundle: BundleFile) -> list[str]:
             key = signing.load_key(data / "keys" / "publisher.pem")
             ref = ObjectRef(bundle.digest, len(bundle.manifest_bytes))
             current = signing.add_release(current, target, ref, key, dt.datetime.fromtimestamp(NOW, dt.UTC))
-        registry.accept(bundle.digest, current)
+        await registry.accept(bundle.digest, current)
         packed = registry.path_of(registry.metadata.sha256).read_bytes()
         assert target in signing.unpack_metadata(packed).targets
         return [row.version for row in registry.releases()]

@@ -72,7 +72,7 @@ class World:
 
         for sha256, data in {**bundle.objects, bundle.digest: bundle.manifest_bytes}.items():
             await registry.put(sha256, body(data))
-        self.controller.accept(bundle.digest, self.sign(bundle))
+        await self.controller.accept(bundle.digest, self.sign(bundle))
         return bundle
 
     def sign(self, bundle: BundleFile) -> bytes:
@@ -363,7 +363,7 @@ async def test_a_release_signed_by_an_unlisted_key_is_refused_and_nothing_change
     now = dt.datetime.fromtimestamp(world.clock, dt.UTC)
     targets = signing.add_release(before, "skills/tiny/2.0.0.json", ref, stranger, now)
     with pytest.raises(TrustError, match="no key"):
-        world.controller.accept(forged.digest, targets)
+        await world.controller.accept(forged.digest, targets)
     assert world.controller.registry.role("targets") == before
     assert [row.manifest_sha256 for row in world.controller.registry.releases()] == [bundle.digest]
 

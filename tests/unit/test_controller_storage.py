@@ -131,11 +131,11 @@ async def test_a_release_lost_by_the_database_is_adopted_from_the_repository_aga
     with monkeypatch.context() as patched:
         patched.setattr(Registry, "refresh", full_disk)
         with pytest.raises(StorageError):
-            registry.accept(bundle.digest, targets)
-    first = registry.accept(bundle.digest, targets)
+            await registry.accept(bundle.digest, targets)
+    first = await registry.accept(bundle.digest, targets)
     shown = signing.unpack_metadata(registry.path_of(registry.metadata.sha256).read_bytes())
     assert shown.targets.encode() == targets
-    assert registry.accept(bundle.digest, targets).id == first.id  # a lost answer is asked for again
+    assert (await registry.accept(bundle.digest, targets)).id == first.id  # a lost answer is asked for again
     other = Database(f"sqlite:///{tmp_path / 'fresh.db'}")
     again = Registry(tmp_path, other, open_journal(None), lambda: 1_800_000_000.0)
     assert [row.version for row in again.releases()] == ["1.0.0"]
