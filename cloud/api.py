@@ -70,7 +70,6 @@ class EnrollBody(_Body):
     token: str = Field(max_length=4096)
     csr_pem: str = Field(max_length=MAX_CSR_BYTES)
     name: str | None = Field(default=None, max_length=63)
-    capabilities: dict[str, Any] | None = None  # the device says hello with them anyway
 
 
 class ReleaseBody(_Body):
@@ -196,7 +195,7 @@ def _release_routes(app: FastAPI, controller: "Controller", guard: list[Any]) ->
     @app.post("/v1/releases", dependencies=guard, tags=["releases"])
     async def release(body: ReleaseBody) -> dict[str, Any]:
         """Take in a signed release."""
-        return release_json(controller.accept(body.manifest_sha256, body.targets_json.encode()))
+        return release_json(await controller.accept(body.manifest_sha256, body.targets_json.encode()))
 
     @app.get("/v1/releases", dependencies=guard, tags=["releases"])
     async def releases() -> list[dict[str, Any]]:

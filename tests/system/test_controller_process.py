@@ -277,6 +277,7 @@ def test_the_api_answers_every_error_in_one_shape(tmp_path: Path, connect: Conne
             ("POST", "/v1/rollouts/7/dance", {}, 400, 2),
             ("POST", "/v1/invites", {"json": {"labels": {"name": "x"}}}, 400, 2),
             ("POST", "/v1/enroll", {"json": {"token": "x", "csr_pem": "y"}}, 400, 65),
+            ("POST", "/v1/enroll", {"json": {"token": "x", "csr_pem": "y", "capabilities": {}}}, 422, 2),
             ("POST", "/v1/invites", {"content": b" " * (3 << 20)}, 413, 65),
             ("PUT", "/v1/objects/xyz", {"content": b"a"}, 400, 65),
             ("PUT", f"/v1/objects/{'0' * 64}", {"content": b"a"}, 403, 77),
