@@ -89,11 +89,13 @@ def up(
         running = supervise.start(settings, detach=not foreground)
     run = running.run
     key = folder / "keys" / "publisher.pem"
+    fingerprint = certificate_fingerprint(running.ca.read_bytes())
     config = keep_access(Access(run.url, running.token, str(running.ca), str(key) if key.is_file() else None))
     facts = {
         **{name: getattr(run, name) for name in ("url", "mqtt_url", "tail_url", "broker", "pid", "log")},
         "token": running.token,
         "ca": str(running.ca),
+        "fingerprint": fingerprint,
         "data": str(folder),
         "config": str(config),
         "already": running.already,
@@ -106,6 +108,8 @@ def up(
         "token": running.token,
         "config": f"{config}  (skerry reads all this there)",
     }
+    if not run.url.startswith(("https://127.", "https://localhost", "https://[::1]")):
+        rows["elsewhere"] = f"skerry login {run.url} --fingerprint {fingerprint}"
     screen.result(facts, lambda: _facts(rows))
     if foreground:
         _stay(screen, folder, Path(run.log))
