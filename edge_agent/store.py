@@ -11,6 +11,7 @@ Every write is safe against death at any moment: content reaches the disk under 
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,10 +19,20 @@ from pathlib import Path
 from typing import Self
 
 from edge_agent.plan import Pointer
-from skills.bundle import MAX_MANIFEST_BYTES, Bundle, Part, decode_bundle, unpack_part
+from skills import zstd
+from skills.bundle import MAX_MANIFEST_BYTES, Bundle, Part, decode_bundle
 from skills.desired import MAX_ASSIGNMENT_BYTES
 from skills.errors import FormatError, NotFound, StorageError, TrustError
-from skills.files import fsync_directory, read_bytes, sha256_file, sha256_hex, storage_errors, write_atomic
+from skills.files import (
+    fsync_directory,
+    read_bytes,
+    read_pieces,
+    sha256_file,
+    sha256_hex,
+    storage_errors,
+    write_atomic,
+    write_atomic_pieces,
+)
 from skills.report import CHUNK_BYTES
 from skills.wire import decode_json, encode_json
 
@@ -157,8 +168,10 @@ class Store:
             StorageError: the disk is full or refuses.
         """
         path = self.partial / part.wire_sha256
-        # 1. The content, verified, becomes an object. Before that the partial file is whole; a crash costs only work.
-        self.put_object(part.sha256, unpack_part(part, read_bytes(path, "the part", part.wire_size)))
+        # 1. The content becomes an object, verified before it gets its name. Until then the partial file is whole; a crash
+        # costs only work.
+        if not (self.objects / part.sha256).is_file():
+            write_atomic_pieces(self.objects / part.sha256, _unpacked(part, path), READ_ONLY)
         # 2. The partial file is of no more use. A crash before this leaves it; collect() finds it.
         self._drop(path)
 
@@ -289,10 +302,38 @@ def _names(folder: Path) -> Iterator[str]:
         raise StorageError(f"cannot read {folder}: {error.strerror or error}") from error
 
 
+def _unpacked(part: Part, path: Path) -> Iterator[bytes]:
+    """Yield a part's content from the file of its wire form. It is verified when this ends, and not before.
+
+    Raises:
+        TrustError: wire form or content have another hash than the manifest states.
+    """
+    wire, content = hashlib.sha256(), hashlib.sha256()
+    try:
+        for piece in zstd.decompress_pieces(_hashed(read_pieces(path, "the part"), wire), part.size):
+            content.update(piece)
+            yield piece
+    except FormatError as error:
+        raise TrustError(f"part {part.path}: {error}") from None
+    for found, said, which in ((wire, part.wire_sha256, "wire form"), (content, part.sha256, "content")):
+        if found.hexdigest() != said:
+            raise TrustError(
+                f"part {part.path}: its {which} has sha256 {found.hexdigest()[:12]}…, the signed manifest says {said[:12]}…"
+            )
+
+
+def _hashed(pieces: Iterator[bytes], digest: "hashlib._Hash") -> Iterator[bytes]:
+    for piece in pieces:
+        digest.update(piece)
+        yield piece
+
+
 def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP):
             raise
-        write_atomic(target, source.read_bytes(), READ_ONLY)  # a file system without hard links, such as FAT
+        write_atomic_pieces(
+            target, read_pieces(source, "the object"), READ_ONLY
+        )  # a file system without hard links, such as FAT

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from skills.errors import NotFound, StorageError
@@ -18,12 +18,22 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
     Raises:
         StorageError: the disk is full or refuses; `path` is as it was and no temporary file is left.
     """
+    write_atomic_pieces(path, (data,), mode)
+
+
+def write_atomic_pieces(path: Path, pieces: Iterable[bytes], mode: int = 0o644) -> None:
+    """Do as `write_atomic` does with content that comes in pieces; what `pieces` itself raises leaves `path` as it was.
+
+    Raises:
+        StorageError: the disk is full or refuses; `path` is as it was and no temporary file is left.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storage_errors(path):
         try:
             # 1. The new bytes reach the disk under another name. A crash leaves a stray .tmp file that nobody reads.
             with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
-                file.write(data)
+                for piece in pieces:
+                    file.write(piece)
                 file.flush()
                 os.fsync(file.fileno())
             # 2. Commit point: the name moves. Before it the old content is read, after it the new.
@@ -73,6 +83,23 @@ def read_bytes(path: Path, what: str, max_bytes: int) -> bytes:
     if len(data) > max_bytes:
         raise StorageError(f"{what} {path} is larger than the limit of {max_bytes} bytes")
     return data
+
+
+def read_pieces(path: Path, what: str) -> Iterator[bytes]:
+    """Yield a file's content, at most a MiB at once.
+
+    Raises:
+        NotFound: there is no such file, and the message calls it `what`.
+        StorageError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(READ_BYTES):
+                yield piece
+    except FileNotFoundError:
+        raise NotFound(f"{what} {path} does not exist") from None
+    except OSError as error:
+        raise StorageError(f"cannot read {what} {path}: {error.strerror or error}") from error
 
 
 def sha256_hex(data: bytes | memoryview) -> str:

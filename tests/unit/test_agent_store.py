@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import pytest
 from edge_agent import plan
 from edge_agent.plan import Installed, Pointer
 from edge_agent.store import PartialPart, Store
-from skills.bundle import BundleFile, build_bundle, open_bundle
+from skills import zstd
+from skills.bundle import BundleFile, Part, build_bundle, chunk_hashes, open_bundle
 from skills.errors import FormatError, NotFound, StorageError, TrustError
+from skills.files import sha256_file, sha256_hex
 from skills.report import CHUNK_BYTES
 
 SKILL = """\
@@ -252,14 +255,54 @@ def test_good_chunks_are_found_again_by_hashing_and_holes_are_not(store: Store, 
     file = make(tmp_path, "1.0.0")
     part = file.bundle.parts[0]
     wire = os.urandom(5 * CHUNK_BYTES + 17)
-    from skills.bundle import chunk_hashes
-
     part = dataclasses.replace(part, wire_size=len(wire), chunks=chunk_hashes(wire))
     with PartialPart(store, part) as partial:
         for index in (5, 1, 3):
             assert partial.write(index, wire[index * CHUNK_BYTES : (index + 1) * CHUNK_BYTES])
     with PartialPart(store, part) as partial:
         assert partial.have == {1, 3, 5}
+
+
+def arrived(store: Store, content: bytes, wire: bytes) -> Part:
+    """Put a whole wire form where parts arrive; returns the part whose manifest tells the truth."""
+    part = Part("m", sha256_hex(content), len(content), sha256_hex(wire), len(wire), chunk_hashes(wire))
+    (store.partial / part.wire_sha256).write_bytes(wire)
+    return part
+
+
+def test_a_part_is_unpacked_without_ever_being_in_memory(store: Store) -> None:
+    content = os.urandom(1 << 20) * 16
+    part = arrived(store, content, zstd.compress(content, 1))
+    del content
+    tracemalloc.start()
+    try:
+        store.finish_part(part)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 << 20
+    assert sha256_file(store.objects / part.sha256) == part.sha256
+    assert (store.objects / part.sha256).stat().st_mode & 0o777 == 0o444
+    assert not list(store.partial.iterdir())
+
+
+@pytest.mark.parametrize("what", ["wire", "content", "size", "frame"])
+def test_a_part_that_is_not_what_the_manifest_says_leaves_no_object(store: Store, what: str) -> None:
+    content = b"content" * 1000
+    part = arrived(store, content, zstd.compress(content, 3))
+    match what:
+        case "wire":
+            (store.partial / part.wire_sha256).write_bytes(zstd.compress(content, -100))  # another frame, same content
+        case "content":
+            part = dataclasses.replace(part, sha256="0" * 64)
+        case "size":
+            part = dataclasses.replace(part, size=len(content) - 1)
+        case "frame":
+            (store.partial / part.wire_sha256).write_bytes(b"no frame")
+    with pytest.raises(TrustError, match="part m: "):
+        store.finish_part(part)
+    assert not list(store.objects.iterdir())
+    assert (store.partial / part.wire_sha256).is_file()
 
 
 def test_an_object_with_another_hash_is_refused(store: Store) -> None:
