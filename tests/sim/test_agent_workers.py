@@ -58,6 +58,10 @@ async def test_a_worker_that_owes_answers_is_not_asked_for_ever_more() -> None:
     await worker.stop(0)
 
 
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 async def test_a_zygote_that_cannot_fork_is_out_of_reach_and_leaves_no_descriptor_behind() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setblocking(False)
@@ -65,14 +69,14 @@ async def test_a_zygote_that_cannot_fork_is_out_of_reach_and_leaves_no_descripto
     pool = ZygoteWorkers(())
     pool._channel = ours  # as after the start of a zygote, which here is the test
     listening = asyncio.create_task(pool._listen(ours))
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = descriptors()
     forking = asyncio.create_task(pool._fork())
     async with asyncio.timeout(5):
         number = json.loads(await asyncio.get_running_loop().sock_recv(theirs, 4096))["fork"]
         theirs.send(json.dumps({"forked": number, "error": "Resource temporarily unavailable"}).encode())
         with pytest.raises(Unreachable, match="no worker could be forked: Resource temporarily unavailable"):
             await forking
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert descriptors() == before
     listening.cancel()
     await asyncio.gather(listening, return_exceptions=True)
     ours.close()
