@@ -101,6 +101,7 @@ class Together:
     link: str
     samples: int
     verdicts: tuple[Mapping[str, Any], ...]
+    measured: tuple[Mapping[str, Any], ...]
     private_verdict: str
     normal: Times
     local: Times

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from cloud.authoring import build_skill
+from cloud.demo import measured
 from cloud.demo.board import Board
 from cloud.demo.facts import Times, Together
 from cloud.demo.scene import Scene
@@ -63,6 +64,7 @@ def tell(scene: Scene) -> Together:
     plan = load_plan((folder / "models" / "split" / "split.yaml").read_text())
     open_plan = dataclasses.replace(plan, private=False)
     scene.table(findings.split_table(open_plan, LINKS))
+    found = measured.tell(scene, folder / "models" / "split", open_plan, {"image": x})
     link = parse_link(LINK)
     private = judge(plan, link)
     scene.say("[bold]Now the photo may not leave the device[/bold] (--private), raw or compressed. Then:")
@@ -84,7 +86,7 @@ def tell(scene: Scene) -> Together:
         f"p50 {normal.times.p50:.0f} ms, p90 {normal.times.p90:.0f} ms; alone it would take {local_ms:.0f} ms"
     )
     outage = _flow(scene, views, whole, kill=True)
-    return _judge(scene, plan, open_plan, private.text, normal, outage)
+    return _judge(scene, plan, open_plan, found, private.text, normal, outage)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -220,7 +222,9 @@ def _until(done: Any, deadline_s: float, show: Any) -> bool:
     return True
 
 
-def _judge(scene: Scene, plan: Any, open_plan: Any, private_text: str, normal: Flow, outage: Flow) -> Together:
+def _judge(
+    scene: Scene, plan: Any, open_plan: Any, found: Any, private_text: str, normal: Flow, outage: Flow
+) -> Together:
     from cloud.cli import tables
     from cloud.split import LINKS
     from cloud.split.verdict import judge
@@ -265,6 +269,7 @@ def _judge(scene: Scene, plan: Any, open_plan: Any, private_text: str, normal: F
         link=LINK,
         samples=plan.samples,
         verdicts=verdicts,
+        measured=found,
         private_verdict=private_text,
         normal=normal.times,
         local=Times(local.p50, local.p90, local.p90, plan.samples),
