@@ -27,5 +27,5 @@ def held_back() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for number in dict.fromkeys(waiting):
-            signal.raise_signal(number)
+        for held in dict.fromkeys(waiting):
+            signal.raise_signal(held)

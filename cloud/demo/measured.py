@@ -50,7 +50,7 @@ def tell(
 def _show(scene: Scene, found: "tuple[Measured, ...]") -> None:
     from cloud.cli import tables
 
-    kinds = {"input": "send the JPEG", "split": "best split", "local": "stay local"}
+    kinds = {"input": "send the photo", "split": "best split", "local": "stay local"}
     made = tables.table("predicted → measured, ms", *kinds.values(), "fastest measured", right=tuple(kinds.values()))
     for one in found:
         rows = {row.option: row for row in one.rows}
