@@ -2,7 +2,7 @@
 
 For one skill the road is: fetch metadata and manifest → verify → fetch parts → stage → probe → activate. Nothing on it
 touches the version that serves before the last step, which moves one pointer. A version that failed is remembered with
-its reason and not tried again while the assignment names it.
+its reason and not tried again while the assignment names it; a reason that rests on metadata holds until the metadata changes.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from skills.wire import Limits
 LIVES_ON_TRIAL = 3
 FIRST_RESTART_S = 0.5
 LONGEST_RESTART_S = 30.0
+UNCONFIRMED = "waits for the controller to confirm that the assignment is current"
 MAX_REASON = 2000  # characters of a reason in a report
 
 
@@ -36,10 +37,14 @@ class Installed:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a version will not run here: `refused` = not trusted or not what it claims, `failed` = it did not work."""
+    """Why a version will not run here: `refused` = not trusted or not what it claims, `failed` = it did not work.
+
+    `metadata`: SHA-256 of the metadata set that the reason rests on, "" when it rests on the version itself.
+    """
 
     phase: Literal["refused", "failed"]
     reason: str
+    metadata: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -70,9 +75,10 @@ class Facts:
     """All that is known about one skill at one moment.
 
     `trusted`: None = not judged yet, "" = both lists name it, else why not. `fresh`: the assignment answers this
-    connection's nonce. `objects`, `staged`: SHA-256 of the verified contents and of the complete versions on the device.
-    `running`: live workers by manifest digest. `restarts`: deaths of the serving version's worker since it was last
-    healthy; `rested_s`: seconds since the latest. `last_words`: the end of what it wrote. `stalled`: why nothing comes in.
+    connection's nonce; `confirmed`: one since this boot answered a nonce, and none older is accepted after it. `objects`,
+    `staged`: SHA-256 of the verified contents and of the complete versions on the device. `running`: live workers by manifest
+    digest. `restarts`: deaths of the serving version's worker since it was last healthy; `rested_s`: seconds since the latest.
+    `last_words`: the end of what it wrote. `stalled`: why nothing comes in.
     """
 
     pointer: Pointer
@@ -80,6 +86,7 @@ class Facts:
     capabilities: Capabilities
     metadata: ObjectRef | None = None
     fresh: bool = False
+    confirmed: bool = False
     objects: frozenset[str] = frozenset()
     staged: frozenset[str] = frozenset()
     bundle: Bundle | None = None
@@ -182,9 +189,11 @@ class Refuse:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Forget:
-    """The assignment names another version: drop what was remembered about refused ones."""
+    """The assignment names another version or metadata: drop what was remembered and rests on the old ones."""
 
     skill: str
+    digest: str
+    metadata: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -268,10 +277,14 @@ def _advance(facts: Facts) -> Step:
     if facts.metadata is None:
         return Wait("no assignment yet")
     if wanted is None:
-        return Remove(pointer.skill) if pointer != Pointer(pointer.skill) else Wait()
+        if pointer == Pointer(pointer.skill):
+            return Wait()
+        # An older assignment, replayed to a device that has lost its last one, must not take a skill away.
+        return Remove(pointer.skill) if facts.confirmed else Wait(UNCONFIRMED)
     digest = wanted.manifest.sha256
-    if any(old != digest for old in pointer.refused):
-        return Forget(pointer.skill)
+    forget = Forget(pointer.skill, digest, facts.metadata.sha256)
+    if forgotten(pointer, forget.digest, forget.metadata) != pointer:
+        return forget
     if (pointer.active is not None and pointer.active.manifest == digest) or digest in pointer.refused:
         return Wait()
     refs = tuple(ref for ref in (facts.metadata, wanted.manifest) if ref.sha256 not in facts.objects)
@@ -279,10 +292,10 @@ def _advance(facts: Facts) -> Step:
         return FetchWhole(pointer.skill, refs)
     if facts.trusted is None:
         if not facts.fresh:
-            return Wait("waits for the controller to confirm that the assignment is current")
+            return Wait(UNCONFIRMED)
         return Verify(pointer.skill, wanted, facts.metadata)
     if facts.trusted:
-        return Refuse(pointer.skill, digest, Refusal("refused", facts.trusted))
+        return Refuse(pointer.skill, digest, Refusal("refused", facts.trusted, facts.metadata.sha256))
     return _install(facts, wanted)
 
 
@@ -412,6 +425,7 @@ def refused(pointer: Pointer, digest: str, refusal: Refusal) -> Pointer:
     return dataclasses.replace(pointer, refused={digest: refusal})
 
 
-def forgotten(pointer: Pointer, wanted: str) -> Pointer:
-    """Only what was remembered about the version that is wanted now remains."""
-    return dataclasses.replace(pointer, refused={k: v for k, v in pointer.refused.items() if k == wanted})
+def forgotten(pointer: Pointer, wanted: str, metadata: str) -> Pointer:
+    """Only what still holds of the version that is wanted now remains; what rested on other metadata does not."""
+    kept = {k: v for k, v in pointer.refused.items() if k == wanted and v.metadata in ("", metadata)}
+    return dataclasses.replace(pointer, refused=kept)

@@ -1,7 +1,6 @@
 """From what is to what is wanted: looks, asks `plan` for one step, does it, looks again."""
 
 import asyncio
-import collections
 import contextlib
 import dataclasses
 import logging
@@ -11,17 +10,17 @@ from typing import Any
 from edge_agent import plan
 from edge_agent.config import AgentConfig
 from edge_agent.intake import MAX_WHOLE_BYTES, Intake, Lacking, Offload
+from edge_agent.ledger import Ledger, Life
 from edge_agent.links import Links
 from edge_agent.plan import Facts, Installed, Pointer, Refusal, Running
 from edge_agent.service import Service
 from edge_agent.store import Store
 from edge_agent.trust import Trust
 from edge_agent.workers import PROBE_S, Load, Worker, Workers, refused_by_probe
-from skills.bundle import Bundle, parts_for
+from skills.bundle import parts_for
 from skills.desired import Assignment, WantedSkill
 from skills.errors import (
     DeadlineExceeded,
-    FormatError,
     MissingExtra,
     NotFound,
     SkerryError,
@@ -35,39 +34,9 @@ from skills.resolve import Capabilities, Choice, resolve
 LOG = logging.getLogger("skerry.agent")
 
 LONGEST_WAIT_S = 60.0
-FIRST_HOLD_S = 2.0
-LONGEST_HOLD_S = 60.0
 TRIES_BEFORE_REFUSING = 3
 DRAIN_S = 30.0
-KEPT_BUNDLES = 32
 CHANGES_WORTH_RETRYING = (Unreachable, DeadlineExceeded, MissingExtra)
-
-
-@dataclasses.dataclass(slots=True)
-class Attempt:
-    """What is remembered, in memory only, about getting one wanted version to run."""
-
-    digest: str
-    metadata: str
-    trusted: str | None = None
-    received_bytes: int = 0
-    received_part_bytes: int = 0
-    progress: float = 0.0
-    stalled: str = ""
-    failures: int = 0
-    held_until: float = 0.0
-
-
-@dataclasses.dataclass(slots=True)
-class Life:
-    """What is remembered, in memory only, about the worker of a serving version."""
-
-    digest: str
-    restarts: int = 0
-    died_at: float = -1e9
-    started_at: float = 0.0
-    checked: bool = False
-    last_words: str = ""
 
 
 class Reconciler:
@@ -90,51 +59,40 @@ class Reconciler:
         self._workers, self._trust, self._offload = workers, trust, offload
         self._read_capabilities, self._links = capabilities, links
         self.capabilities = capabilities()
-        self._pointers: dict[str, Pointer] = {}
+        self._ledger = Ledger(store)
         self._running: dict[str, Worker] = {}
         self._probed: set[str] = set()
-        self._attempts: dict[str, Attempt] = {}
-        self._lives: dict[str, Life] = {}
-        self._bundles: collections.OrderedDict[str, Bundle] = collections.OrderedDict()
         self._stopping: set[asyncio.Task[None]] = set()
-        self._garbage = True
+        self._garbage, self._uncollected = True, False
         self._changed = asyncio.Event()
         self.told = asyncio.Event()
-        self.assignment: Assignment | None = None
-        self.fresh = False
-        self.connected = False
 
     # --- from outside -----------------------------------------------------------------------------
 
+    @property
+    def assignment(self) -> Assignment | None:
+        """The last accepted assignment."""
+        return self._ledger.assignment
+
+    @property
+    def connected(self) -> bool:
+        """Is the broker there?"""
+        return self._ledger.connected
+
     def boot(self) -> None:
         """Read what the disk says. A damaged pointer is put aside and reported; the others go on."""
-        for skill in self._store.skills():
-            try:
-                self._pointers[skill] = self._store.pointer(skill)
-            except FormatError as error:
-                LOG.error("pointer.damaged skill=%s error=%r", skill, str(error))  # noqa: TRY400 - no traceback is of use
-        self._service.known({skill for skill, pointer in self._pointers.items() if pointer.active is not None})
+        self._ledger.read()
+        self._service.known(self._ledger.serving())
 
     def assign(self, assignment: Assignment, *, fresh: bool) -> None:
-        """Take over what is wanted now."""
-        changed = self.assignment is None or self.assignment.skills != assignment.skills
-        self.assignment, self.fresh = assignment, fresh
-        if changed:
+        """Take over what is wanted now; `fresh`: it answers the nonce of this connection."""
+        if self._ledger.assign(assignment, fresh=fresh):
             self._garbage = True
-        for wanted in assignment.skills:
-            attempt = self._attempts.get(wanted.skill)
-            if attempt is None or attempt.digest != wanted.manifest.sha256:
-                self._attempts[wanted.skill] = Attempt(wanted.manifest.sha256, assignment.metadata.sha256)
-            elif attempt.metadata != assignment.metadata.sha256:
-                attempt.metadata, attempt.trusted, attempt.held_until = assignment.metadata.sha256, None, 0.0
         self.poke()
 
     def online(self, *, connected: bool) -> None:
         """The broker came or went; what waited for the network need not wait longer."""
-        self.connected, self.fresh = connected, False
-        if connected:
-            for attempt in self._attempts.values():
-                attempt.held_until, attempt.stalled, attempt.failures = 0.0, "", 0
+        self._ledger.online(connected=connected)
         self.poke()
 
     def poke(self) -> None:
@@ -153,7 +111,7 @@ class Reconciler:
         return tuple(state for skill in self._skills() for state in plan.describe(self.look(skill)))
 
     def pointers(self) -> Mapping[str, Pointer]:
-        return self._pointers
+        return self._ledger.pointers
 
     def workers(self) -> tuple[Worker, ...]:
         """Return the live workers."""
@@ -161,7 +119,7 @@ class Reconciler:
 
     async def close(self) -> None:
         """End cleanly: a stop on purpose does not count against a version on trial."""
-        for pointer in self._pointers.values():
+        for pointer in self._ledger.pointers.values():
             if pointer.trial and pointer.active is not None and pointer.active.manifest in self._running:
                 with contextlib.suppress(StorageError):
                     self._store.write_pointer(dataclasses.replace(pointer, lives=max(pointer.lives - 1, 0)))
@@ -193,7 +151,7 @@ class Reconciler:
                 await self._guarded(skill, step)
                 return None
         for skill, step in steps.items():
-            attempt = self._attempts.get(skill)
+            attempt = self._ledger.attempts.get(skill)
             if isinstance(step, plan.Wait):
                 rest = min(rest, LONGEST_WAIT_S if step.after_s is None else step.after_s)
             elif isinstance(step, plan.FetchWhole | plan.FetchParts) and not self.connected:
@@ -205,74 +163,42 @@ class Reconciler:
                 return None
         if self._garbage and self.assignment is not None:
             self._garbage = False
-            with contextlib.suppress(NotFound, StorageError):
-                self._collect()
+            self._collect()
         return max(rest, 0.01)
 
     def look(self, skill: str) -> Facts:
         """Return all that is known about one skill now."""
-        pointer = self._pointers.get(skill) or Pointer(skill)
-        wanted = self._wanted(skill)
-        attempt = self._attempts.get(skill) if wanted is not None else None
-        active = pointer.active.manifest if pointer.active is not None else None
-        life = self._lives.get(skill)
-        if life is None or life.digest != active:
-            life = Life(active or "")
-        bundle = None
-        if attempt is not None and attempt.trusted == "":
-            with contextlib.suppress(NotFound):
-                bundle = self._bundle(attempt.digest)
-        # Listed after the manifest was read: one found damaged is gone by now, and is fetched again.
-        versions, objects = self._store.version_digests(), self._store.object_digests()
-        return Facts(
-            pointer=pointer,
-            wanted=wanted,
-            capabilities=self.capabilities,
-            metadata=self.assignment.metadata if self.assignment is not None else None,
-            fresh=self.fresh,
-            objects=objects,
-            staged=versions,
-            bundle=bundle,
-            trusted=attempt.trusted if attempt is not None else None,
-            running={
-                digest: Running(probed=digest in self._probed)
-                for digest, worker in self._running.items()
-                if worker.load.skill == skill
-            },
-            rested_s=_now() - life.died_at,
-            healthy_s=_now() - life.started_at,
-            trial_s=self._config.trial_s,
-            restarts=life.restarts,
-            stalled=attempt.stalled if attempt is not None else "",
-            progress=attempt.progress if attempt is not None else 0.0,
-            received_bytes=attempt.received_bytes if attempt is not None else 0,
-            received_part_bytes=attempt.received_part_bytes if attempt is not None else 0,
-            last_words=life.last_words,
-        )
+        running = {
+            digest: Running(probed=digest in self._probed)
+            for digest, worker in self._running.items()
+            if worker.load.skill == skill
+        }
+        return self._ledger.facts(skill, running, self.capabilities, self._config.trial_s, _now())
 
     # --- steps ------------------------------------------------------------------------------------
 
     async def _guarded(self, skill: str, step: plan.Step) -> None:
         """Do a step; a fault becomes a reason and a pause, never an end."""
         LOG.debug("step skill=%s step=%s", skill, type(step).__name__)
-        attempt = self._attempts.get(skill)
+        attempt = self._ledger.attempts.get(skill)
+        # As they are now: while the step goes on, another version or other metadata may come to be wanted.
+        digest, metadata = (attempt.digest, attempt.metadata) if attempt is not None else ("", "")
+        if not isinstance(step, plan.FetchWhole) or all(ref.sha256 != metadata for ref in step.refs):
+            metadata = ""
         try:
             await self._do(step)
         except TrustError as error:
-            self._refuse(skill, Refusal("refused", str(error)))
+            self._refuse(skill, digest, Refusal("refused", str(error), metadata))
         except Lacking as error:
-            self._refuse(skill, Refusal("failed", str(error)))
+            self._refuse(skill, digest, Refusal("failed", str(error), metadata))
         except SkerryError as error:
             if attempt is not None:
-                attempt.stalled = str(error)
-                attempt.failures += 1
-                pause = min(FIRST_HOLD_S * 2.0 ** (attempt.failures - 1), LONGEST_HOLD_S)
-                attempt.held_until = _now() + pause
+                attempt.failed(str(error), _now())
             level = logging.WARNING if attempt is None or attempt.failures == 1 else logging.DEBUG
             LOG.log(level, "step.failed skill=%s step=%s error=%r", skill, type(step).__name__, str(error))
         else:
             if attempt is not None and not isinstance(step, plan.Keep):
-                attempt.failures, attempt.stalled = 0, ""
+                attempt.went_on()
         self.told.set()
 
     async def _do(self, step: plan.Step) -> None:  # noqa: C901 - one case for each step
@@ -281,29 +207,28 @@ class Reconciler:
                 await self._start(skill, installed)
             case plan.Return(skill, digest, reason):
                 LOG.error("version.returned skill=%s digest=%s reason=%r", skill, digest[:12], reason)
-                self._write(plan.returned(self._pointer(skill), reason))
+                self._write(plan.returned(self._ledger.pointer(skill), reason))
             case plan.Lose(skill):
                 LOG.error("version.damaged skill=%s", skill)
-                self._write(plan.lost(self._pointer(skill)))
+                self._write(plan.lost(self._ledger.pointer(skill)))
             case plan.Settle(skill):
                 LOG.info("version.settled skill=%s", skill)
-                self._write(plan.settled(self._pointer(skill)))
+                self._write(plan.settled(self._ledger.pointer(skill)))
             case plan.Stop(skill, digest):
                 self._stop(skill, digest)
             case plan.Remove(skill):
                 self._remove(skill)
             case plan.FetchWhole(skill, refs):
                 for ref in refs:
-                    self._attempts[skill].received_bytes += await self._intake.whole(ref)
+                    self._ledger.attempts[skill].received_bytes += await self._intake.whole(ref)
             case plan.FetchParts(skill, digest, parts):
                 await self._fetch(skill, digest, parts)
-            case plan.Verify(skill, wanted, metadata):
-                await self._verify(skill, wanted, metadata)
-            case plan.Refuse(skill, _, refusal):
-                self._refuse(skill, refusal)
-            case plan.Forget(skill):
-                wanted_now = self._wanted(skill)
-                self._write(plan.forgotten(self._pointer(skill), wanted_now.manifest.sha256 if wanted_now else ""))
+            case plan.Verify(skill, wanted, ref):
+                await self._verify(skill, wanted, ref)
+            case plan.Refuse(skill, digest, refusal):
+                self._refuse(skill, digest, refusal)
+            case plan.Forget(skill, digest, metadata):
+                self._write(plan.forgotten(self._ledger.pointer(skill), digest, metadata))
             case plan.Stage(_, digest, parts):
                 await self._offload(self._store.stage, digest, parts)
             case plan.Probe(skill, digest, choice):
@@ -314,13 +239,13 @@ class Reconciler:
                 pass
 
     async def _start(self, skill: str, installed: Installed) -> None:
-        life = self._life(skill, installed.manifest)
-        pointer = self._pointer(skill)
+        life = self._ledger.life(skill, installed.manifest)
+        pointer = self._ledger.pointer(skill)
         if not life.checked:
             if damage := await self._offload(self._store.damage, installed.manifest):
                 LOG.error("version.damaged skill=%s version=%s what=%r", skill, installed.version, damage)
                 self._store.discard(installed.manifest)
-                self._bundles.pop(installed.manifest, None)
+                self._ledger.spoiled(installed.manifest)
                 self._garbage = True
                 return
             life.checked = True
@@ -328,12 +253,10 @@ class Reconciler:
             # Counted before the start: a version that takes the device down with it is counted too.
             self._write(dataclasses.replace(pointer, lives=pointer.lives + 1))
         try:
-            bundle = self._bundle(installed.manifest)
+            bundle = self._ledger.bundle(installed.manifest)
             worker = await self._workers.start(self._load(skill, installed), self._died)
         except SkerryError as error:
-            life.restarts += 1
-            life.died_at = _now()
-            life.last_words = str(error)
+            life.died(str(error), _now())
             LOG.warning("worker.failed skill=%s version=%s error=%r", skill, installed.version, str(error))
             return
         life.started_at = _now()
@@ -345,7 +268,7 @@ class Reconciler:
         LOG.info("skill.serving skill=%s version=%s digest=%s", skill, installed.version, installed.manifest[:12])
 
     async def _probe(self, skill: str, digest: str, choice: Choice) -> None:
-        bundle = self._bundle(digest)
+        bundle = self._ledger.bundle(digest)
         variants = {name: variant.name for name, variant in choice.variants.items()}
         worker = self._running.get(digest)
         try:
@@ -358,25 +281,25 @@ class Reconciler:
         except SkerryError as error:
             words = worker.last_words() if worker is not None else ""
             self._stop(skill, digest, at_once=True)
-            attempt = self._attempts[skill]
+            attempt = self._ledger.attempts[skill]
             if isinstance(error, CHANGES_WORTH_RETRYING) and attempt.failures + 1 < TRIES_BEFORE_REFUSING:
                 raise Unreachable(str(error)) from error
             reason = str(error) + (f"; last words: {words}" if words else "")
-            self._refuse(skill, Refusal("failed", reason))
+            self._refuse(skill, digest, Refusal("failed", reason))
             return
         self._probed.add(digest)
 
     async def _activate(self, skill: str, installed: Installed) -> None:
-        bundle, worker = self._bundle(installed.manifest), self._running[installed.manifest]
+        bundle, worker = self._ledger.bundle(installed.manifest), self._running[installed.manifest]
         # The commit point. A crash before it leaves the old version serving; after it, the next boot starts the new one.
-        self._write(plan.activated(self._pointer(skill), installed))
-        self._lives[skill] = Life(installed.manifest, started_at=_now(), checked=True)
+        self._write(plan.activated(self._ledger.pointer(skill), installed))
+        self._ledger.lives[skill] = Life(installed.manifest, started_at=_now(), checked=True)
         self._service.serve(bundle.skill, installed, worker)
         self._garbage = True
         LOG.info("skill.activated skill=%s version=%s digest=%s", skill, installed.version, installed.manifest[:12])
 
     async def _fetch(self, skill: str, digest: str, parts: tuple[Any, ...]) -> None:
-        attempt, bundle = self._attempts[skill], self._bundle(digest)
+        attempt, bundle = self._ledger.attempts[skill], self._ledger.bundle(digest)
         choice = resolve(bundle.skill, self.capabilities)
         wanted = parts_for(bundle, choice) if isinstance(choice, Choice) else parts
         total = sum(part.wire_size for part in wanted) or 1
@@ -399,25 +322,22 @@ class Reconciler:
             raise Unreachable(
                 verdict.reason
             )  # waits for metadata that is signed anew; nothing is held against the release
-        attempt = self._attempts.get(skill)
+        attempt = self._ledger.attempts.get(skill)
         if attempt is not None and (attempt.digest, attempt.metadata) == (wanted.manifest.sha256, metadata.sha256):
             attempt.trusted = verdict.reason
 
-    def _refuse(self, skill: str, refusal: Refusal) -> None:
-        wanted = self._wanted(skill)
-        if wanted is None:
+    def _refuse(self, skill: str, digest: str, refusal: Refusal) -> None:
+        wanted = self._ledger.wanted(skill)
+        if wanted is None or wanted.manifest.sha256 != digest:
             return
         LOG.error("version.refused skill=%s version=%s reason=%r", skill, wanted.version, refusal.reason)
-        self._write(plan.refused(self._pointer(skill), wanted.manifest.sha256, refusal))
+        self._write(plan.refused(self._ledger.pointer(skill), digest, refusal))
         self._garbage = True
 
     def _remove(self, skill: str) -> None:
-        self._store.remove_pointer(skill)
-        self._pointers.pop(skill, None)
-        self._attempts.pop(skill, None)
-        self._lives.pop(skill, None)
+        self._ledger.remove(skill)
         self._service.withdraw(skill)
-        self._remember_known()
+        self._service.known(self._ledger.serving())
         self._garbage = True
         LOG.info("skill.removed skill=%s", skill)
 
@@ -442,81 +362,37 @@ class Reconciler:
         del self._running[digest]
         self._probed.discard(digest)
         self._service.withdraw(skill, worker)
-        life = self._life(skill, digest) if self._is_active(skill, digest) else None
+        life = self._ledger.life(skill, digest) if self._ledger.is_active(skill, digest) else None
         if life is not None:
             if _now() - life.started_at > self._config.trial_s:
                 life.restarts = 0
-            life.restarts += 1
-            life.died_at = _now()
-            life.last_words = f"{worker.dead}" + (f": {words}" if (words := worker.last_words()) else "")
+            life.died(f"{worker.dead}" + (f": {words}" if (words := worker.last_words()) else ""), _now())
         self.poke()
 
     # --- small things -----------------------------------------------------------------------------
 
     def _collect(self) -> None:
         """Remove from the disk what neither serves, nor is to be returned to, nor is wanted."""
-        objects, versions, partials = set[str](), set[str](), set[str]()
-        if self.assignment is not None:
-            objects.add(self.assignment.metadata.sha256)
-        for skill in self._skills():
-            pointer, wanted = self._pointer(skill), self._wanted(skill)
-            kept = [installed.manifest for installed in (pointer.active, pointer.previous) if installed is not None]
-            if wanted is not None and wanted.manifest.sha256 not in pointer.refused:
-                kept.append(wanted.manifest.sha256)
-            for digest in kept:
-                versions.add(digest)
-                objects.add(digest)
-                with contextlib.suppress(NotFound):
-                    for part in self._bundle(digest).parts:
-                        objects.add(part.sha256)
-                        partials.add(part.wire_sha256)
-        freed = self._store.collect(frozenset(objects), frozenset(versions), frozenset(partials))
-        if freed:
+        try:
+            kept = self._ledger.kept()
+            freed = self._store.collect(kept.objects, kept.versions, kept.partials)
+        except (NotFound, StorageError) as error:
+            LOG.log(logging.DEBUG if self._uncollected else logging.WARNING, "disk.uncollected error=%r", str(error))
+            self._uncollected = True
+            return
+        if freed or self._uncollected:
             LOG.info("disk.freed bytes=%s", freed)
+        self._uncollected = False
 
     def _skills(self) -> tuple[str, ...]:
-        wanted = {w.skill for w in self.assignment.skills} if self.assignment is not None else set()
-        return tuple(sorted(wanted | set(self._pointers) | {worker.load.skill for worker in self._running.values()}))
-
-    def _wanted(self, skill: str) -> WantedSkill | None:
-        if self.assignment is None:
-            return None
-        return next((wanted for wanted in self.assignment.skills if wanted.skill == skill), None)
-
-    def _pointer(self, skill: str) -> Pointer:
-        return self._pointers.get(skill) or Pointer(skill)
+        return tuple(sorted(self._ledger.skills() | {worker.load.skill for worker in self._running.values()}))
 
     def _write(self, pointer: Pointer) -> None:
-        self._store.write_pointer(pointer)
-        self._pointers[pointer.skill] = pointer
-        self._remember_known()
-
-    def _remember_known(self) -> None:
-        self._service.known({skill for skill, pointer in self._pointers.items() if pointer.active is not None})
-
-    def _is_active(self, skill: str, digest: str) -> bool:
-        active = self._pointer(skill).active
-        return active is not None and active.manifest == digest
-
-    def _life(self, skill: str, digest: str) -> Life:
-        life = self._lives.get(skill)
-        if life is None or life.digest != digest:
-            life = self._lives[skill] = Life(digest)
-        return life
-
-    def _bundle(self, digest: str) -> Bundle:
-        bundle = self._bundles.get(digest)
-        if bundle is None:
-            bundle = self._store.bundle(digest)
-            if bundle is None:
-                raise NotFound(f"the manifest {digest[:12]}… is not a bundle's")
-            self._bundles[digest] = bundle
-            if len(self._bundles) > KEPT_BUNDLES:
-                self._bundles.popitem(last=False)
-        return bundle
+        self._ledger.write(pointer)
+        self._service.known(self._ledger.serving())
 
     def _load(self, skill: str, installed: Installed) -> Load:
-        models = self._bundle(installed.manifest).skill.models
+        models = self._ledger.bundle(installed.manifest).skill.models
         chosen = [v for name, model in models.items() for v in model.variants if v.name == installed.variants.get(name)]
         return Load(
             skill=skill,

@@ -19,6 +19,7 @@ class FakeWorkers:
     def __init__(self) -> None:
         self.cannot_load: dict[str, SkerryError] = {}
         self.probe: dict[str, str] = {}
+        self.probe_hold: asyncio.Event | None = None  # set: probes wait for it
         self.answer: Callable[[Load, bytes], bytes] = lambda load, body: json.dumps({"version": load.version}).encode()
         self.alive: list[FakeWorker] = []
         self.started: list[Load] = []
@@ -68,6 +69,8 @@ class FakeWorker:
         if self._dead is not None:
             raise Unreachable(f"the worker is gone: {self._dead}")
         if header["op"] == "probe":
+            if self._pool.probe_hold is not None:
+                await self._pool.probe_hold.wait()
             return {"ok": True, "probe": self._pool.probe.get(self.load.digest, "")}, b""
         self._pending += 1
         self._idle.clear()

@@ -1,5 +1,6 @@
 """From an assignment to a serving skill, and everything that may go wrong between, on a clock that jumps."""
 
+import asyncio
 import dataclasses
 import datetime as dt
 import errno
@@ -10,7 +11,7 @@ import pytest
 
 from skills import signing, topics
 from skills.desired import seal
-from skills.errors import FormatError
+from skills.errors import FormatError, StorageError
 from skills.files import sha256_hex
 from skills.report import CHUNK_BYTES, decode_chunk
 
@@ -168,6 +169,57 @@ def test_a_release_that_only_the_assignment_names_is_refused(scene):
         state = await world.settled(digest)
         assert state.phase == "refused"
         assert "does not list skills/digits/1.0.0.json" in state.reason
+
+    scene(story)
+
+
+def test_a_refusal_for_want_of_a_listing_ends_when_the_listing_comes(scene):
+    async def story(world):
+        listed = world.controller.targets
+        digest = world.controller.release()
+        listed, world.controller.targets = world.controller.targets, listed
+        world.controller.refresh()
+        await world.boot()
+        world.controller.assign(DIGITS1)
+        assert (await world.settled(digest)).phase == "refused"
+        await world.power_cut()
+        await world.boot()
+        assert (await world.settled(digest)).phase == "refused"
+        world.controller.targets = listed
+        world.controller.refresh()
+        world.controller.tell()  # the same releases, the same counter, other metadata
+        await world.serving(digest)
+
+    scene(story)
+
+
+def test_metadata_that_the_controller_lost_holds_nothing_against_the_release(scene):
+    async def story(world):
+        digest = world.controller.release()
+        del world.controller.objects[world.controller.metadata.sha256]
+        await world.boot()
+        world.controller.assign(DIGITS1)
+        state = await world.settled(digest)
+        assert (state.phase, "no such object" in state.reason) == ("failed", True)
+        world.controller.refresh()
+        world.controller.tell()
+        await world.serving(digest)
+
+    scene(story)
+
+
+def test_a_failed_probe_is_not_held_against_the_version_that_is_wanted_meanwhile(scene):
+    async def story(world):
+        bad, good = world.controller.release(), world.controller.release(version="2.0.0")
+        world.workers.probe[bad] = "off"
+        world.workers.probe_hold = asyncio.Event()
+        await world.boot()
+        world.controller.assign(DIGITS1)
+        await world.until(lambda: world.workers.alive)
+        world.controller.assign(DIGITS2)
+        await world.until(lambda: world.agent.reconciler.assignment.counter == world.controller.counter)
+        world.workers.probe_hold.set()
+        await world.serving(good)
 
     scene(story)
 
@@ -362,6 +414,51 @@ def test_a_skill_that_is_no_longer_assigned_is_removed_with_its_files(scene):
         await world.until(lambda: not world.controller.reports[-1].skills)
         await world.until(lambda: not list((world.data / "versions").iterdir()))
         assert not world.workers.alive
+
+    scene(story)
+
+
+def test_an_older_assignment_replayed_to_a_device_that_lost_its_last_one_removes_nothing(scene):
+    async def story(world):
+        digest = world.controller.release()
+        await world.boot()
+        world.controller.assign()
+        world.controller.assign(DIGITS1)
+        await world.serving(digest)
+        await world.power_cut()
+        (world.data / "assignment.json").write_bytes(b"torn")
+        world.controller.counter, world.controller.wanted, world.controller.answers_nonce = 1, (), False
+        world.controller.tell()
+        await world.boot()
+        await world.until(lambda: world.controller.reports and world.controller.reports[-1].counter == 1)
+        await asyncio.sleep(3600)
+        assert world.agent.service.find("digits").installed.version == "1.0.0"
+        assert (world.data / "active/digits.json").exists()
+        world.controller.answers_nonce = True  # the controller itself says so, to this very boot
+        world.controller.tell()
+        await world.until(lambda: not world.controller.reports[-1].skills)
+
+    scene(story)
+
+
+def test_a_disk_that_will_not_be_cleared_is_a_warning_once(scene, monkeypatch, caplog):
+    async def story(world):
+        caplog.set_level("DEBUG", "skerry.agent")
+        with monkeypatch.context() as broken:
+
+            def refuse(*_):
+                raise StorageError("cannot remove x: Input/output error")
+
+            broken.setattr("edge_agent.store.Store.collect", refuse)
+            await world.boot()
+            for number in (1, 2):
+                digest = world.controller.release(version=f"{number}.0.0")
+                world.controller.assign(("digits", f"{number}.0.0"))
+                await world.serving(digest)
+                await asyncio.sleep(1)
+        told = [record.levelname for record in caplog.records if "disk.uncollected" in record.message]
+        assert told[0] == "WARNING"
+        assert set(told[1:]) == {"DEBUG"}
 
     scene(story)
 

@@ -61,6 +61,7 @@ class Device:
             raise AssertionError(f"{step} moved the pointer")
         if isinstance(step, plan.Remove):
             assert self.facts.wanted is None
+            assert self.facts.confirmed
         if isinstance(step, plan.Activate):
             assert self.facts.running[step.installed.manifest].probed
             assert self.facts.trusted == ""
@@ -94,9 +95,8 @@ class Device:
                 self.change(trusted="not listed" if bad else "", bundle=BUNDLES.get(want.manifest.sha256))
             case plan.Refuse(_, digest, refusal):
                 self.change(pointer=plan.refused(pointer, digest, refusal))
-            case plan.Forget():
-                assert facts.wanted is not None
-                self.change(pointer=plan.forgotten(pointer, facts.wanted.manifest.sha256))
+            case plan.Forget(_, digest, metadata):
+                self.change(pointer=plan.forgotten(pointer, digest, metadata))
             case plan.Stage(_, digest, _):
                 self.change(staged=facts.staged | {digest})
             case plan.Probe(_, digest, _):
@@ -120,8 +120,11 @@ def devices(draw: st.DrawFn) -> Device:
     active, previous, want = draw(maybe), draw(maybe), draw(maybe)
     if active is None or previous == active:
         previous = None
+    rests_on = draw(st.sampled_from(["", METADATA.sha256, "e" * 64]))
     refused = {
-        digest: Refusal("failed", "before") for digest in draw(digests) if active is None or digest != sha(active)
+        digest: Refusal("failed", "before", rests_on)
+        for digest in draw(digests)
+        if active is None or digest != sha(active)
     }
     pointer = Pointer(
         "s",
@@ -141,6 +144,7 @@ def devices(draw: st.DrawFn) -> Device:
         capabilities=draw(st.sampled_from([CAPABLE, dataclasses.replace(CAPABLE, ram_mb=1)])),
         metadata=METADATA,
         fresh=draw(st.booleans()),
+        confirmed=draw(st.booleans()),
         objects=objects,
         staged=draw(digests) | ({sha(active)} if active and draw(st.booleans()) else set()),
         bundle=BUNDLES[sha(want)] if want and trusted == "" else None,
@@ -217,3 +221,35 @@ def test_what_serves_comes_before_what_is_wanted() -> None:
         staged=frozenset([sha("1.0.0")]),
     )
     assert isinstance(plan.next_step(facts), plan.Start)
+
+
+def refused_facts(refusal: Refusal, **more: object) -> Facts:
+    pointer = Pointer("s", refused={sha("2.0.0"): refusal})
+    facts = Facts(pointer, wanted("2.0.0"), CAPABLE, METADATA, fresh=True)
+    return dataclasses.replace(facts, **more)
+
+
+def test_a_refusal_that_rests_on_metadata_is_forgotten_when_the_metadata_changes() -> None:
+    facts = Facts(Pointer("s"), wanted("2.0.0"), CAPABLE, METADATA, objects=frozenset([METADATA.sha256, sha("2.0.0")]))
+    step = plan.next_step(dataclasses.replace(facts, trusted="not listed"))
+    assert step == plan.Refuse("s", sha("2.0.0"), Refusal("refused", "not listed", METADATA.sha256))
+    facts = refused_facts(step.refusal)
+    assert isinstance(plan.next_step(facts), plan.Wait)
+    new = ObjectRef("e" * 64, 11)
+    step = plan.next_step(dataclasses.replace(facts, metadata=new))
+    assert step == plan.Forget("s", sha("2.0.0"), new.sha256)
+    assert plan.forgotten(facts.pointer, step.digest, step.metadata) == Pointer("s")
+
+
+def test_a_failed_probe_is_remembered_whatever_the_metadata() -> None:
+    facts = refused_facts(Refusal("failed", "off by 3"), metadata=ObjectRef("e" * 64, 11))
+    assert isinstance(plan.next_step(facts), plan.Wait)
+
+
+def test_a_skill_is_removed_only_when_an_assignment_of_this_boot_was_confirmed() -> None:
+    facts = Facts(
+        Pointer("s", installed("1.0.0")), None, CAPABLE, METADATA,
+        staged=frozenset([sha("1.0.0")]), running={sha("1.0.0"): Running()},
+    )  # fmt: skip
+    assert plan.next_step(facts) == plan.Wait(plan.UNCONFIRMED)
+    assert plan.next_step(dataclasses.replace(facts, confirmed=True)) == plan.Remove("s")
