@@ -68,14 +68,13 @@ class Link:
         """
         channel = _channel(self._target, self._tls)
         stub = oip.service().GRPCInferenceServiceStub(channel)
-        _remove(path)
         try:
             server = await asyncio.start_unix_server(
-                lambda reader, writer: self._worker(stub, reader, writer), path, limit=1 << 20
+                lambda reader, writer: self._worker(stub, reader, writer), _unnamed(path), limit=1 << 20
             )
         except OSError as error:
             raise Unreachable(f"cannot listen on {path}: {error.strerror or error}") from None
-        _only_ours(path)
+        _name(path)
         warm = asyncio.create_task(self._keep_warm(stub), name="keep-warm")
         try:
             await stop.wait()
@@ -316,8 +315,18 @@ def _remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def _only_ours(path: Path) -> None:
-    path.chmod(0o600)
+def _unnamed(path: Path) -> Path:
+    """Return where a socket is made: who sees it under its own name may connect."""
+    unnamed = path.with_name(f"{path.name}~")
+    unnamed.unlink(missing_ok=True)
+    return unnamed
+
+
+def _name(path: Path) -> None:
+    """Give a socket that listens its own name, for nobody but us; a name left by a dead process is taken over."""
+    unnamed = path.with_name(f"{path.name}~")
+    unnamed.chmod(0o600)
+    unnamed.replace(path)
 
 
 def _request(header: Mapping[str, Any], frame: bytes, deadline_us: int) -> Any:

@@ -111,12 +111,14 @@ class LinkClient:
         self._put(ipc.frame({"op": "cancel", "id": request, "late": late}))
 
     def wait_up(self, timeout_s: float) -> bool:
-        """Wait until the link reaches the tail; False when it did not in time."""
+        """Wait until the link says that it reaches the tail; False when it did not in time, or when there is no link."""
         until = time.monotonic() + timeout_s
-        while not self.estimate().up and time.monotonic() < until:
-            if not self._receive(min(0.1, max(0.0, until - time.monotonic()))) and self._channel is None:
-                time.sleep(0.05)  # the link process itself is not there yet
-        return self._estimate.up
+        while not self.estimate().up:
+            left = until - time.monotonic()
+            if self._channel is None or left <= 0:
+                return False
+            self._receive(left)
+        return True
 
     def close(self) -> None:
         if self._channel is not None:

@@ -1,0 +1,62 @@
+"""The worker's side of the link, against a socket whose other end says what the test wants."""
+
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from edge_agent import ipc
+from edge_agent.tail_client import LinkClient
+
+
+def estimate(*, up: bool) -> bytes:
+    return ipc.frame({"op": "estimate", "mbit": 10.0, "rtt_ms": 5.0, "up": up, "cold": False, "queue_ms": 0.0})
+
+
+@pytest.fixture
+def listener(tmp_path: Path) -> Iterator[tuple[Path, socket.socket]]:
+    path = tmp_path / "l"
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen()
+        listening.settimeout(5)
+        yield path, listening
+
+
+def test_waiting_for_the_tail_ends_with_the_links_word_that_it_is_there(listener):
+    path, listening = listener
+
+    def link() -> None:
+        channel, _ = listening.accept()
+        with channel:
+            channel.settimeout(5)
+            channel.sendall(estimate(up=False))
+            channel.recv(4096)  # the client looks: it has heard nothing good yet
+            channel.sendall(estimate(up=True)[:7])
+            channel.sendall(estimate(up=True)[7:])
+            channel.recv(4096)
+
+    speaking = threading.Thread(target=link)
+    speaking.start()
+    client = LinkClient(path)
+    assert client.wait_up(30)
+    client.close()
+    speaking.join(5)
+
+
+def test_waiting_for_the_tail_ends_at_once_when_there_is_no_link_or_it_hangs_up(listener):
+    path, listening = listener
+    assert not LinkClient(path.with_name("nobody")).wait_up(1e6)
+    client = LinkClient(path)
+    client.prepare("p")
+    listening.accept()[0].close()
+    assert not client.wait_up(1e6)
+
+
+def test_waiting_for_the_tail_is_bounded(listener):
+    path, _ = listener  # accepts nobody
+    client = LinkClient(path)
+    assert not client.wait_up(0.01)
+    client.close()
