@@ -55,6 +55,28 @@ def decode(
         FormatError: anything about the frame that does not fit `coding` and `tensors`.
     """
     view = memoryview(frame)
+    at, heads = _heads(tensors, view)
+    decoded = _total(tensors, heads)
+    if decoded > max_bytes or any(size == 0 for shape, _ in heads for size in shape):
+        raise FormatError(f"an activation frame unpacks to {decoded} bytes, allowed are 1 to {max_bytes}")
+    arrays = {}
+    for index, (live, (shape, length)) in enumerate(zip(tensors, heads, strict=True)):
+        arrays[live.name] = _decode_one(coding, index, live, shape, view[at : at + length])
+        at += length
+    return arrays
+
+
+def decoded_bytes(tensors: Sequence[Live], frame: bytes | memoryview) -> int:
+    """Return how many bytes a frame says that it unpacks to, before any of it is unpacked.
+
+    Raises:
+        FormatError: its header does not fit `tensors`.
+    """
+    return _total(tensors, _heads(tensors, memoryview(frame))[1])
+
+
+def _heads(tensors: Sequence[Live], view: memoryview) -> tuple[int, list[tuple[tuple[int, ...], int]]]:
+    """Return where a frame's bodies begin, and the shape and the body's length of each tensor."""
     if len(view) < 4 or bytes(view[:2]) != MAGIC or view[2] != VERSION or view[3] != len(tensors):
         raise FormatError(f"not an activation frame of version {VERSION} with {len(tensors)} tensors")
     at, heads = 4, []
@@ -69,14 +91,11 @@ def decode(
         raise FormatError(
             f"an activation frame has {len(view)} bytes, its header says {at + sum(length for _, length in heads)}"
         )
-    decoded = sum(math.prod(shape) * _itemsize(live) for live, (shape, _) in zip(tensors, heads, strict=True))
-    if decoded > max_bytes or any(size == 0 for shape, _ in heads for size in shape):
-        raise FormatError(f"an activation frame unpacks to {decoded} bytes, allowed are 1 to {max_bytes}")
-    arrays = {}
-    for index, (live, (shape, length)) in enumerate(zip(tensors, heads, strict=True)):
-        arrays[live.name] = _decode_one(coding, index, live, shape, view[at : at + length])
-        at += length
-    return arrays
+    return at, heads
+
+
+def _total(tensors: Sequence[Live], heads: Sequence[tuple[tuple[int, ...], int]]) -> int:
+    return sum(math.prod(shape) * _itemsize(live) for live, (shape, _) in zip(tensors, heads, strict=True))
 
 
 def calibrated(kind: str, samples: "Array") -> tuple[float, int]:

@@ -22,17 +22,34 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tls-ca", type=Path, metavar="FILE", help="whose client certificates are accepted")
     parser.add_argument("--tls-cert", type=Path, metavar="FILE")
     parser.add_argument("--tls-key", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--tls-crl", type=Path, metavar="FILE", help="certificates that are refused; read again when changed"
+    )
+    parser.add_argument(
+        "--allowed", type=Path, metavar="FILE", help="which device may use which plan; read again when changed"
+    )
     parser.add_argument("--port-file", type=Path, metavar="FILE", help="written with the port once the server answers")
     parser.add_argument("--threads", type=int, default=1, help="onnxruntime threads per segment")
     chosen = parser.parse_args(argv)
     files = (chosen.tls_ca, chosen.tls_cert, chosen.tls_key)
     if any(files) and not all(files):
         parser.error("--tls-ca, --tls-cert and --tls-key belong together")
+    if (chosen.tls_crl or chosen.allowed) and not all(files):
+        parser.error(
+            "--tls-crl and --allowed need --tls-ca, --tls-cert and --tls-key: without TLS nobody says who it is"
+        )
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     try:
-        server = Server(chosen.tails, chosen.listen, tls=files if all(files) else None, threads=chosen.threads)
+        server = Server(
+            chosen.tails,
+            chosen.listen,
+            tls=files if all(files) else None,
+            crl=chosen.tls_crl,
+            allowed=chosen.allowed,
+            threads=chosen.threads,
+        )
         if chosen.port_file is not None:
             write_atomic(chosen.port_file, f"{server.port}\n".encode())
     except SkerryError as error:

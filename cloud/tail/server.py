@@ -6,13 +6,16 @@ read it, and `split.deadline_us` how much time is left. The answer's trailing me
 """
 
 import concurrent.futures
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import skills
+from cloud.tail.budget import ByteBudget
 from cloud.tail.engine import MAX_WAITING, Engine, Result
+from cloud.tail.guard import Guard, NotPermitted
 from cloud.tail.store import Loaded, Store
 from skills import codec, oip, ort, zstd
 from skills.errors import (
@@ -34,13 +37,11 @@ MAX_DEADLINE_S = 300.0
 MAX_KEY_BYTES = 1 << 20
 EXTENSIONS = ("skerry.split.compact",)
 
-Allow = Callable[[str, str, str], bool]
+Ask = Callable[[str, str], None]
 
 
-def make_service(
-    store: Store, engine: Engine, ready: Callable[[], bool], allow: Allow = lambda device, plan, cut: True
-) -> Any:
-    """Return the servicer; `allow` is asked with (device from its certificate, plan, cut) before anything is decoded."""
+def make_service(store: Store, engine: Engine, ready: Callable[[], bool], allow: Ask, budget: ByteBudget) -> Any:
+    """Return the servicer; `allow` is asked with (device from its certificate, plan) before anything is looked up or decoded."""
     grpc, pb, pb_grpc = _grpc(), oip.messages(), oip.service()
 
     class Service(pb_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc, name-defined]
@@ -52,17 +53,21 @@ def make_service(
 
         def ModelReady(self, request: Any, context: Any) -> Any:  # noqa: N802
             # Loads the plan: who asks is about to use it, and the first request should not wait for that.
-            try:
-                store.get(request.name.partition(".")[0])
-            except SkerryError:
-                return pb.ModelReadyResponse(ready=False)
-            return pb.ModelReadyResponse(ready=ready())
+            with _Refusals(grpc, context):
+                plan = request.name.partition(".")[0]
+                allow(_device(context), plan)
+                try:
+                    store.get(plan)
+                except SkerryError:
+                    return pb.ModelReadyResponse(ready=False)
+                return pb.ModelReadyResponse(ready=ready())
 
         def ServerMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
             return pb.ServerMetadataResponse(name="skerry-tail", version=skills.__version__, extensions=EXTENSIONS)
 
         def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
             with _Refusals(grpc, context):
+                allow(_device(context), request.name.partition(".")[0])
                 loaded, after = _plain_model(store, request.name)
                 inputs = loaded.plan.inputs if after == 0 else _cut_after(loaded, after).tensors
                 answer = pb.ModelMetadataResponse(name=request.name, versions=["1"], platform="onnx_segments")
@@ -76,9 +81,21 @@ def make_service(
                 arrived = time.monotonic()
                 call = oip.from_request(request)
                 deadline = arrived + _seconds_left(call, context)
-                loaded, after, values = _read(store, request.model_name, call, context, allow)
-                decoded = time.monotonic()
-                result = _wait(engine.submit(loaded, after, values, deadline, context.is_active), deadline)
+                compact = call.parameters.get("split.plan")
+                allow(_device(context), request.model_name.partition(".")[0] if compact is None else str(compact))
+                frame = _read(store, request.model_name, call)
+                size = request.ByteSize() + frame.decoded_bytes
+                budget.take(size)
+                try:
+                    values = frame.decode()
+                    decoded = time.monotonic()
+                    waiting = engine.submit(frame.loaded, frame.after, values, deadline, context.is_active)
+                except BaseException:
+                    budget.give(size)
+                    raise
+                # Held until the engine lets go of it, which may be after this call has given up waiting.
+                waiting.add_done_callback(lambda _: budget.give(size))
+                result = _wait(waiting, deadline)
                 times = (
                     ("split-decode-us", decoded - arrived),
                     ("split-queue-us", result.queue_ms / 1e3),
@@ -97,15 +114,26 @@ class Server:
     """A running tail: `port`, and `stop()` which drains."""
 
     def __init__(
-        self, tails: Path, listen: str, *, tls: tuple[Path, Path, Path] | None = None, threads: int = 1
+        self,
+        tails: Path,
+        listen: str,
+        *,
+        tls: tuple[Path, Path, Path] | None = None,
+        crl: Path | None = None,
+        allowed: Path | None = None,
+        threads: int = 1,
     ) -> None:
         """Listen on HOST:PORT (port 0: any free one); `tls` is (ca, certificate, key), and then clients need one too.
 
+        `crl` lists certificates that are refused, `allowed` which device may use which plan (`cloud.tail.guard.Allowed`);
+        neither means anything without TLS, for then nobody says who he is.
+
         Raises:
             Unreachable: the port is taken or the address is not this machine's.
-            NotFound: a TLS file is missing.
+            NotFound, FormatError: a file is missing or not what it should be.
         """
         grpc, pb_grpc = _grpc(), oip.service()
+        guard = Guard(crl, allowed) if tls is not None else Guard()
         _import_heavy()
         self._engine, self._ready = Engine(), True
         # A handler waits for the compute thread: as many as may wait, and a few for the questions that never do.
@@ -116,8 +144,13 @@ class Server:
             ("grpc.so_reuseport", 0),
             ("grpc.http2.min_ping_interval_without_data_ms", 5000),
         )
-        self._server = grpc.server(pool, options=options, maximum_concurrent_rpcs=2 * MAX_WAITING)
-        service = make_service(Store(tails, threads), self._engine, lambda: self._ready)
+        self._server = grpc.server(
+            pool,
+            options=options,
+            maximum_concurrent_rpcs=2 * MAX_WAITING,
+            interceptors=() if tls is None else (_certificate_check(grpc, guard),),
+        )
+        service = make_service(Store(tails, threads), self._engine, lambda: self._ready, guard.check_plan, ByteBudget())
         pb_grpc.add_GRPCInferenceServiceServicer_to_server(service, self._server)
         try:
             if tls is None:
@@ -145,6 +178,7 @@ class _Refusals:
         codes = grpc.StatusCode
         self._context = context
         self._codes = (
+            (NotPermitted, codes.PERMISSION_DENIED),
             (DeadlineExceeded, codes.DEADLINE_EXCEEDED), (Refused, codes.RESOURCE_EXHAUSTED), (NotFound, codes.NOT_FOUND),
             (FormatError, codes.INVALID_ARGUMENT), (UsageError, codes.INVALID_ARGUMENT), (TrustError, codes.FAILED_PRECONDITION),
             (SkerryError, codes.INTERNAL),
@@ -159,13 +193,45 @@ class _Refusals:
                 self._context.abort(code, str(error)[:1000])
 
 
-def _read(store: Store, model: str, call: oip.Call, context: Any, allow: Allow) -> tuple[Loaded, int, Any]:
+def _certificate_check(grpc: Any, guard: Guard) -> Any:
+    """Return the interceptor that every call passes: a certificate that was revoked opens nothing."""
+
+    class CertificateCheck(grpc.ServerInterceptor):  # type: ignore[misc]
+        def intercept_service(self, go_on: Callable[[Any], Any], details: Any) -> Any:
+            handler = go_on(details)
+            if handler is None or handler.unary_unary is None:
+                return handler
+
+            def checked(request: Any, context: Any) -> Any:
+                try:
+                    guard.check_certificate(bytes(context.auth_context().get("x509_pem_cert", [b""])[0]))
+                except TrustError as error:
+                    context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error)[:1000])
+                return handler.unary_unary(request, context)
+
+            return grpc.unary_unary_rpc_method_handler(
+                checked, handler.request_deserializer, handler.response_serializer
+            )
+
+    return CertificateCheck()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Frame:
+    """A request whose header fits its plan: where to go on, and what `decode` will take beyond the message itself."""
+
+    loaded: Loaded
+    after: int
+    decoded_bytes: int
+    decode: Callable[[], Any]
+
+
+def _read(store: Store, model: str, call: oip.Call) -> _Frame:
     name, cut_name = call.parameters.get("split.plan"), call.parameters.get("split.cut")
-    device = _device(context)
     if name is None:
         loaded, after = _plain_model(store, model)
-        _permit(allow, device, loaded.name, "input" if after == 0 else _cut_after(loaded, after).name)
-        return loaded, after, _checked(loaded, after, call)
+        values = _checked(loaded, after, call)
+        return _Frame(loaded, after, sum(array.nbytes for array in values.values()), lambda: values)
     try:
         loaded = store.get(str(name))
     except NotFound as error:
@@ -173,12 +239,14 @@ def _read(store: Store, model: str, call: oip.Call, context: Any, allow: Allow) 
             str(error)
         ) from None  # the device's plan is not ours: its request is wrong here, not merely missing
     cut = loaded.plan.cut(str(cut_name))
-    _permit(allow, device, loaded.name, cut.name)
     coding = _coding(cut, str(call.parameters.get("split.codec")))
     (frame,) = call.arrays.values() if len(call.arrays) == 1 else (None,)
     if frame is None or frame.ndim != 1 or frame.dtype != "uint8":
         raise FormatError("a compact request carries one UINT8 tensor of one dimension, the packed frame")
-    return loaded, cut.after, codec.decode(coding, cut.tensors, frame.data)
+    data = frame.data
+    # What says that it is larger than may be is refused by `decode`, for what it is.
+    size = min(codec.decoded_bytes(cut.tensors, data), codec.MAX_DECODED_BYTES)
+    return _Frame(loaded, cut.after, size, lambda: codec.decode(coding, cut.tensors, data))
 
 
 def _plain_model(store: Store, model: str) -> tuple[Loaded, int]:
@@ -213,11 +281,6 @@ def _coding(cut: Cut, name: str) -> Coding:
     raise FormatError(
         f"cut {cut.name} has no coding {name[:40]!r}, it has {', '.join(one.name for one in cut.codings) or 'none'}"
     )
-
-
-def _permit(allow: Allow, device: str, plan: str, cut: str) -> None:
-    if not allow(device, plan, cut):
-        raise Refused(f"{device or 'this client'} may not use plan {plan} at cut {cut}")
 
 
 def _device(context: Any) -> str:

@@ -32,7 +32,9 @@ def test_an_affine_coding_is_off_by_at_most_half_a_step(seed: int, batch: int, k
     top = 255 if kind == "u8" else 15
     scale = (high - low) / top
     coding = Coding(kind, scales=(scale,), zeros=(round(-low / scale),))  # type: ignore[arg-type]
-    back = codec.decode(coding, (X,), codec.encode(coding, (X,), {"x": x}))["x"]
+    frame = codec.encode(coding, (X,), {"x": x})
+    back = codec.decode(coding, (X,), frame)["x"]
+    assert codec.decoded_bytes((X,), frame) == back.nbytes
     assert back.shape == x.shape
     assert back.dtype == np.float32
     assert np.abs(back - x).max() <= scale * 1.01  # half a step, and half a step for the zero point

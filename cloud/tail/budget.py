@@ -1,0 +1,39 @@
+"""How many bytes of requests a tail holds at once: what would go beyond is refused before it is decoded."""
+
+import threading
+
+from skills.errors import Refused
+
+MAX_HELD_BYTES = 192 << 20  # two of the largest requests there may be, or thousands of usual ones
+
+
+class ByteBudget:
+    """Counts bytes from `take` to `give`; for use from many threads."""
+
+    def __init__(self, limit: int = MAX_HELD_BYTES) -> None:
+        self._limit, self._held = limit, 0
+        self._lock = threading.Lock()
+
+    @property
+    def held(self) -> int:
+        """Bytes that are taken now."""
+        return self._held
+
+    def take(self, size: int) -> None:
+        """Count `size` bytes as held.
+
+        Raises:
+            Refused: they would go beyond the limit; nothing was counted.
+        """
+        with self._lock:
+            if self._held + size > self._limit:
+                raise Refused(
+                    f"the tail holds {self._held >> 20} MiB of requests and has no room for {-(-size >> 20)} MiB more: "
+                    "try again later, or answer on the device"
+                )
+            self._held += size
+
+    def give(self, size: int) -> None:
+        """Count `size` bytes as held no more."""
+        with self._lock:
+            self._held -= size

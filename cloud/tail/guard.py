@@ -1,0 +1,129 @@
+"""Who may use which plan at a tail: the list of revoked certificates, and the table that the controller writes.
+
+Both are files that somebody else replaces; they are looked at with every question and read again when they changed.
+A file that cannot be read lets nobody in.
+"""
+
+import dataclasses
+import functools
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Generic, Literal, TypeVar
+
+from skills.errors import FormatError, Refused, SkerryError, TrustError
+from skills.files import read_bytes
+from skills.wire import Limits, decode_json
+
+MAX_CRL_BYTES = 64 << 20
+MAX_TABLE_BYTES = 64 << 20
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Allowed:
+    """Which plans, by hash, each device may use; a device that is not named may use none."""
+
+    devices: Mapping[str, tuple[Annotated[str, Limits(pattern="[0-9a-f]{16}")], ...]]
+    format: Literal["allowed/v1"] = "allowed/v1"
+
+
+class NotPermitted(Refused):
+    """Policy says no, and asking again will not help."""
+
+
+class Guard:
+    """Answers from the newest content of both files; for use from many threads. Without a file its question is not asked."""
+
+    def __init__(self, crl: Path | None = None, allowed: Path | None = None) -> None:
+        """Read both files once.
+
+        Raises:
+            NotFound, FormatError, StorageError: one of them is missing, or not what it should be.
+        """
+        self._revoked = _Watched(crl, MAX_CRL_BYTES, "the list of revoked certificates", _serials) if crl else None
+        self._allowed = _Watched(allowed, MAX_TABLE_BYTES, "the table of allowed plans", _table) if allowed else None
+        for file in (self._revoked, self._allowed):
+            if file is not None:
+                file.get()
+
+    def check_certificate(self, pem: bytes) -> None:
+        """Let a client pass whose certificate is not revoked; that our CA signed it was the handshake's business.
+
+        Raises:
+            TrustError: it is revoked, or whether it is cannot be told.
+        """
+        if self._revoked is None:
+            return
+        try:
+            revoked = _serial(pem) in self._revoked.get()
+        except SkerryError as error:
+            raise TrustError(f"the tail cannot tell who this is: {error}") from None
+        if revoked:
+            raise TrustError("this certificate was revoked: the device was removed, or enrolled again since")
+
+    def check_plan(self, device: str, plan: str) -> None:
+        """Let a device use a plan that the controller assigned to it.
+
+        Raises:
+            NotPermitted: it did not, or whether it did cannot be told.
+        """
+        if self._allowed is None:
+            return
+        try:
+            plans = self._allowed.get().get(device, frozenset())
+        except SkerryError as error:
+            raise NotPermitted(f"the tail cannot tell what {device or 'this client'} may use: {error}") from None
+        if plan not in plans:
+            raise NotPermitted(
+                f"{device or 'this client'} may not use the plan {plan[:32]!r}: it is not assigned to it"
+            )
+
+
+class _Watched(Generic[T]):
+    """A file's checked content, read again when the file was replaced."""
+
+    def __init__(self, path: Path, max_bytes: int, what: str, parse: Callable[[bytes, str], T]) -> None:
+        self._path, self._max_bytes, self._what, self._parse = path, max_bytes, what, parse
+        self._lock = threading.Lock()
+        self._seen: tuple[int, int, int] | None = None
+        self._value: T | None = None
+
+    def get(self) -> T:
+        with self._lock:
+            try:
+                found = self._path.stat()
+            except OSError as error:
+                raise FormatError(f"{self._what} cannot be read: {error.strerror or error}") from None
+            now = found.st_mtime_ns, found.st_size, found.st_ino
+            if self._value is None or now != self._seen:
+                # Looked at before it is read: a file that is replaced in between is read once more, never once too few.
+                self._value = None
+                self._value = self._parse(read_bytes(self._path, self._what, self._max_bytes), self._what)
+                self._seen = now
+            return self._value
+
+
+def _table(data: bytes, what: str) -> dict[str, frozenset[str]]:
+    table = decode_json(Allowed, data, what, MAX_TABLE_BYTES)
+    return {device: frozenset(plans) for device, plans in table.devices.items()}
+
+
+def _serials(data: bytes, what: str) -> frozenset[int]:
+    from cryptography import x509
+
+    try:
+        return frozenset(entry.serial_number for entry in x509.load_pem_x509_crl(data))
+    except ValueError as error:
+        raise FormatError(f"{what} is none: {error}") from None
+
+
+@functools.lru_cache(maxsize=4096)
+def _serial(pem: bytes) -> int:
+    from cryptography import x509
+
+    try:
+        return x509.load_pem_x509_certificate(pem).serial_number
+    except ValueError as error:
+        raise TrustError(f"the client's certificate is none: {error}") from None
