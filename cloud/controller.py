@@ -30,8 +30,9 @@ from cloud.https import serve_https
 from cloud.journal import Journal, open_journal
 from cloud.lock import only_one
 from cloud.orders import Orders
+from cloud.permits import Permits
 from cloud.registry import Registry
-from skills.errors import SkerryError, Unreachable
+from skills.errors import SkerryError, StorageError, Unreachable
 from skills.files import read_bytes, write_atomic
 from skills.messaging import Connected, MqttClient
 from skills.mqtt import Mqtt, TlsFiles
@@ -70,13 +71,19 @@ class Controller:
         self.fleet = Fleet(self.database, authority, journal, now)
         self.registry = Registry(settings.data, self.database, journal, now)
         self.orders = Orders(self.database, self.fleet, self.registry, now)
-        self.delivery = Delivery(mqtt, self.fleet, self.orders, self.registry, journal)
+        self.permits = Permits(settings.data / "tails" / "allowed.json", self.database, self.registry, journal)
+        self.delivery = Delivery(mqtt, self.fleet, self.orders, self.registry, self.permits, journal)
         self.children: dict[str, Child] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._started = now()
 
     async def start(self) -> None:
-        """Begin to serve devices."""
+        """Begin to serve devices.
+
+        Raises:
+            StorageError: the tail's table cannot be written.
+        """
+        self.permits.rebuild()
         await self.delivery.start()
         self._tasks.append(asyncio.create_task(self._keep_fresh(), name="keep metadata fresh"))
 
@@ -115,6 +122,8 @@ class Controller:
         self.fleet.remove(device)
         with contextlib.suppress(Unreachable):
             self.delivery.clear(device)
+        with contextlib.suppress(StorageError):  # its certificate is revoked; the next full look takes the row away too
+            self.permits.update({device})
         if (child := self.children.get("broker")) is not None:
             child.signal(signal.SIGHUP)  # mosquitto and amqtt read the list of revoked certificates again
         if self.broker.kind != "amqtt":
@@ -280,6 +289,7 @@ async def _start_tail(controller: Controller, settings: Settings, ports: Ports) 
         port_file,
     ]
     command += ["--tls-ca", files.ca_file, "--tls-cert", files.server.cert, "--tls-key", files.server.key]
+    command += ["--tls-crl", files.crl_file, "--allowed", settings.data / "tails" / "allowed.json"]
     child = controller.children["tail"] = Child("tail server", [str(word) for word in command], controller.journal)
     await child.start()
     await child.ready(port_file.exists, TAIL_DEADLINE_S)

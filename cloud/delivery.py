@@ -13,6 +13,7 @@ from collections.abc import Callable
 from cloud.fleet import Fleet
 from cloud.journal import Journal
 from cloud.orders import Orders
+from cloud.permits import Permits
 from cloud.registry import Registry
 from skills import topics
 from skills.errors import DeadlineExceeded, FormatError, NotFound, Refused, SkerryError, Unreachable, error_for
@@ -43,8 +44,19 @@ def _sign_of_life() -> bytes:
 class Delivery:
     """The controller's end of every device's topics."""
 
-    def __init__(self, mqtt: MqttClient, fleet: Fleet, orders: Orders, registry: Registry, journal: Journal) -> None:
+    def __init__(
+        self,
+        mqtt: MqttClient,
+        fleet: Fleet,
+        orders: Orders,
+        registry: Registry,
+        permits: Permits,
+        journal: Journal,
+    ) -> None:
         self._mqtt, self._fleet, self._orders, self._registry, self._journal = mqtt, fleet, orders, registry, journal
+        self._permits = permits
+        self._named: dict[str, tuple[str, ...]] = {}  # the manifests in a device's assignment, until it is told anew
+        self._refusing = False  # the disk or the database: said once, and once more when it is over
         self._queues: dict[str, collections.deque[Asked]] = {}
         self._asked = asyncio.Event()
         self._reported = asyncio.Event()
@@ -103,32 +115,70 @@ class Delivery:
                 await self._telling.wait()
             self._telling.clear()
             await self.connected.wait()
-            count = 0
             while self._untold:
-                device = self._untold.pop()
+                wave, self._untold = self._untold, set()
                 try:
-                    self._mqtt.publish(
-                        topics.down(device, "desired"), self._orders.assignment(device), qos=1, retain=True
-                    )
-                    if device in self._uncalled:
-                        self._mqtt.publish(topics.down(device, "cmd"), _sign_of_life(), qos=1)
-                        self._uncalled.discard(device)
-                except NotFound:
-                    continue
-                except SkerryError as error:
-                    self._untold.add(device)
-                    self._journal.debug("assignment.delayed", device=device, error=error)
-                    await asyncio.sleep(RETRY_S)
-                    await self.connected.wait()
-                count += 1
-                if count % TOLD_AT_ONCE == 0:
-                    await asyncio.sleep(0)
+                    await self._tell_wave(wave)
+                finally:
+                    self._untold |= wave
+
+    async def _tell_wave(self, wave: set[str]) -> None:
+        """Tell these devices; whoever is done with, or waits for the next wave, is taken out of `wave`."""
+        try:
+            self._permits.update(wave)  # before anybody is told: a device may ask the tail at once
+        except SkerryError as error:
+            await self._wait_after(None, error)
+            return
+        failed = False
+        for count, device in enumerate(sorted(wave), 1):
+            wave.discard(device)
+            if device in self._untold:
+                continue  # its assignment is newer than the look above: the next wave's
+            try:
+                self._tell_one(device)
+            except SkerryError as error:
+                failed = True
+                self._untold.add(device)
+                await self._wait_after(device, error)
+            if count % TOLD_AT_ONCE == 0:
+                await asyncio.sleep(0)
+        if self._refusing and not failed:
+            self._refusing = False
+            self._journal.info("assignment.flowing")
+
+    def _tell_one(self, device: str) -> None:
+        try:
+            assignment = self._orders.assignment(device)
+        except NotFound:
+            return
+        self._mqtt.publish(topics.down(device, "desired"), assignment, qos=1, retain=True)
+        self._named.pop(device, None)
+        if device in self._uncalled:
+            self._mqtt.publish(topics.down(device, "cmd"), _sign_of_life(), qos=1)
+            self._uncalled.discard(device)
+
+    async def _wait_after(self, device: str | None, error: SkerryError) -> None:
+        """Say why assignments wait, and wait: a full queue passes by itself, anything else is a warning the first time."""
+        passing = isinstance(error, Unreachable)
+        say = self._journal.debug if passing or self._refusing else self._journal.warning
+        say("assignment.delayed", device=device, error=error)
+        self._refusing = self._refusing or not passing
+        await asyncio.sleep(RETRY_S)
+        await self.connected.wait()
+
+    def _forget_permits(self) -> None:
+        """Take from the tail's table what devices no longer serve: now and then, not with every report."""
+        try:
+            self._permits.rebuild()
+        except SkerryError as error:
+            self._journal.warning("tail.table_old", error=error)
 
     def clear(self, device: str) -> None:
         """Take back the retained assignment of a device that was removed."""
         self._untold.discard(device)
         self._uncalled.discard(device)
         self._queues.pop(device, None)
+        self._named.pop(device, None)
         if self.connected.is_set():
             self._mqtt.publish(topics.down(device, "desired"), b"", qos=1, retain=True)
 
@@ -139,6 +189,7 @@ class Delivery:
         while True:
             if loop.time() >= next_full:
                 self.tell(self._orders.step())
+                self._forget_permits()
                 next_full = loop.time() + FULL_LOOK_EVERY_S
             try:
                 async with asyncio.timeout_at(next_full):
@@ -228,7 +279,7 @@ class Delivery:
                     if not queue:
                         self._queues.pop(device, None)
                         continue
-                    frame = self._frame(*queue.popleft())
+                    frame = self._frame(device, *queue.popleft())
                     credit, last = min(BURST_BYTES, credit + (loop.time() - last) * BYTES_PER_S), loop.time()
                     if credit < len(frame):
                         await asyncio.sleep((len(frame) - credit) / BYTES_PER_S)
@@ -236,8 +287,9 @@ class Delivery:
                     await self._publish_chunk(device, frame)
                 await asyncio.sleep(0)
 
-    def _frame(self, transfer: int, sha256: str, index: int) -> bytes:
+    def _frame(self, device: str, transfer: int, sha256: str, index: int) -> bytes:
         try:
+            self._check_named(device, sha256)
             data = self._registry.read_chunk(sha256, index * CHUNK_BYTES, CHUNK_BYTES)
         except SkerryError as error:
             return encode_chunk(Chunk(transfer, index, str(error).encode()[:CHUNK_BYTES], gone=True))
@@ -245,6 +297,21 @@ class Delivery:
             reason = f"the object {sha256[:12]}… has no chunk {index}"
             return encode_chunk(Chunk(transfer, index, reason.encode(), gone=True))
         return encode_chunk(Chunk(transfer, index, data))
+
+    def _check_named(self, device: str, sha256: str) -> None:
+        """Let a device have what its assignment leads to: a metadata set, its manifests, their parts.
+
+        Raises:
+            Refused: it leads nowhere near this object.
+            NotFound, FormatError, StorageError: a manifest of the assignment cannot be read.
+        """
+        if self._registry.is_metadata(sha256):
+            return
+        named = self._named.get(device)
+        if named is None:
+            named = self._named[device] = self._orders.manifests(device)
+        if not any(sha256 in self._registry.objects_of(manifest) for manifest in named):
+            raise Refused(f"the assignment of {device} names no object {sha256[:12]}…")
 
     async def _publish_chunk(self, device: str, frame: bytes) -> None:
         end = asyncio.get_running_loop().time() + PUBLISH_DEADLINE_S

@@ -268,6 +268,13 @@ class Orders:
 
     # --- telling ----------------------------------------------------------------------------------
 
+    def manifests(self, identity: str) -> tuple[str, ...]:
+        """Return the manifests that a device's assignment names, by SHA-256."""
+        query = select(Release.manifest_sha256).where(Wanted.device == identity)
+        query = query.join(Wanted, (Wanted.skill == Release.skill) & (Wanted.version == Release.version))
+        with self._database.begin() as session:
+            return tuple(session.scalars(query))
+
     def assignment(self, identity: str) -> bytes:
         """Return the sealed assignment of a device: what it should run now, answering its last hello.
 

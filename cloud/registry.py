@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 MAX_OBJECT_BYTES = (1 << 30) + (1 << 20)
 MAX_TARGETS_BYTES = 768 << 10
+MAX_CACHED = 64  # manifests held in memory
+MAX_OBJECT_SETS = 512  # what belongs to a manifest: asked for with every chunk
 KEPT_SETS = 8  # metadata sets that a device may still be fetching
 REFRESH_BEFORE = timedelta(days=5)  # of the seven that online metadata lives
 ROLES = ("root", "targets", "snapshot", "timestamp")
@@ -69,6 +71,9 @@ class Registry:
         self._laying = threading.Lock()
         self.keys = self._open_keys()
         self._bundles: dict[str, Bundle] = {}
+        self._plans: dict[str, frozenset[str]] = {}  # by manifest; kept, for a release never changes
+        self._objects_of: dict[str, frozenset[str]] = {}
+        self._sets: tuple[str, ...] = ()
         self._signed_for = ""  # the targets that the online metadata speaks of
         self.metadata = self.refresh()
         self._adopt()
@@ -154,9 +159,40 @@ class Registry:
         if bundle is None:
             data = read_bytes(self.path_of(sha256), "the manifest", MAX_MANIFEST_BYTES)
             bundle = self._bundles[sha256] = decode_bundle(data, f"the manifest {sha256[:12]}…")
-            if len(self._bundles) > 64:
+            if len(self._bundles) > MAX_CACHED:
                 self._bundles.pop(next(iter(self._bundles)))
         return bundle
+
+    def plans_of(self, sha256: str) -> frozenset[str]:
+        """Return the hashes of the split plans in the bundle with this manifest.
+
+        Raises:
+            NotFound, StorageError: the manifest or a plan is not there, or cannot be read.
+            FormatError, TrustError: one of them is not what it should be.
+        """
+        found = self._plans.get(sha256)
+        if found is None:
+            bundle = self.manifest(sha256)
+            found = self._plans[sha256] = frozenset(plan_hash(self._plan(bundle, path)[0]) for path in bundle.splits)
+        return found
+
+    def objects_of(self, sha256: str) -> frozenset[str]:
+        """Return all that a device may fetch of the bundle with this manifest: the manifest itself and its parts.
+
+        Raises:
+            NotFound, FormatError, StorageError: as `manifest`.
+        """
+        found = self._objects_of.get(sha256)
+        if found is None:
+            parts = self.manifest(sha256).parts
+            found = self._objects_of[sha256] = frozenset((sha256, *(part.wire_sha256 for part in parts)))
+            if len(self._objects_of) > MAX_OBJECT_SETS:
+                self._objects_of.pop(next(iter(self._objects_of)))
+        return found
+
+    def is_metadata(self, sha256: str) -> bool:
+        """Say whether an object is a set of metadata that an assignment named of late."""
+        return sha256 in self._sets
 
     # --- repository -------------------------------------------------------------------------------
 
@@ -356,6 +392,7 @@ class Registry:
         kept = path.read_text().split() if path.exists() else []
         kept = [*(name for name in kept if name != newest), newest]
         write_atomic(path, "\n".join(kept[-KEPT_SETS:]).encode())
+        self._sets = tuple(kept[-KEPT_SETS:])
         for name in kept[:-KEPT_SETS]:
             (self._objects / name).unlink(missing_ok=True)
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import datetime as dt
+import json
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -17,9 +18,11 @@ from cloud.journal import open_journal
 from skills import signing, topics
 from skills.bundle import BundleFile
 from skills.desired import ObjectRef
-from skills.errors import DeadlineExceeded, NotFound, TrustError
+from skills.errors import DeadlineExceeded, NotFound, StorageError, TrustError, Unreachable
 from skills.mqtt_fake import FakeBroker
+from skills.report import DeviceState, Need, Phase, SkillState
 from skills.resolve import Capabilities
+from skills.wire import encode_json
 
 Build = Callable[..., BundleFile]
 NO_ONNX = Capabilities(arch="x86_64", isa=(), npu=(), runtimes={}, ram_mb=64, disk_mb=64, agent="fake/1")
@@ -382,3 +385,119 @@ def test_the_invitation_is_one_word_that_holds_everything() -> None:
     token = Invitation("https://10.0.0.1:8443", "s3cret", "ab" * 32).token()
     assert token.isascii()
     assert not set(token) & set("+/= \n'\"")
+
+
+def allowed(world: World) -> dict[str, list[str]]:
+    """Return the tail's table as the tail would read it."""
+    return dict(json.loads((world.data / "tails" / "allowed.json").read_text()).get("devices", {}))
+
+
+async def test_the_tail_knows_of_an_assignment_before_the_device_does(
+    world: World, csr: Callable[[], str], split_bundle: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.build, known = split_bundle, []
+    client = world.controller.delivery._mqtt
+    publish = client.publish
+
+    def watch(topic: str, payload: bytes, **more: object) -> None:
+        if topic == topics.down("a", "desired"):
+            known.append((bool(world.controller.fleet.wanted("a")), sorted(allowed(world))))
+        publish(topic, payload, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(client, "publish", watch)
+    world.join("a", csr())
+    world.join("b", csr(), site="north")
+    await online(world, "a", "b")
+    assert allowed(world) == {}
+    await world.publish("1.0.0")
+    world.controller.push("halves", None, "name=a", None)
+    await world.until(lambda: world.devices["a"].serves("halves", "1.0.0"))
+    assert {names == ["a"] for wanted, names in known if wanted} == {True}
+    (plan,) = (path.name for path in (world.data / "tails").iterdir() if path.is_dir())
+    assert allowed(world) == {"a": [plan]}
+    await world.controller.remove("a")
+    assert allowed(world) == {}
+
+
+async def test_during_an_update_the_plan_that_still_serves_is_allowed_too_and_none_that_was_never_assigned(
+    world: World, csr: Callable[[], str], split_bundle: Build
+) -> None:
+    world.build = split_bundle
+    fleet, registry = world.controller.fleet, world.controller.registry
+    fleet.enroll(fleet.invite("https://x", {}, 60).token(), csr(), "a")
+    plan, manifest = {}, {}
+    for version in ("1.0.0", "2.0.0", "3.0.0"):
+        bundle = await world.publish(version)
+        (plan[version],) = registry.plans_of(bundle.digest)
+        manifest[version] = bundle.digest
+
+    def says(*versions: tuple[str, Phase]) -> None:
+        """Report as the device would, and let the controller look at everything."""
+        skills = tuple(SkillState("halves", version, manifest[version], phase) for version, phase in versions)
+        fleet.heard_state("a", encode_json(DeviceState("a", 1, fleet.device("a").counter, skills)))
+        world.controller.orders.step()
+        world.controller.permits.rebuild()
+
+    def told(version: str) -> None:
+        world.controller.permits.update(world.controller.orders.push("halves", version, "all", None)[1])
+
+    told("1.0.0")
+    assert set(allowed(world)["a"]) == {plan["1.0.0"]}
+    says(("1.0.0", "serving"))
+    told("2.0.0")
+    assert set(allowed(world)["a"]) == {plan["1.0.0"], plan["2.0.0"]}
+    says(("1.0.0", "serving"), ("2.0.0", "fetching"), ("3.0.0", "serving"))  # it claims what nobody gave it
+    assert set(allowed(world)["a"]) == {plan["1.0.0"], plan["2.0.0"]}
+    says(("2.0.0", "serving"))
+    assert set(allowed(world)["a"]) == {plan["2.0.0"]}
+
+
+async def test_a_device_gets_no_object_that_its_assignment_does_not_lead_to(
+    world: World, csr: Callable[[], str]
+) -> None:
+    for name in ("a", "b"):
+        world.join(name, csr())
+    await online(world, "a", "b")
+    bundle = await world.publish("1.0.0")
+    world.controller.push("tiny", None, "name=a", None)
+    await world.until(lambda: world.devices["a"].serves("tiny", "1.0.0"))
+    outsider = world.devices["b"]
+    wanted = (bundle.digest, bundle.bundle.parts[0].wire_sha256, "0" * 64)
+    frames = [world.controller.delivery._frame("b", 7, sha256, 0) for sha256 in wanted]
+    assert all(b"the assignment of b names no object" in frame for frame in frames)
+    outsider._mqtt.publish(topics.up("b", "need"), encode_json(Need(7, bundle.digest, ((0, 1),))))
+    heard: list[bytes] = []
+    outsider._take = heard.append  # type: ignore[method-assign]
+    await world.until(lambda: bool(heard))
+    assert heard == [frames[0]]
+    for sha256 in (bundle.digest, bundle.bundle.parts[0].wire_sha256, world.controller.registry.metadata.sha256):
+        assert b"names no object" not in world.controller.delivery._frame("a", 7, sha256, 0)
+    world.controller.push("tiny", None, "all", None)
+    await world.until(lambda: outsider.serves("tiny", "1.0.0") or bool(heard[1:]))
+    assert b"names no object" not in world.controller.delivery._frame("b", 7, bundle.digest, 0)
+
+
+async def test_a_disk_that_keeps_refusing_is_warned_of_once_and_its_recovery_is_said(
+    world: World, csr: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controller, said = world.controller, []
+    for level in ("debug", "info", "warning"):
+        monkeypatch.setattr(controller.journal, level, lambda kind, level=level, **_: said.append((level, kind)))
+    monkeypatch.setattr("cloud.delivery.RETRY_S", 0.0)
+    world.join("a", csr())
+    await online(world, "a")
+    await world.until(world.devices["a"].fresh.is_set)
+    assignment, errors = controller.orders.assignment, [Unreachable("full"), *[StorageError("no space left")] * 3]
+
+    def refuses(device: str) -> bytes:
+        if errors:
+            raise errors.pop(0)
+        return assignment(device)
+
+    monkeypatch.setattr(controller.orders, "assignment", refuses)
+    said.clear()
+    controller.delivery.tell({"a"})
+    await world.until(lambda: ("info", "assignment.flowing") in said)
+    about = [(level, kind) for level, kind in said if kind.startswith("assignment.")]
+    delayed = [(level, "assignment.delayed") for level in ("debug", "warning", "debug", "debug")]
+    assert about == [*delayed, ("info", "assignment.flowing")]
