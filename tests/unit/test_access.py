@@ -44,7 +44,9 @@ def test_a_damaged_file_is_one_clear_error(config: Path) -> None:
         find_access(Flags(), {}, config)
 
 
-@pytest.mark.parametrize("url", ["ftp://x", "http://kept:8443", "kept:8443", "https://", "https://x:99999", "https://x/path"])
+@pytest.mark.parametrize(
+    "url", ["ftp://x", "http://kept:8443", "kept:8443", "https://", "https://x:99999", "https://x/path"]
+)
 def test_an_address_that_no_controller_could_have_is_refused(url: str) -> None:
     with pytest.raises(UsageError, match="expected https://HOST:PORT"):
         check_url(url)
