@@ -29,9 +29,9 @@ def compress(
 ) -> "Report":
     """Compress `model` for `device` within `max_drop` percentage points, and write the folder `out`.
 
-    `model` is an `.onnx` file, the text `package.module:factory` (with `weights`, a state-dict file, if it needs one)
-    or a torch module; `data` an `.npz` file or a mapping with `x` and, if known, `y`, `x_train`, `y_train`. Without
-    labels the metric is agreement with the original. `out` appears whole at the end or not at all; an earlier
+    `model` is an `.onnx` file, the text `file.py:factory` or `package.module:factory` (with `weights`, a state-dict
+    file, if it needs one) or a torch module; `data` an `.npz` file or a mapping with `x` and, if known, `y`, `x_train`,
+    `y_train`. Without labels the metric is agreement with the original. `out` appears whole at the end or not at all; an earlier
     result there is replaced.
 
     Returns the report even when the budget was missed (`report.verdict == "not_reached"`, `report.reached()` raises):

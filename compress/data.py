@@ -93,6 +93,8 @@ def _check(name: str, x_name: str, y_name: str, arrays: Mapping[str, Array]) -> 
         raise FormatError(
             f"{name}: {x_name} has dtype {x.dtype} and shape {x.shape}, expected numbers, one sample a row"
         )
+    if x.size == 0:
+        raise FormatError(f"{name}: {x_name} has the shape {x.shape}: there is no sample in it")
     if x.dtype.kind == "f":
         bad = int(len(x) - np.isfinite(x.reshape(len(x), -1)).all(axis=1).sum())
         if bad:

@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import importlib
+import importlib.util
 import io
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +44,7 @@ def load(model: object, weights: Path | None, sample: Array) -> Source:
     Raises:
         NotFound: the file, module or factory does not exist.
         FormatError: it is no valid ONNX, or uses an operator that onnxruntime does not have.
-        UsageError: the argument is neither a file nor `package.module:factory`.
+        UsageError: the argument is neither a file, nor `file.py:factory`, nor `package.module:factory`.
         MissingExtra: torch is needed and not installed.
     """
     if isinstance(model, (str, Path)) and (isinstance(model, Path) or ":" not in model):
@@ -50,7 +52,7 @@ def load(model: object, weights: Path | None, sample: Array) -> Source:
         if path.suffix != ".onnx":
             if not path.exists():
                 raise NotFound(f"there is no model file {path}")
-            raise FormatError(f"{path} is no .onnx file: give one, or package.module:factory of a torch module")
+            raise FormatError(f"{path} is no .onnx file: give one, or file.py:factory of a torch module")
         data = read_bytes(path, "the model", MAX_MODEL_BYTES)
         return Source(check(data, str(path), path.parent), path.name, sha256_hex(data), len(data))
     if isinstance(model, str):
@@ -108,21 +110,57 @@ def _unknown_operators(model: Any) -> list[str]:
 
 
 def _make(reference: str) -> Any:
-    """Call the factory that `package.module:factory` names."""
-    path, _, attribute = reference.partition(":")
+    """Call the factory that `file.py:factory` or `package.module:factory` names."""
+    path, _, attribute = reference.rpartition(":")
     if not path or not attribute.isidentifier():
-        raise UsageError(f"'{reference}' is neither a file nor package.module:factory")
+        raise UsageError(f"'{reference}' is neither a file, nor file.py:factory, nor package.module:factory")
     _torch()
     try:
-        module = importlib.import_module(path)
+        module = _import_file(Path(path)) if path.endswith(".py") else _import_module(path)
     except ModuleNotFoundError as error:
-        if error.name and path.startswith(error.name):
-            raise NotFound(f"there is no module '{error.name}' to import (is its folder on PYTHONPATH?)") from None
+        if error.name and not path.endswith(".py") and f"{path}.".startswith(f"{error.name}."):
+            raise NotFound(f"there is no module '{error.name}' to import, here or on PYTHONPATH") from None
         raise MissingExtra(f"{path} needs the module '{error.name}', which is not installed") from None
+    except SyntaxError as error:
+        raise FormatError(f"{error.filename or path} line {error.lineno}: {error.msg}") from None
     factory = getattr(module, attribute, None)
     if not callable(factory):
-        raise NotFound(f"the module {path} has no function '{attribute}'")
+        raise NotFound(f"{path} has no function '{attribute}'")
     return factory()
+
+
+def _import_file(path: Path) -> Any:
+    """Import a file by its path; what lies beside it can be imported by it."""
+    if not path.is_file():
+        raise NotFound(f"there is no file {path}")
+    spec = importlib.util.spec_from_file_location(f"skerry_factory_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise FormatError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses in the file look themselves up
+    with _also_from(path.parent):
+        spec.loader.exec_module(module)
+    return module
+
+
+def _import_module(name: str) -> Any:
+    with _also_from(Path.cwd()):
+        return importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def _also_from(folder: Path) -> Iterator[None]:
+    """Let imports look in a folder too, last of all: nothing in it takes the place of an installed module."""
+    entry = str(folder.resolve())
+    sys.path.append(entry)
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        for at in range(len(sys.path) - 1, -1, -1):
+            if sys.path[at] == entry:
+                del sys.path[at]  # the last one is ours
+                break
 
 
 def export(module: Any, name: str, weights: Path | None, sample: Array) -> bytes:

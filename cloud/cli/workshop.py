@@ -38,7 +38,9 @@ def compress(
     screen: Screen,
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="An .onnx file, or package.module:factory that returns a torch module."),
+        typer.Argument(
+            metavar="MODEL", help="An .onnx file, or FILE.py:FACTORY or MODULE:FACTORY that returns a torch module."
+        ),
     ],
     data: Annotated[
         Path, typer.Option("--data", metavar="FILE", help="An .npz with x and, if known, y (and x_train, y_train).")
@@ -57,7 +59,8 @@ def compress(
     ] = 1.0,
     goal: Annotated[str, typer.Option("--goal", metavar="size|latency|both", help="What counts most.")] = "both",
     weights: Annotated[
-        Path | None, typer.Option("--weights", metavar="FILE", help="State dict for package.module:factory.")
+        Path | None,
+        typer.Option("--weights", metavar="FILE", help="State dict for the module that the factory returns."),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of everything random.")] = 0,
 ) -> None:

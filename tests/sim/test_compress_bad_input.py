@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from onnx import helper, numpy_helper
 
-from compress import compress
+from compress import compress, model
 from compress.folder import write_folder
 from skills.errors import FormatError, NotFound, SkerryError, StorageError, UsageError
 
@@ -39,6 +39,7 @@ def one_line(error: BaseException) -> bool:
         (lambda d: {"x": d["x"], "y": d["y"][:-1]}, r"y has shape \(999,\).* expected 1000 whole-number labels"),
         (lambda d: {"x": d["x"], "y": d["y"].astype(np.float32)}, r"dtype float32, expected 1000 whole-number labels"),
         (lambda d: {"x": np.where(d["x"] > 2.5, np.nan, d["x"]).astype(np.float32)}, r"\d+ of 1000 samples in x hold NaN"),
+        (lambda d: {"x": d["x"][:0], "y": d["y"][:0]}, r"x has the shape \(0, 1, 12, 12\): there is no sample in it"),
         (lambda d: {"images": d["x"]}, "has the arrays images, expected x"),
         (lambda d: {"x": d["x"][:5], "y": d["y"][:5]}, "x has 5 samples, expected at least 20"),
         (lambda d: {**d, "y_train": d["y"]}, "has y_train without x_train"),
@@ -249,6 +250,23 @@ def test_a_torch_module_is_exported_and_compressed(torch_net: str, small_net: Bu
     assert report.result.metric > 0.8
 
 
+@pytest.mark.parametrize("reference", ["net_in_this_folder.py:make", "net_in_this_folder:make", "{folder}/net.py:make"])
+def test_a_factory_in_a_file_needs_no_python_path(
+    reference: str, small_net: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("net_in_this_folder.py", "net.py"):
+        (tmp_path / name).write_text("from layers_beside_it import make\n")
+    (tmp_path / "layers_beside_it.py").write_text(TORCH_NET)
+    (tmp_path / "skills.py").write_text("raise SystemExit('this took the place of ours')\n")
+    monkeypatch.chdir(tmp_path)
+    for name in ("net_in_this_folder", "layers_beside_it"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    before = list(sys.path)
+    source = model.load(reference.format(folder=tmp_path), None, small_net("plain").x)
+    assert source.model.graph.node
+    assert sys.path == before
+
+
 def test_a_recurrent_layer_is_left_alone(torch_net: str, small_net: Build, tmp_path: Path) -> None:
     # 1,000 samples in batches of 64 leave a shorter last one: the second size of an LSTM's tensors is the batch.
     x = small_net("plain").x
@@ -272,14 +290,17 @@ def test_an_operator_that_cannot_be_exported_is_named_and_nothing_else_is_printe
         ("no_such_package_here:make", NotFound, "there is no module 'no_such_package_here'"),
         ("{net}:nothing", NotFound, "has no function 'nothing'"),
         ("{net}:number", FormatError, "gave int, expected a torch module"),
-        (":make", UsageError, "neither a file nor package.module:factory"),
+        (":make", UsageError, "neither a file, nor file.py:factory, nor package.module:factory"),
+        ("nowhere.py:make", NotFound, "there is no file nowhere.py"),
+        ("{folder}/broken.py:make", FormatError, "broken.py line 1"),
     ],
 )
 def test_a_wrong_factory_is_one_sentence(
     reference: str, kind: type[SkerryError], sentence: str, torch_net: str, small_net: Build, tmp_path: Path
 ) -> None:
+    (tmp_path / "broken.py").write_text("def make(:\n")
     with pytest.raises(kind, match=sentence) as caught:
-        compress(reference.format(net=torch_net), {"x": small_net("plain").x}, tmp_path / "out")
+        compress(reference.format(net=torch_net, folder=tmp_path), {"x": small_net("plain").x}, tmp_path / "out")
     assert one_line(caught.value)
 
 
