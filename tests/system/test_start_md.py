@@ -1,4 +1,4 @@
-"""The walk-through of docs/start.md, run as it stands: every sh block, in order, in a home of its own."""
+"""README.md and the walk-through of docs/start.md, run as they stand: every sh block, in order, in a home of its own."""
 
 import os
 import re
@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 
-START = Path(__file__).parent.parent.parent / "docs" / "start.md"
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.mark.timeout(300)
-def test_every_command_of_the_walk_through_works(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("page", "least"), [("README.md", 25), ("docs/start.md", 25)])
+def test_every_command_of_the_page_works(page: str, least: int, tmp_path: Path) -> None:
     home = tmp_path / "walk"
     home.mkdir()
-    blocks = re.findall(r"^```sh\n(.*?)^```", START.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 8
-    script = "\n".join(["set -ex", "trap 'kill $AGENT || true; skerry down || true' EXIT", *blocks])
+    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    assert "".join(blocks).count("\n") >= least
+    script = "\n".join(["set -ex", "trap 'kill $(jobs -p) || true; skerry down || true' EXIT", *blocks])
     environment = {**os.environ, "HOME": str(home), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     log = tmp_path / "walk.log"
     with log.open("wb") as sink:
