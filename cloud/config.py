@@ -212,6 +212,7 @@ class Run:
     ca: str
     log: str
     version: str
+    listen: str = ""  # empty: a version that did not tell
 
 
 def read_run(path: Path) -> Run | None:

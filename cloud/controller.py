@@ -238,6 +238,7 @@ async def serve(settings: Settings, journal: Journal, stop: asyncio.Event) -> No
                 ca=str(authority.ca_file),
                 log=str(settings.log_file),
                 version=skills.__version__,
+                listen=settings.listen,
             )
             write_atomic(settings.run_file, encode_json(dataclasses.asdict(run)), mode=0o600)
             journal.info(

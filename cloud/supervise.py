@@ -13,10 +13,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
+from cloud.broker import external_broker
 from cloud.config import Run, Settings, make_directory, read_run
 from cloud.lock import is_held
-from skills.errors import DeadlineExceeded, NotFound, SkerryError, StorageError, error_for
+from skills.errors import DeadlineExceeded, NotFound, SkerryError, StorageError, UsageError, error_for
 from skills.files import read_bytes
 
 START_DEADLINE_S = 60.0
@@ -114,6 +116,34 @@ def stop(data: Path, deadline_s: float = STOP_DEADLINE_S) -> bool:
         os.waitpid(running.run.pid, 0)  # ours, and ended: nothing of it shall remain
     path.unlink(missing_ok=True)
     return True
+
+
+def check_same(run: Run, asked: Settings, *, listen_given: bool) -> None:
+    """Refuse settings that were asked for and that a running controller does not have; what nobody gave may be anything.
+
+    Raises:
+        UsageError: it runs with other settings.
+    """
+    other = []
+    if listen_given and run.listen and asked.listen != run.listen:
+        other.append(f"--listen {run.listen}, not {asked.listen}")
+    for option, port, url in (
+        ("--api-port", asked.api_port, run.url),
+        ("--mqtt-port", asked.mqtt_port, None if run.broker == "external" else run.mqtt_url),
+        ("--tail-port", asked.tail_port, run.tail_url),
+    ):
+        if port and url is not None and port != urlsplit(url).port:
+            other.append(f"{option} {urlsplit(url).port}, not {port}")
+    if asked.broker is not None and (run.broker, run.mqtt_url) != (
+        "external",
+        url := external_broker(asked.broker).url,
+    ):
+        own = run.mqtt_url if run.broker == "external" else f"its own {run.broker}"
+        other.append(f"the broker {own}, not {url}")
+    if other:
+        raise UsageError(
+            f"the controller (pid {run.pid}) runs with other settings ({'; '.join(other)}): skerry down first"
+        )
 
 
 def options(settings: Settings) -> list[str]:

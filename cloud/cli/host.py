@@ -46,8 +46,14 @@ def register(app: typer.Typer) -> None:
 def up(
     screen: Screen,
     listen: Annotated[
-        str, typer.Option("--listen", metavar="ADDRESS", help="Address to listen on; 0.0.0.0 for every network.")
-    ] = "127.0.0.1",
+        str | None,
+        typer.Option(
+            "--listen",
+            metavar="ADDRESS",
+            help="Address to listen on; 0.0.0.0 for every network.",
+            show_default="127.0.0.1",
+        ),
+    ] = None,
     data: Data = None,
     broker: Annotated[
         str | None, typer.Option("--broker", metavar="URL", help="A broker that you run: mqtts://HOST:PORT.")
@@ -73,12 +79,12 @@ def up(
     """
     from cloud import supervise
     from cloud.access import Access, keep_access
-    from cloud.config import Settings, resolve_address
+    from cloud.config import LOOPBACK, Settings, resolve_address
 
     folder = data_folder(data)
     settings = Settings(
         folder,
-        listen=resolve_address(listen),
+        listen=resolve_address(LOOPBACK if listen is None else listen),
         api_port=api_port,
         mqtt_port=mqtt_port,
         tail_port=tail_port,
@@ -87,6 +93,8 @@ def up(
     with screen.progress("starting") as step:
         step("controller, broker and tail server", 0.3)
         running = supervise.start(settings, detach=not foreground)
+    if running.already:
+        supervise.check_same(running.run, settings, listen_given=listen is not None)
     run = running.run
     key = folder / "keys" / "publisher.pem"
     fingerprint = certificate_fingerprint(running.ca.read_bytes())
