@@ -148,7 +148,7 @@ async def _serve(data: Path, identity: Any, config: Any) -> bool:
         ),
         workers=ZygoteWorkers(config.runtimes),
         trust=TrustProcess(data),
-        capabilities=lambda: capabilities(config, data),
+        capabilities=lambda: capabilities(config),
         links=LinkKeeper(identity.controller.tail_url, files.folder),
     )
     agent = Agent(data, identity, config, parts)

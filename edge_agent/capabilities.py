@@ -11,8 +11,6 @@ from skills import __version__
 from skills.isa import isa
 from skills.resolve import Capabilities
 
-RESERVE_MB = 64  # never offered to skills: room for pointers, logs and the next assignment
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Accelerator:
@@ -51,12 +49,12 @@ class Found:
         return f"no library ({self.node} is there)" if self.node else f"no device node ({self.library} is there)"
 
 
-def capabilities(config: AgentConfig, data: Path, root: Path = Path("/")) -> Capabilities:
+def capabilities(config: AgentConfig, root: Path = Path("/")) -> Capabilities:
     """Return what the device reports in its hello."""
     return Capabilities(
         arch=platform.machine(),
         ram_mb=min(config.memory_mb, memory_mb(root)),
-        disk_mb=min(config.disk_mb, max(free_mb(data) - RESERVE_MB, 0)),
+        disk_mb=config.disk_mb,  # what happens to be free changes from hour to hour: the store looks before each fetch
         agent=__version__,
         isa=isa(root),
         npu=tuple(found.name for found in accelerators(root) if found.node and found.library),

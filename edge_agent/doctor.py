@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from edge_agent.capabilities import RESERVE_MB, accelerators, capabilities, free_mb, memory_mb
+from edge_agent.capabilities import accelerators, capabilities, free_mb, memory_mb
 from edge_agent.config import AgentConfig
 from edge_agent.identity import load_identity
 from edge_agent.runtimes import installed
@@ -16,6 +16,7 @@ from skills.resolve import Capabilities
 
 Level = Literal["good", "note", "bad"]
 REACH_S = 5.0
+ENOUGH_MB = 256  # with less than this free, the first larger skill waits for room
 PACKAGES = {
     "paho.mqtt": "paho-mqtt",
     "cryptography": "cryptography",
@@ -49,7 +50,7 @@ class Diagnosis:
 
 def diagnose(config: AgentConfig, data: Path, root: Path = Path("/")) -> Diagnosis:
     """Look at everything; never raises for what it finds."""
-    found = capabilities(config, data, root)
+    found = capabilities(config, root)
     findings = [
         Finding("machine", "good", f"{found.arch}, {', '.join(found.isa) or 'no known instruction sets'}"),
         *_runtimes(config),
@@ -99,7 +100,7 @@ def _accelerators(root: Path) -> list[Finding]:
 
 def _disk(data: Path) -> Finding:
     free = free_mb(data)
-    level: Level = "good" if free > 4 * RESERVE_MB else "bad"
+    level: Level = "good" if free > ENOUGH_MB else "bad"
     return Finding("disk", level, f"{free} MiB free at {data}")
 
 

@@ -314,9 +314,9 @@ def _install(facts: Facts, wanted: WantedSkill) -> Step:
     parts = parts_for(bundle, choice)
     if digest not in facts.staged:
         missing = tuple(part for part in parts if part.sha256 not in facts.objects)
-        need_mb = sum(part.size + part.wire_size for part in missing) / (1 << 20)
-        if need_mb > facts.capabilities.disk_mb:
-            return Wait(f"needs {need_mb:.0f} MiB of disk, {facts.capabilities.disk_mb} MiB are offered")
+        need, offered = sum({part.sha256: part.size for part in parts}.values()), facts.capabilities.disk_mb << 20
+        if need > offered:
+            return Wait(f"needs {_readable(need)} of disk, {_readable(offered)} are offered (disk_mb)")
         if missing:
             return FetchParts(pointer.skill, digest, missing)
         return Stage(pointer.skill, digest, parts)
@@ -332,6 +332,23 @@ def _install(facts: Facts, wanted: WantedSkill) -> Step:
         reused_bytes=max(sum(part.wire_size for part in parts) - facts.received_part_bytes, 0),
     )
     return Activate(pointer.skill, installed)
+
+
+def shortage(missing: tuple[Part, ...], room: int) -> str:
+    """Return why parts cannot be fetched into `room` bytes of free disk, "" when they fit."""
+    # The wire form of one part at a time lies beside its content, and goes when the content is whole.
+    need = sum(part.size for part in missing) + max((part.wire_size for part in missing), default=0)
+    if need <= room:
+        return ""
+    return f"needs {_readable(need)} of free disk, {_readable(max(room, 0))} are there: tried again until there is room"
+
+
+def _readable(count: int) -> str:
+    """Return bytes as people read them: 812 B, 46.1 kB, 18.6 MB."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"
 
 
 # --- what is told about it ------------------------------------------------------------------------

@@ -281,6 +281,8 @@ class Reconciler:
         except SkerryError as error:
             words = worker.last_words() if worker is not None else ""
             self._stop(skill, digest, at_once=True)
+            if isinstance(error, StorageError):
+                raise  # says nothing about the version
             attempt = self._ledger.attempts[skill]
             if isinstance(error, CHANGES_WORTH_RETRYING) and attempt.failures + 1 < TRIES_BEFORE_REFUSING:
                 raise Unreachable(str(error)) from error
@@ -305,6 +307,8 @@ class Reconciler:
         total = sum(part.wire_size for part in wanted) or 1
         done = total - sum(part.wire_size for part in parts)
         part = parts[0]
+        if why := plan.shortage(parts, self._store.room()):
+            raise StorageError(why)
 
         def told(have: int, count: int) -> None:
             attempt.progress = min((done + part.wire_size * have / count) / total, 1.0)

@@ -37,6 +37,9 @@ from skills.report import CHUNK_BYTES
 from skills.wire import decode_json, encode_json
 
 MAX_POINTER_BYTES = 256 << 10
+RESERVE_BYTES = (
+    64 << 20
+)  # never given to skills, or 1/16 of a small disk: room for pointers, logs and the next assignment
 READ_ONLY = 0o444
 
 
@@ -238,9 +241,16 @@ class Store:
                 self._drop(folder / name)
         return freed
 
-    def free_mb(self) -> int:
-        """Return the free disk space in MiB."""
-        return shutil.disk_usage(self.data).free >> 20
+    def room(self) -> int:
+        """Return the bytes that skills may still take: what is free and what lies in `partial/`, less a reserve.
+
+        Raises:
+            StorageError: the disk refuses.
+        """
+        with storage_errors(self.data):
+            disk = shutil.disk_usage(self.data)
+            begun = sum(path.stat().st_blocks * 512 for path in self.partial.iterdir())
+        return disk.free + begun - min(RESERVE_BYTES, disk.total >> 4)
 
     def _drop(self, path: Path) -> None:
         with storage_errors(path):

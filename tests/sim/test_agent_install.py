@@ -331,6 +331,23 @@ def test_a_silent_controller_is_reported_as_stalled_and_tried_again(scene):
     scene(story)
 
 
+def test_a_device_without_room_is_stalled_and_serves_when_there_is_some(scene, monkeypatch):
+    async def story(world):
+        digest = world.controller.release()
+        with monkeypatch.context() as full:
+            full.setattr("edge_agent.store.Store.room", lambda _: 1000)
+            await world.boot()
+            world.controller.assign(DIGITS1)
+            await world.until(lambda: (s := world.state("digits", digest)) is not None and s.phase == "stalled")
+            await asyncio.sleep(600)
+            state = world.state("digits", digest)
+            assert state.phase == "stalled"
+            assert "kB of free disk, 1.0 kB are there" in state.reason
+        await world.serving(digest)
+
+    scene(story)
+
+
 def test_an_assignment_that_answers_no_nonce_of_this_connection_installs_nothing(scene):
     async def story(world):
         digest = world.controller.release()
