@@ -111,7 +111,7 @@ def resolve_address(listen: str) -> str:
     """Return the numeric form of an address of this machine.
 
     Raises:
-        UsageError: it names nothing.
+        UsageError: it names nothing, or another machine.
     """
     try:
         found = socket.getaddrinfo(listen, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -119,7 +119,16 @@ def resolve_address(listen: str) -> str:
         raise UsageError(
             f"the address {listen!r} is not known here: give an address of this machine, or 0.0.0.0 for all"
         ) from None
-    return str(found[0][4][0])
+    family, address = found[0][0], str(found[0][4][0])
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind((address, 0))
+    except OSError as error:
+        raise UsageError(
+            f"cannot listen on {listen}: {(error.strerror or str(error)).lower()}; "
+            "give an address of this machine, or 0.0.0.0 for all"
+        ) from None
+    return address
 
 
 def choose_ports(settings: Settings) -> Ports:

@@ -70,6 +70,12 @@ def test_an_address_that_names_nothing_is_refused() -> None:
         resolve_address("no.such.host.invalid")
 
 
+@pytest.mark.parametrize("address", ["192.0.2.1", "2001:db8::1"])  # for documentation: nobody has them
+def test_an_address_of_another_machine_is_refused(address: str) -> None:
+    with pytest.raises(UsageError, match=f"cannot listen on {address}: .*give an address of this machine"):
+        resolve_address(address)
+
+
 def test_devices_are_told_an_address_that_they_can_reach() -> None:
     assert hosts_of("192.168.1.5") == ("192.168.1.5",)
     assert hosts_of("0.0.0.0")[0] != "0.0.0.0"  # noqa: S104 - compared
