@@ -186,6 +186,11 @@ class Plan:
         "agreement"
     )
     samples: Annotated[int, Limits(min=0), Doc("how many inputs the drops were measured on")] = 0
+    whole: Annotated[
+        float | None,
+        Limits(min=0, max=1),
+        Doc("the whole model's own value of the metric; 1 where it is the yardstick"),
+    ] = None
     reply_bytes: Annotated[
         int, Limits(min=0), Doc("what comes back for one input; the link is taken to be as fast both ways")
     ] = 0

@@ -75,7 +75,7 @@ def split_json(report: "SplitReport") -> dict[str, Any]:
 
 
 def split_table(plan: "Plan", links: "Sequence[Link]") -> Group:
-    """Return milliseconds from input to answer of every cut in its best coding over each link, and the verdicts."""
+    """Return milliseconds from input to answer of every cut in each coding that is its best over some link, and the verdicts."""
     from cloud.split.verdict import judge, options
 
     columns = [f"{link.mbit:g} Mbit" for link in links]
@@ -93,11 +93,12 @@ def split_table(plan: "Plan", links: "Sequence[Link]") -> Group:
     best = {link: ranked[link][0] for link in links}
     for cut in sorted(plan.cuts, key=lambda cut: cut.after):
         mine = {link: [one for one in ranked[link] if one.cut.name == cut.name] for link in links}
-        offered = next((found[0] for found in mine.values() if found), None)
-        if offered is None:
+        offered = list(dict.fromkeys(found[0].coding for found in mine.values() if found))
+        if not offered:
             made.add_row(*_refused(plan, cut.name), *("–" for _ in links), style="dim")
-            continue
-        made.add_row(*_facts(offered), *(_milliseconds(mine[link][0], best[link]) for link in links))
+        for coding in offered:
+            there = [next(one for one in mine[link] if one.coding == coding) for link in links]
+            made.add_row(*_facts(plan, there[0]), *map(_milliseconds, there, best.values()))
     sentences = []
     for link in links:
         verdict = judge(plan, link)
@@ -107,19 +108,23 @@ def split_table(plan: "Plan", links: "Sequence[Link]") -> Group:
     return Group(made, Text(note, "dim"), Text(), *sentences)
 
 
-def _facts(choice: "Choice") -> tuple[str, ...]:
+def _facts(plan: "Plan", choice: "Choice") -> tuple[str, ...]:
     cut, coding = choice.cut, choice.coding
     if coding is None:
-        return cut.name, "–", "0 B", "100 %", f"{cut.device_ms.p50:.0f} ms", "–"
-    kept = f"{100 - coding.drop:.1f} %"
+        return cut.name, "–", "0 B", _kept(plan, 0.0), f"{cut.device_ms.p50:.0f} ms", "–"
     return (
         cut.name,
         coding.name,
         size(coding.bytes_p50),
-        kept,
+        _kept(plan, coding.drop),
         f"{cut.device_ms.p50:.0f} ms",
         f"{cut.tail_ms.p50:.1f} ms",
     )
+
+
+def _kept(plan: "Plan", drop: float) -> str:
+    """Return the metric's own value after a loss of `drop` points; of an old plan that does not tell it, the change."""
+    return f"{0 - drop:+.1f} pt" if plan.whole is None else f"{100 * plan.whole - drop:.1f} %"
 
 
 def _refused(plan: "Plan", name: str) -> tuple[str, ...]:

@@ -114,8 +114,8 @@ def split(
         plan = Plan(
             sha256_hex(raw) if isinstance(raw, bytes) else sha256_file(raw),
             timed.pieces.live[0], timed.pieces.outputs, timed.pieces.segments, _cuts(kept, timed, codings), network,
-            float(slowdown), private, _least(kept, flow, min_cut), float(max_drop), score.metric, count, reply,
-            shared=timed.pieces.shared,
+            float(slowdown), private, _least(kept, flow, min_cut), float(max_drop), score.metric, count, reply_bytes=reply,
+            whole=round(float(score.values.mean()), 6), shared=timed.pieces.shared,
         )  # fmt: skip
         plan = dataclasses.replace(plan, verdicts=tuple(judge(plan, link) for link in links))
         details = _details(timed, kept, score, rounds) | {

@@ -1,0 +1,58 @@
+"""The table of cuts: what a person reads of a plan."""
+
+import dataclasses
+import io
+
+from rich.console import Console
+
+from cloud.cli import findings
+from skills.split import Coding, Cut, Link, Live, Millis, Plan, Segment
+
+
+def shown(plan: Plan, *links: Link) -> str:
+    out = io.StringIO()
+    Console(file=out, width=160).print(findings.split_table(plan, links))
+    return out.getvalue()
+
+
+def row(text: str, *words: str) -> str:
+    return next(line for line in text.splitlines() if all(word in line.split() for word in words))
+
+
+def make_plan() -> Plan:
+    x, out = (Live(name, "FP32", (-1, 8)) for name in ("x", "out"))
+    codings = (
+        Coding("native", bytes_p50=30_000, drop=-1.6, drop_ci95=(-4.0, 0.9)),
+        Coding("u8", scales=(0.1,), zeros=(0,), bytes_p50=9_000, encode_ms=15, drop=0.4, drop_ci95=(-0.5, 1.3)),
+    )
+    cuts = (
+        Cut("input", 0, Millis(0, 0), Millis(10, 10), (x,), codings, raw=True),
+        Cut("local", 1, Millis(100, 100), Millis(0, 0)),
+    )
+    segments = (Segment("segments/0.onnx", "0" * 64, 9, ("x",), ("out",)),)
+    return Plan("a" * 64, (x,), (out,), segments, cuts, metric="accuracy", samples=250, whole=0.92)
+
+
+def test_with_labels_the_table_shows_the_accuracy_itself_and_never_more_than_all() -> None:
+    text = shown(make_plan(), Link(100, 1))
+    assert "93.6 %" in row(text, "input", "native")
+    assert "92.0 %" in row(text, "local")
+    assert "100.0 %" not in text
+
+
+def test_agreement_with_the_whole_model_is_full_where_it_stays_local() -> None:
+    text = shown(dataclasses.replace(make_plan(), metric="agreement", whole=1.0), Link(1, 1))
+    assert "100.0 %" in row(text, "local")
+    assert "99.6 %" in row(text, "input", "u8")
+
+
+def test_every_coding_that_a_verdict_names_has_its_row() -> None:
+    text = shown(make_plan(), Link(5, 1), Link(100, 1))
+    assert "send the input (u8)" in text
+    assert "send the input (native)" in text
+    assert row(text, "input", "u8")
+    assert row(text, "input", "native")
+
+
+def test_a_plan_of_before_that_does_not_tell_the_whole_shows_the_change() -> None:
+    assert "+1.6 pt" in row(shown(dataclasses.replace(make_plan(), whole=None), Link(100, 1)), "input")
