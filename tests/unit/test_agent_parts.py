@@ -65,7 +65,7 @@ def fake_board(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_capabilities_are_read_below_an_injectable_root(fake_board, tmp_path):
+def test_capabilities_are_read_below_an_injectable_root(fake_board):
     found = capabilities.capabilities(AgentConfig(memory_mb=4096), fake_board)
     assert found.isa == ("asimd", "asimddp")
     assert found.ram_mb == 990
@@ -77,11 +77,11 @@ def test_an_accelerator_counts_only_with_its_node_and_its_library_and_its_placem
     (fake_board / "usr/lib/libethosu.so").touch()
     found = capabilities.capabilities(AgentConfig(), fake_board)
     assert found.npu == ("ethosu",)
-    findings = diagnose(AgentConfig(), fake_board).findings
+    findings = diagnose(AgentConfig(), tmp_path, fake_board).findings
     assert any(f.what == "accelerator" and "placement unproven" in f.text for f in findings)
 
 
-def test_the_owner_caps_memory_and_runtimes(fake_board, tmp_path):
+def test_the_owner_caps_memory_and_runtimes(fake_board):
     found = capabilities.capabilities(AgentConfig(memory_mb=32, runtimes=("litert",)), fake_board)
     assert found.ram_mb == 32
     assert set(found.runtimes) <= {"litert"}
