@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import socket
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from skills.files import read_bytes, storage_errors, write_atomic, xdg_data
 from skills.wire import Limits, decode_json, encode_json
 
 LOOPBACK = "127.0.0.1"
+ROOM_BYTES = 1 << 20  # a first start writes a third of this
 Port = Annotated[int, Limits(min=1, max=65535)]
 
 
@@ -206,6 +208,18 @@ def make_directory(path: Path) -> None:
     """
     with storage_errors(path):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def check_room(data: Path) -> None:
+    """Look why a start failed: on a full disk each part complains in words of its own, or cannot even do that.
+
+    Raises:
+        StorageError: the data directory has no room for what a start writes.
+    """
+    with storage_errors(data), tempfile.TemporaryFile(dir=data, buffering=0) as file:
+        left = ROOM_BYTES
+        while left > 0:
+            left -= file.write(bytes(left)) or left
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ import skills
 from cloud.authority import Authority
 from cloud.broker import Broker, bracket, choose_broker, loopback_of
 from cloud.children import Child
-from cloud.config import Ports, Run, Settings, add_options, choose_ports, hosts_of, settings_from
+from cloud.config import Ports, Run, Settings, add_options, check_room, choose_ports, hosts_of, settings_from
 from cloud.database import Database, Release
 from cloud.delivery import Delivery
 from cloud.fleet import Fleet
@@ -334,6 +334,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add_options(parser)
     given = parser.parse_args(arguments)
+    data = given.data.absolute()  # for the directory changes below
     journal = open_journal(None, screen=True)
     try:
         settings = settings_from(given)
@@ -342,12 +343,26 @@ def main(arguments: list[str] | None = None) -> int:
             journal = open_journal(settings.log_file, level=settings.log_level, screen=True)
             os.chdir(settings.data)  # no other place is held on to
             asyncio.run(_run(settings, journal, until_eof=given.until_eof))
-    except SkerryError as error:
-        journal.error("controller.failed", error=error)
-        return error.exit_code
+    except (SkerryError, OSError) as error:
+        cause = _cause(data, error)
+        if cause is None:
+            raise
+        journal.error("controller.failed", error=cause)
+        return cause.exit_code
     finally:
-        journal.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take is lost
+            journal.close()
     return 0
+
+
+def _cause(data: Path, error: SkerryError | OSError) -> SkerryError | None:
+    """Return what there is to say about the end of a controller; None for an error that nobody foresaw."""
+    if isinstance(error, (OSError, StorageError)):
+        try:
+            check_room(data)
+        except StorageError as full:
+            return full
+    return None if isinstance(error, OSError) else error
 
 
 if __name__ == "__main__":

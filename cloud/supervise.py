@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from cloud.broker import external_broker
-from cloud.config import Run, Settings, make_directory, read_run
+from cloud.config import Run, Settings, check_room, make_directory, read_run
 from cloud.lock import is_held
 from skills.errors import DeadlineExceeded, NotFound, SkerryError, StorageError, UsageError, error_for
 from skills.files import read_bytes
@@ -161,7 +161,7 @@ def _wait_ready(settings: Settings, pid: int, deadline_s: float) -> Running:
     while time.monotonic() < end:
         code = _exit_code(pid)
         if code is not None:
-            raise _why(settings.data / "start.log", code)
+            raise _why(settings.data, code)
         running = status(settings.data)
         if running is not None and running.run.pid == pid:
             return running
@@ -169,8 +169,13 @@ def _wait_ready(settings: Settings, pid: int, deadline_s: float) -> Running:
     raise DeadlineExceeded(f"the controller was not ready within {deadline_s:g} s; its log: {settings.log_file}")
 
 
-def _why(log: Path, code: int) -> SkerryError:
-    """Return the error that a controller ended with: the sentence of its last line, else that line itself."""
+def _why(data: Path, code: int) -> SkerryError:
+    """Return the error that a controller ended with: the sentence of its last line, else that line itself.
+
+    Raises:
+        StorageError: the disk is so full that the controller could not even say so.
+    """
+    log = data / "start.log"
     try:
         with log.open(errors="replace") as file:
             lines = deque((line.strip() for line in file), maxlen=5)
@@ -180,6 +185,7 @@ def _why(log: Path, code: int) -> SkerryError:
         if "controller.failed error=" in line:
             sentence = line.split("controller.failed error=", 1)[1]
             return error_for(code, _unquoted(sentence))
+    check_room(data)
     return SkerryError(
         f"the controller ended with code {code}: {lines[-1] if lines else 'it said nothing'} (see {log})"
     )

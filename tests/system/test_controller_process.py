@@ -27,7 +27,7 @@ from cloud.supervise import Running
 from skills import signing
 from skills.bundle import BundleFile
 from skills.desired import ObjectRef
-from skills.errors import SkerryError, Unreachable
+from skills.errors import SkerryError, StorageError, Unreachable
 from skills.mqtt import Mqtt, TlsFiles
 
 Build = Callable[..., BundleFile]
@@ -260,6 +260,18 @@ def test_a_data_directory_that_is_a_file_is_one_sentence(tmp_path: Path) -> None
     (tmp_path / "data").write_text("")
     with pytest.raises(SkerryError, match="cannot write"):
         supervise.start(settings(tmp_path / "data"))
+
+
+def test_a_start_on_a_full_disk_says_so(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path / "data")]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root may make a small disk")
+    try:
+        with pytest.raises(StorageError, match="no space left to write"):
+            supervise.start(settings(tmp_path / "data", embedded_broker=True))
+    finally:
+        subprocess.run(["umount", str(tmp_path / "data")], check=True)
 
 
 def test_the_api_answers_every_error_in_one_shape(tmp_path: Path, connect: Connect) -> None:

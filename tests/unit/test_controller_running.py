@@ -1,5 +1,7 @@
 """What is asked of a controller that runs already."""
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import pytest
 
 from cloud import supervise
 from cloud.config import Run, Settings
-from skills.errors import UsageError
+from skills.errors import StorageError, UsageError
 
 OURS = Run(
     7, 0.0, "https://127.0.0.1:1", "mqtts://127.0.0.1:2", "grpcs://127.0.0.1:3", "amqtt", "", "", "", "127.0.0.1"
@@ -46,3 +48,17 @@ def test_settings_that_it_has_and_those_that_nobody_gave_are_fine() -> None:
     ask(OURS, listen="127.0.0.1", api_port=1, mqtt_port=2, tail_port=3)
     ask(OURS, api_port=0, mqtt_port=0, tail_port=0)
     ask(THEIRS, listen="0.0.0.0", broker="mqtts://b")  # noqa: S104
+
+
+def test_a_controller_that_said_nothing_on_a_full_disk_ended_for_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "start.log").touch()
+    assert "it said nothing" in str(supervise._why(tmp_path, 1))
+
+    def full(**_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("cloud.config.tempfile.TemporaryFile", full)
+    with pytest.raises(StorageError, match=f"no space left to write {tmp_path}: free some"):
+        supervise._why(tmp_path, 1)
