@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
 
-from edge_agent.identity import Controller, IdentityFiles
-from skills.errors import FormatError, Refused, StorageError, TrustError, Unreachable, UsageError, error_for
-from skills.files import storage_errors, write_atomic
+from edge_agent.identity import MAX_FILE_BYTES, Controller, IdentityFiles
+from skills.errors import FormatError, NotFound, Refused, StorageError, TrustError, Unreachable, UsageError, error_for
+from skills.files import read_bytes, storage_errors, write_atomic
 from skills.wire import Limits, decode_json, encode_json
 
 DEADLINE_S = 20.0
 MAX_ANSWER_BYTES = 1 << 20
 PRIVATE = 0o600
+RESERVE_BYTES = 128 << 10  # several times what a welcome takes on the disk
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -74,7 +75,8 @@ def enroll(data: Path, token: str, *, url: str | None = None, name: str | None =
         Refused: this device has an identity already, or the controller refuses.
         Unreachable: the controller does not answer.
         TrustError: what answers is not the controller that made the invitation, or the token is unknown or used.
-        StorageError: the identity cannot be written.
+        FormatError: the key on the disk is damaged.
+        StorageError: the identity cannot be written; the same call may be repeated, also after the controller answered.
     """
     invitation = read_token(token)
     address = url or invitation.u
@@ -84,8 +86,35 @@ def enroll(data: Path, token: str, *, url: str | None = None, name: str | None =
     with storage_errors(files.folder):
         files.folder.mkdir(parents=True, exist_ok=True)
         files.folder.chmod(0o700)
-    ca_pem = fetch_ca(address, invitation.f)
+        for stray in files.folder.glob(".*.tmp"):
+            stray.unlink()
+    # 1. The key, and room for the rest, before a word is said: a full disk must not use up the invitation. A crash from
+    # here on leaves the key, to which the controller gives a certificate again for the same invitation.
     key_pem = _own_key(files.key)
+    reserve = files.folder / "reserve"
+    try:
+        # Random: some file systems keep what repeats in less room.
+        write_atomic(reserve, os.urandom(RESERVE_BYTES), PRIVATE)
+        welcome, ca_pem = _join(address, invitation, token, key_pem, name)
+    finally:
+        with contextlib.suppress(OSError):
+            reserve.unlink(missing_ok=True)
+    controller = Controller(welcome.device, address, welcome.mqtt_url, welcome.tail_url)
+    try:
+        _keep(files, welcome, ca_pem, controller)
+    except StorageError as error:
+        for path in (files.device, files.cert, files.ca, files.root, files.director):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+        raise StorageError(
+            f"{error}; the invitation stays good for this device: enrol it again with the same line"
+        ) from None
+    return controller
+
+
+def _join(address: str, invitation: Invitation, token: str, key_pem: bytes, name: str | None) -> tuple[Welcome, str]:
+    """Ask for a certificate; return the welcome and the CA that was checked."""
+    ca_pem = fetch_ca(address, invitation.f)
     body = {"token": token, "csr_pem": request_pem(key_pem, name or socket.gethostname())}
     if name is not None:
         body["name"] = name
@@ -94,16 +123,17 @@ def enroll(data: Path, token: str, *, url: str | None = None, name: str | None =
     )
     if fingerprint(welcome.ca_pem) != invitation.f:
         raise TrustError("the controller sends another CA than the invitation names")
-    ca_pem = only_certificate(welcome.ca_pem)
-    # 1. Everything that device.json speaks of. A crash here leaves the key, which the next try uses again.
+    return welcome, only_certificate(welcome.ca_pem)
+
+
+def _keep(files: IdentityFiles, welcome: Welcome, ca_pem: str, controller: Controller) -> None:
+    # 2. Everything that device.json speaks of.
     write_atomic(files.cert, welcome.cert_pem.encode())
     write_atomic(files.ca, ca_pem.encode())
     write_atomic(files.root, welcome.root_json.encode())
     write_atomic(files.director, welcome.director_pem.encode())
-    # 2. Commit point: from here on the device is enrolled.
-    controller = Controller(welcome.device, address, welcome.mqtt_url, welcome.tail_url)
+    # 3. Commit point: from here on the device is enrolled.
     write_atomic(files.device, encode_json(controller))
-    return controller
 
 
 def fetch_ca(url: str, expected: str) -> str:
@@ -143,7 +173,10 @@ def request_pem(key_pem: bytes, name: str) -> str:
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
-    key = serialization.load_pem_private_key(key_pem, password=None)
+    try:
+        key = serialization.load_pem_private_key(key_pem, password=None)
+    except ValueError:
+        raise FormatError("the device's key is damaged: remove key.pem to make a new one") from None
     if not isinstance(key, EllipticCurvePrivateKey):
         raise FormatError("the device's key is not an EC key")
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name[:63] or "device")])
@@ -156,8 +189,8 @@ def _own_key(path: Path) -> bytes:
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    with contextlib.suppress(OSError):
-        return path.read_bytes()
+    with contextlib.suppress(NotFound):
+        return read_bytes(path, "the device's key", MAX_FILE_BYTES)
     key = ec.generate_private_key(ec.SECP256R1())
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     write_atomic(path, pem, PRIVATE)
