@@ -1,14 +1,19 @@
 """What a skill's author does on the own machine: begin a skill from a ready one, check it, build its bundle."""
 
 import ast
+import contextlib
 import dataclasses
+import errno
+import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
 from cloud.recipes import Say, run_recipe
+from cloud.trial import try_skill
 from skills.bundle import MANIFEST_NAME, Bundle, build_bundle, load_folder, read_text
 from skills.errors import FormatError, NotFound, UsageError
 from skills.files import storage_errors, write_atomic
@@ -48,7 +53,11 @@ def new_skill(name: str, folder: Path, template: str) -> Skill:
         raise NotFound(f"there is no ready skill {template!r} to begin from: {', '.join(templates())}")
     if folder.exists():
         raise UsageError(f"{folder} exists already: choose another name or folder")
-    with storage_errors(folder), resources.as_file(resources.files("skills") / "library" / template) as source:
+    with (
+        storage_errors(folder),
+        _first_of_many(),
+        resources.as_file(resources.files("skills") / "library" / template) as source,
+    ):
         folder.parent.mkdir(parents=True, exist_ok=True)
         # The new folder appears whole: copied beside its place, then renamed.
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -66,16 +75,30 @@ def new_skill(name: str, folder: Path, template: str) -> Skill:
     return skill
 
 
-def check_skill(folder: Path) -> Checked:
-    """Check a skill's folder: manifest, files, control code and golden data.
+@contextlib.contextmanager
+def _first_of_many() -> Iterator[None]:
+    """Turn shutil's list of everything that could not be copied into the first of these errors."""
+    try:
+        yield
+    except shutil.Error as error:
+        _source, target, reason = error.args[0][0]
+        full = os.strerror(errno.ENOSPC) in str(reason)
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(reason), str(target)) from None
 
-    Files that a recipe makes may be missing.
+
+def check_skill(folder: Path) -> Checked:
+    """Check a skill's folder: manifest, files, control code and golden data; nothing of it is run.
+
+    What a recipe makes may be missing: models and golden data.
 
     Raises:
         NotFound, FormatError: what is wrong, with the line where there is one.
     """
     missing = _missing(folder)
     skill = _manifest(folder)
+    made = {skill.probe.file, *(str(v.file or v.split) for model in skill.models.values() for v in model.variants)}
+    if by_hand := [path for path in missing if path not in made]:
+        raise NotFound(f"{folder / MANIFEST_NAME} names {by_hand[0]}, which is not there, and which no recipe makes")
     if missing and skill.recipe is None:
         raise NotFound(
             f"{folder / MANIFEST_NAME} names {missing[0]}, which is not there, and no recipe that would make it"
@@ -90,8 +113,11 @@ def check_skill(folder: Path) -> Checked:
     return Checked(skill, folder, missing)
 
 
-def build_skill(folder: Path, out: Path, say: Say = lambda text: None) -> Bundle:
+def build_skill(folder: Path, out: Path, say: Say = lambda text: None, warn: Say = lambda text: None) -> Bundle:
     """Build a skill's bundle; files that are missing are made by its recipe first.
+
+    Every model is loaded and the probe is run before anything is packed: `warn` hears how a probe failed here and what
+    could not be tried. Only a model that cannot be loaded is refused, for the last word on a probe is the device's.
 
     Raises:
         NotFound, FormatError, StorageError, SkerryError: what is wrong; `out` is as it was.
@@ -102,6 +128,12 @@ def build_skill(folder: Path, out: Path, say: Say = lambda text: None) -> Bundle
         checked = check_skill(folder)
         if checked.missing:
             raise NotFound(f"the recipe {checked.skill.recipe} ran but did not make {checked.missing[0]}")
+    say("trying the models")
+    tried = try_skill(folder)
+    for text in tried.skipped:
+        warn(text)
+    for text in tried.failing:
+        warn(f"the probe fails here, as it will on such devices: {text}")
     return build_bundle(folder, out, lambda path: say(f"packing {path}"))
 
 

@@ -9,7 +9,7 @@ import typer
 from cloud.cli.command import command, group
 from cloud.cli.connection import Ca, Token, Url
 from cloud.cli.screen import Screen
-from skills.errors import NotFound
+from skills.errors import FormatError, NotFound, NotReached
 
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder that holds skill.yaml.")]
 
@@ -55,11 +55,18 @@ def new(
 
 
 def check(screen: Screen, folder: Folder) -> None:
-    """Check a skill's manifest, files, control code and golden data; say what is wrong, with the line."""
+    """Check a skill's manifest, files and control code; load its models, run its golden data; say what is wrong.
+
+    Models of a runtime that is not installed here are not tried. Ends with 3 when the golden data is not reproduced.
+    """
     from cloud.authoring import check_skill
     from cloud.cli import tables
+    from cloud.trial import try_skill
 
     found = check_skill(folder)
+    with screen.progress("checking") as step:
+        step("loading the models", 0.5)
+        tried = try_skill(folder)
     skill = found.skill
 
     def view() -> object:
@@ -70,8 +77,19 @@ def check(screen: Screen, folder: Folder) -> None:
                 made.add_row(model, variant.name, variant.runtime, str(variant.file or variant.split), " ".join(needs))
         return made
 
-    facts = {"skill": skill.name, "version": skill.version, "missing": list(found.missing)}
+    facts = {
+        "skill": skill.name,
+        "version": skill.version,
+        "missing": list(found.missing),
+        "skipped": list(tried.skipped),
+        "failing": list(tried.failing),
+    }
     screen.result(facts, view)  # type: ignore[arg-type]
+    for text in tried.skipped:
+        screen.say(_escaped(text))
+    if tried.failing:
+        more = f" (and {len(tried.failing) - 1} more)" if len(tried.failing) > 1 else ""
+        raise NotReached(f"{skill.name} {skill.version} does not pass its own probe: {tried.failing[0]}{more}")
     if found.missing:
         screen.say(
             f"{skill.name} {skill.version} is in order; skerry skill build makes what is missing: {', '.join(found.missing)}"
@@ -87,13 +105,15 @@ def build(
 ) -> None:
     """Build a skill's bundle: one immutable file, every part known by its SHA-256.
 
-    Models that are missing are made first, by the skill's own recipe. The same content gives the same bytes.
+    Models that are missing are made first, by the skill's own recipe. Every model must load here, where its runtime is
+    installed; a probe that fails is said and does not hold you back. The same content gives the same bytes.
     """
     from cloud.authoring import build_skill
     from cloud.cli import tables
 
+    warnings: list[str] = []
     with screen.progress("building") as step:
-        bundle = build_skill(folder, out, lambda text: step(text, 0.5))
+        bundle = build_skill(folder, out, lambda text: step(text, 0.5), warnings.append)
 
     def view() -> object:
         made = tables.table("part", "content", "travels as", "sha256", right=("content", "travels as"))
@@ -111,8 +131,11 @@ def build(
         "file": str(out),
         "wire_bytes": bundle.size,
         "parts": parts,
+        "warnings": warnings,
     }
     screen.result(facts, view)  # type: ignore[arg-type]
+    for text in warnings:
+        screen.say(f"[yellow]warning:[/yellow] {_escaped(text)}")
     screen.say(f"{out}: {bundle.skill.name} {bundle.skill.version}, {tables.size(bundle.size)}")
 
 
@@ -135,6 +158,8 @@ def publish(
     from cloud.client import Client
     from cloud.publish import publish as run
 
+    if file.is_dir():
+        raise FormatError(f"{file} is a folder: build it first (skerry skill build {file} -o {file.name}.skb)")
     access = find_access(Flags(url, token, ca), os.environ)
     found_key = key or (Path(access.key) if access.key else None)
     if found_key is None:
@@ -153,3 +178,9 @@ def publish(
     text = f"released {release.skill} {release.version}: {tables.size(done.uploaded_bytes)} uploaded{there}"
     screen.result(facts, text)
     screen.say(f"Next: [cyan]skerry push {release.skill}@{release.version} --to all --canary 1 --wait[/cyan]")
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

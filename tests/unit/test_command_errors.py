@@ -31,6 +31,7 @@ def ends(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]
         (["login", "nowhere"], 2, "expected https://HOST:PORT"),
         (["skill", "check", "absent"], 66, "absent is not a folder"),
         (["skill", "build", "absent", "-o", "x.skb"], 66, "absent is not a folder"),
+        (["skill", "publish", "home"], 65, "home is a folder: build it first (skerry skill build home -o home.skb)"),
         (["skill", "new", "Bad Name"], 2, "cannot be called"),
         (["compress", "absent.onnx", "--data", "absent.npz", "-o", "out"], 66, "absent"),
         (
