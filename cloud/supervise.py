@@ -4,7 +4,6 @@ A controller is believed only when its run.json is there, its process lives and 
 run.json that a crash left behind is recognised by that and ignored. Imports nothing heavy.
 """
 
-import contextlib
 import dataclasses
 import os
 import signal
@@ -102,6 +101,8 @@ def status(data: Path) -> Running | None:
 def stop(data: Path, deadline_s: float = STOP_DEADLINE_S) -> bool:
     """Stop the controller of a data directory with all its children; False when none ran.
 
+    It is stopped when its process is gone: the lock is free a moment earlier.
+
     Raises:
         DeadlineExceeded: it did not end in time, not even by force.
     """
@@ -111,9 +112,7 @@ def stop(data: Path, deadline_s: float = STOP_DEADLINE_S) -> bool:
         if not is_held(data):
             path.unlink(missing_ok=True)  # left behind by a crash
         return False
-    _end(running.run.pid, lambda: not is_held(data), deadline_s)
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(running.run.pid, 0)  # ours, and ended: nothing of it shall remain
+    _end(running.run.pid, lambda: _gone(running.run.pid), deadline_s)
     path.unlink(missing_ok=True)
     return True
 
@@ -208,6 +207,17 @@ def _exit_code(pid: int) -> int | None:
     except ChildProcessError:
         return None if _alive(pid) else 1
     return os.waitstatus_to_exitcode(state) if found else None
+
+
+def _gone(pid: int) -> bool:
+    """Say whether a process has ended; one that only waits for its parent to look is gone too."""
+    if _exit_code(pid) is not None:
+        return True
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return not _alive(pid)
+    return not state or state[0] in "ZX"
 
 
 def _alive(pid: int) -> bool:

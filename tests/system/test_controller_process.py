@@ -190,6 +190,22 @@ def test_a_stopped_controller_takes_its_children_along(tmp_path: Path) -> None:
     assert not (data / "run.json").exists()
 
 
+def test_a_controller_is_stopped_when_its_process_is_gone(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    code = (
+        "import sys; from pathlib import Path; from cloud import supervise; from cloud.config import Settings\n"
+        f"r = supervise.start(Settings(data=Path({str(data)!r}), api_port=0, mqtt_port=0, tail_port=0))\n"
+        "print(r.run.pid, flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as starter:
+        assert starter.stdout is not None
+        pid = int(starter.stdout.readline())
+        begun = time.monotonic()
+        assert supervise.stop(data)
+        assert Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"  # its parent never looks
+        assert time.monotonic() - begun < supervise.STOP_DEADLINE_S
+
+
 def test_an_attached_controller_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     data = tmp_path / "data"
     code = (
