@@ -76,7 +76,7 @@ def split_json(report: "SplitReport") -> dict[str, Any]:
 
 def split_table(plan: "Plan", links: "Sequence[Link]") -> Group:
     """Return milliseconds from input to answer of every cut in each coding that is its best over some link, and the verdicts."""
-    from cloud.split.verdict import judge, options
+    from cloud.split.verdict import judge, options, proof, warning
 
     columns = [f"{link.mbit:g} Mbit" for link in links]
     made = table(
@@ -104,8 +104,10 @@ def split_table(plan: "Plan", links: "Sequence[Link]") -> Group:
         verdict = judge(plan, link)
         line = Text(f"{link.mbit:g} Mbit/s, {link.rtt_ms:g} ms: ", "bold")
         sentences.append(line.append(verdict.text, "not bold"))
-    note = f"ms to the answer on each link; device {plan.slowdown:g}× slower than here; {plan.metric} on {plan.samples} inputs"
-    return Group(made, Text(note, "dim"), Text(), *sentences)
+    note = f"ms to the answer on each link; device {plan.slowdown:g}× slower than here; {proof(plan)}"
+    doubt = warning(plan)
+    warned = [Text(f"warning: {doubt}", "yellow")] if doubt else []
+    return Group(made, Text(note, "dim"), *warned, Text(), *sentences)
 
 
 def _facts(plan: "Plan", choice: "Choice") -> tuple[str, ...]:

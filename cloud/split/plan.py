@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from cloud.split.graph import Flow, observed_types, read_flow
 from cloud.split.images import recognise
 from cloud.split.inputs import read_data, read_model
-from cloud.split.profile import Costs, Score, measure, measure_coding, possible_codings, scorer
+from cloud.split.profile import Costs, gated, measure, measure_coding, possible_codings, scorer
 from cloud.split.report import render_html, report_json
 from cloud.split.segment import Pieces, Types, write_segments
 from cloud.split.shortlist import Candidate, candidate, shortlist
 from cloud.split.verdict import LINKS, ever_best, judge
-from skills import ort
+from skills import codec, ort
 from skills.errors import FormatError, UsageError
 from skills.files import fsync_directory, sha256_file, sha256_hex, storage_errors, write_atomic
 from skills.split import Coding, Cut, Image, Link, Millis, Plan, Verdict, plan_hash
@@ -35,6 +35,7 @@ You may edit `policy` (pin a cut, change the hysteresis), `private`, `min_cut`, 
 Segments, tensors, codings and their scales are fixed: the tail knows the plan by a hash over them."""
 ASSUMED = Link(20, 30)
 SHORT_ROUNDS = 8
+GATE_S = 20.0  # how long inputs beyond the timed ones may keep on proving the budget
 TOLERANCE = 1e-4  # relative; segments are optimised apart, so sums may round differently in the last places
 
 
@@ -62,6 +63,7 @@ def split(
     image: Image | None = None,
     most_cuts: int = 8,
     most_samples: int = 64,
+    most_gate: int = 512,
     rounds: int = 30,
     network: Link = ASSUMED,
     progress: Progress = lambda stage, done, of: None,
@@ -70,7 +72,8 @@ def split(
 
     `data` is an .npz or a mapping with `x` (or the model's input names) and, when there are labels, `y`. An input that is
     a picture is recognised from the data unless `image` says how it is normalised. `min_cut` names a tensor: with
-    `private` no cut before it is used. `max_drop` is in percentage points, for every coding of every cut.
+    `private` no cut before it is used. `max_drop` is in percentage points, for every coding of every cut; it is
+    judged on up to `most_gate` inputs, as many as fit in some seconds, while times and scales come of `most_samples`.
 
     Raises:
         UsageError: `out` exists and is no split plan, or a value is out of range.
@@ -81,8 +84,9 @@ def split(
     _check(out, slowdown, max_drop, links)
     raw, graph = read_model(model)
     feeds, labels = read_data(data, graph)
-    count = min(len(next(iter(feeds.values()))), most_samples)
-    samples = [{name: array[at : at + 1] for name, array in feeds.items()} for at in range(count)]
+    count = min(len(next(iter(feeds.values()))), max(most_samples, most_gate))
+    every = [{name: array[at : at + 1] for name, array in feeds.items()} for at in range(count)]
+    samples, more = every[:most_samples], every[most_samples:]
     progress("reading the graph", 0, 1)
     types = observed_types(graph, feeds)
     flow = read_flow(graph, types)
@@ -91,9 +95,7 @@ def split(
     if min_cut is not None and min_cut not in flow.producer():
         raise UsageError(f"the model has no tensor {min_cut!r} for the minimum cut")
     device: Timer = Dilated(slowdown) if slowdown > 1 else Local()
-    task = Task(
-        raw, graph, flow, types, samples, None if labels is None else labels[:count], image, device, max_drop, progress
-    )
+    task = Task(raw, graph, flow, types, samples, more, labels, image, device, max_drop, progress)
     cuts = shortlist(flow, most_cuts, min_cut)
     progress("reading the graph", 1, 1)
     with storage_errors(out):
@@ -101,7 +103,8 @@ def split(
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
     try:
         first = task.time(cuts, work / "first", "timing all candidates", SHORT_ROUNDS)
-        codings, score = task.code(cuts, first)
+        gate = task.code(cuts, first)
+        codings = gate.codings
         # Every boundary costs a little speed, so only the cuts that some link could want are cut for good.
         least = flow.ancestors(min_cut) if min_cut is not None else None
         wanted = ever_best(
@@ -114,11 +117,11 @@ def split(
         plan = Plan(
             sha256_hex(raw) if isinstance(raw, bytes) else sha256_file(raw),
             timed.pieces.live[0], timed.pieces.outputs, timed.pieces.segments, _cuts(kept, timed, codings), network,
-            float(slowdown), private, _least(kept, flow, min_cut), float(max_drop), score.metric, count, reply_bytes=reply,
-            whole=round(float(score.values.mean()), 6), shared=timed.pieces.shared,
+            float(slowdown), private, _least(kept, flow, min_cut), float(max_drop), gate.metric, gate.inputs, reply_bytes=reply,
+            whole=round(gate.whole, 6), shared=timed.pieces.shared,
         )  # fmt: skip
         plan = dataclasses.replace(plan, verdicts=tuple(judge(plan, link) for link in links))
-        details = _details(timed, kept, score, rounds) | {
+        details = _details(timed, kept, gate, rounds) | {
             "seconds": round(time.monotonic() - start, 1),
             "model": model.name if isinstance(model, Path) else "",
             "considered": [
@@ -147,6 +150,16 @@ class Timed:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Gate:
+    """Every coding with what it loses, by cut, `input` first; the whole model's own metric, and on how many inputs."""
+
+    codings: list[tuple[Coding, ...]]
+    metric: str
+    whole: float
+    inputs: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Task:
     """What is measured, on what, and for which device."""
 
@@ -155,6 +168,7 @@ class Task:
     flow: Flow
     types: Types
     samples: "Sequence[Arrays]"
+    more: "Sequence[Arrays]"  # inputs that only help to judge the budget
     labels: "NDArray[Any] | None"
     image: Image | None
     device: Timer
@@ -178,29 +192,46 @@ class Task:
         costs, whole_ms = measure(chain, whole, range(len(cuts) + 2), self.samples, self.device, rounds, ticker)
         return Timed(pieces, chain, costs, whole_ms, gap)
 
-    def code(self, cuts: Sequence[Candidate], timed: Timed) -> tuple[list[tuple[Coding, ...]], Score]:
-        """Measure every coding of every cut on all samples; return them by cut, `input` first, and the whole's score."""
-        whole = ort.session(self.raw)
+    def code(self, cuts: Sequence[Candidate], timed: Timed) -> Gate:
+        """Measure every coding of every cut on all samples, then judge the budget on more inputs while time lasts."""
+        whole, live = ort.session(self.raw), timed.pieces.live
         truths = [whole.run(sample) for sample in self.samples]
-        score = scorer(truths, self.flow.outputs, self.labels)
-        reference = score(truths)
-        found: list[tuple[Coding, ...]] = []
-        for after, tensors in enumerate(timed.pieces.live):
-            self.progress("measuring codings", after, len(timed.pieces.live))
+        score = scorer(truths[0], self.flow.outputs, self.labels is not None)
+
+        def mark(at: int, answer: "Arrays", truth: "Arrays") -> float:
+            return score.mark(answer, truth, None if self.labels is None else int(self.labels[at]))
+
+        reference = [mark(at, truth, truth) for at, truth in enumerate(truths)]
+        found: list[list[tuple[Coding, list[float]]]] = []
+        for after, tensors in enumerate(live):
+            self.progress("measuring codings", after, len(live))
             values = [timed.chain.run(sample, 0, after) for sample in self.samples]
 
             def finish(decoded: "Arrays", after: int = after) -> "Arrays":
                 return timed.chain.run(decoded, after)
 
-            possible = possible_codings(tensors, after == 0, values)
-            found.append(
-                tuple(
-                    measure_coding(one, tensors, values, finish, score, reference.values, self.device, self.max_drop)
-                    for one in possible
-                )
-            )
+            found.append([])
+            for one in possible_codings(tensors, after == 0, values):
+                coding, answers = measure_coding(one, tensors, values, finish, self.device)
+                marks = [mark(at, *pair) for at, pair in enumerate(zip(answers, truths, strict=True))]
+                found[-1].append((coding, marks))
         self.progress("measuring codings", len(found), len(found))
-        return found, reference
+        until = time.monotonic() + GATE_S
+        for at, sample in enumerate(self.more, len(self.samples)):
+            if time.monotonic() > until:
+                break
+            self.progress("judging the budget", at, len(self.samples) + len(self.more))
+            truth = whole.run(sample)
+            reference.append(mark(at, truth, truth))
+            for after, codings in enumerate(found):
+                values_here = timed.chain.run(sample, 0, after)
+                for coding, marks in codings:
+                    decoded = codec.decode(coding, live[after], codec.encode(coding, live[after], values_here))
+                    marks.append(mark(at, timed.chain.run(decoded, after), truth))
+        if self.more:
+            self.progress("judging the budget", len(reference), len(reference))
+        judged = [tuple(gated(one, reference, marks, self.max_drop) for one, marks in codings) for codings in found]
+        return Gate(judged, score.metric, sum(reference) / len(reference), len(reference))
 
 
 def _check(out: Path, slowdown: float, max_drop: float, links: Sequence[Link]) -> None:
@@ -224,9 +255,9 @@ def _cuts(cuts: Sequence[Candidate], timed: Timed, codings: Sequence[tuple[Codin
     return (*made, Cut("local", len(made), local.device, local.tail))
 
 
-def _details(timed: Timed, kept: Sequence[Candidate], score: Score, rounds: int) -> dict[str, Any]:
+def _details(timed: Timed, kept: Sequence[Candidate], gate: Gate, rounds: int) -> dict[str, Any]:
     return {
-        "metric_whole": float(score.values.mean()),
+        "metric_whole": gate.whole,
         "whole_ms_here": dataclasses.asdict(timed.whole),
         "chain_ms_here": dataclasses.asdict(timed.costs[0].tail),
         "max_abs_difference": timed.gap,

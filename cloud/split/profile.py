@@ -34,11 +34,11 @@ class Costs:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Score:
-    """How outputs compare, one number per sample from 0 to 1, and what the comparison is called."""
+class Scorer:
+    """How one answer is marked, from 0 to 1, and what that is called; `mark` takes the answer, the whole's, the label."""
 
     metric: str
-    values: "NDArray[Any]"
+    mark: Callable[["Arrays", "Arrays", int | None], float]
 
 
 def measure(
@@ -110,12 +110,9 @@ def measure_coding(
     tensors: Sequence[Live],
     values: Sequence["Arrays"],
     finish: Callable[["Arrays"], "Arrays"],
-    score: Callable[[Sequence["Arrays"]], Score],
-    reference: "NDArray[Any]",
     device: Timer,
-    max_drop: float,
-) -> Coding:
-    """Return the coding with its bytes, times and drop, measured on every sample; over the budget it is not admitted."""
+) -> tuple[Coding, list["Arrays"]]:
+    """Return the coding with its bytes and times, and the answers that came of it, measured on every sample."""
     sizes, answers, encodes, decodes = [], [], [], []
     for at, one in enumerate(values):
         for _ in range(1 if at >= CODEC_ROUNDS else 2):  # the second run is warm
@@ -129,46 +126,42 @@ def measure_coding(
         encodes.append(encode_ms)
         decodes.append(decode_ms)
         answers.append(finish(decoded))
-    drop, interval = paired_drop(reference, score(answers).values)
-    return dataclasses.replace(
+    measured = dataclasses.replace(
         coding,
         bytes_p50=_at(sizes, 0.5), bytes_p95=_at(sizes, 0.95), encode_ms=_rounded(_at(encodes, 0.5)),
         decode_ms=_rounded(_at(decodes, 0.5)),
-        drop=drop, drop_ci95=interval, admitted=drop <= max_drop,
     )  # fmt: skip
+    return measured, answers
 
 
-def scorer(
-    whole: Sequence["Arrays"], outputs: Sequence[str], labels: "NDArray[Any] | None"
-) -> Callable[[Sequence["Arrays"]], Score]:
-    """Return how to score answers: accuracy on labels, else agreement of the likeliest class with the whole float model.
+def gated(coding: Coding, reference: Sequence[float], marks: Sequence[float], max_drop: float) -> Coding:
+    """Return the coding with its drop, input against input; over the budget it is not admitted."""
+    import numpy as np
+
+    drop, interval = paired_drop(np.asarray(reference), np.asarray(marks))
+    return dataclasses.replace(coding, drop=drop, drop_ci95=interval, admitted=drop <= max_drop)
+
+
+def scorer(first: "Arrays", outputs: Sequence[str], labelled: bool) -> Scorer:
+    """Return how to mark answers: accuracy on labels, else agreement of the likeliest class with the whole float model.
 
     Outputs that are no class scores are compared as `fidelity`: one minus the relative error, never below nought.
+    `first` is an answer of the whole model.
     """
     import numpy as np
 
     name = outputs[0]
-    first = np.asarray(whole[0][name])
-    classes = len(outputs) == 1 and first.ndim == 2 and first.shape[1] > 1 and first.dtype.kind == "f"
+    shape, kind = np.asarray(first[name]).shape, np.asarray(first[name]).dtype.kind
+    classes = len(outputs) == 1 and len(shape) == 2 and shape[1] > 1 and kind == "f"
 
-    def top(answers: Sequence["Arrays"]) -> "NDArray[Any]":
-        return np.concatenate([np.asarray(answer[name]).argmax(1) for answer in answers])
-
-    def by_label(answers: Sequence["Arrays"]) -> Score:
-        return Score("accuracy", (top(answers) == labels).astype(float))
-
-    def by_agreement(answers: Sequence["Arrays"]) -> Score:
-        return Score("agreement", (top(answers) == top(whole)).astype(float))
-
-    def by_error(answers: Sequence["Arrays"]) -> Score:
-        return Score(
-            "fidelity",
-            np.array([_fidelity(answer, truth, outputs) for answer, truth in zip(answers, whole, strict=True)]),
-        )
+    def top(answer: "Arrays") -> int:
+        return int(np.asarray(answer[name])[0].argmax())
 
     if not classes:
-        return by_error
-    return by_agreement if labels is None else by_label
+        return Scorer("fidelity", lambda answer, truth, _: _fidelity(answer, truth, outputs))
+    if labelled:
+        return Scorer("accuracy", lambda answer, _, label: float(top(answer) == label))
+    return Scorer("agreement", lambda answer, truth, _: float(top(answer) == top(truth)))
 
 
 def paired_drop(reference: "NDArray[Any]", values: "NDArray[Any]") -> tuple[float, tuple[float, float]]:

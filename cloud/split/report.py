@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cloud.split.verdict import describe, options
+from cloud.split.verdict import describe, options, proof, warning
 from skills.split import Choice, Plan, plan_hash
 from skills.wire import encode_json, to_plain
 
@@ -29,6 +29,8 @@ def report_json(plan: Plan, details: Mapping[str, Any]) -> bytes:
         "privacy": PRIVACY if plan.private else OPEN,
         "metric_name": plan.metric,
         "samples": plan.samples,
+        "proof": proof(plan),
+        "warnings": [text for text in (warning(plan),) if text],
         "verdicts": [to_plain(verdict) for verdict in plan.verdicts],
         "candidates": [to_plain(cut) for cut in plan.cuts],
         "links": [
@@ -51,17 +53,19 @@ def render_html(plan: Plan, details: Mapping[str, Any]) -> str:
     charts = "".join(f"<h2>{say(str(verdict.link))}</h2>{_chart(plan, verdict.link)}" for verdict in plan.verdicts)
     facts = (
         f"The device was taken to be {plan.slowdown:g} times slower than this machine; no live device was used. Staying "
-        f"local takes {local:.0f} ms there. {say(plan.metric.capitalize())} was measured on {plan.samples} inputs; a coding "
-        f"that loses more than {plan.max_drop:g} points is refused. The segments in a row differ from the whole by at most "
+        f"local takes {local:.0f} ms there. {say(_sentence(proof(plan)))} A coding that "
+        f"loses more than {plan.max_drop:g} points is refused. The segments in a row differ from the whole by at most "
         f"{details.get('max_abs_difference', 0):.1e}, and take {details['chain_ms_here']['p50']:.1f} ms here against "
         f"{details['whole_ms_here']['p50']:.1f} ms for the whole."
     )
+    doubt = warning(plan)
+    warned = f"<p><b>Warning.</b> {say(_sentence(doubt))}</p>" if doubt else ""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Split report {plan_hash(plan)}</title>
 <style>{style}</style></head><body>
 <h1>Split report</h1><p class="soft">plan {plan_hash(plan)} · model {plan.model_sha256[:12]}…</p>
-<h2>What to do on each link</h2>{verdicts}<p>{facts}</p><p><b>Privacy.</b> {say(PRIVACY if plan.private else OPEN)}</p>
+<h2>What to do on each link</h2>{verdicts}{warned}<p>{facts}</p><p><b>Privacy.</b> {say(PRIVACY if plan.private else OPEN)}</p>
 <p class="key soft"><span style="background:var(--split)"></span>split<span style="background:var(--input)"></span>compressed
 input<span style="background:var(--local)"></span>local<span style="background:var(--refused)"></span>refused: over the budget,
 or input that may not leave (» a bar that is cut off)</p>
@@ -123,6 +127,10 @@ def _table(plan: Plan, details: Mapping[str, Any]) -> str:
         f"<th>drop ({html.escape(plan.metric)}, pt)</th><th>95 %</th></tr>"
     )
     return f"<table>{head}{''.join(rows)}</table>"
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _option(one: Choice) -> dict[str, object]:

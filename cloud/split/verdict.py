@@ -5,6 +5,7 @@ from collections.abc import Set as AbstractSet
 
 from skills.split import Choice, Coding, Cut, Estimate, Link, Plan, Verdict, admitted, predict_ms
 
+FEW = 20  # fewer inputs say next to nothing about a share
 LINKS = (Link(1, 30), Link(5, 30), Link(20, 30), Link(100, 30))
 TIE = 1.03  # below three percent two options are the same
 
@@ -68,6 +69,28 @@ def judge(plan: Plan, link: Link) -> Verdict:
         said.append("no split keeps within the budget")
     text = f"{_order(best)}: {best.ms:.0f} ms" + (f"; {', '.join(said)}" if said else "")
     return Verdict(link, best.cut.name, best.coding.name if best.coding else "", float(f"{best.ms:.4g}"), text)
+
+
+def proof(plan: Plan) -> str:
+    """Say on how many inputs the budget was judged, and plainly what that leaves unproven."""
+    step, budget = 100 / max(plan.samples, 1), f"{plan.max_drop:g} point" + ("s" if plan.max_drop != 1 else "")
+    said = f"{plan.metric} on {plan.samples} inputs"
+    used = [coding for _, coding in admitted(plan) if coding is not None]
+    open_ = [one for one in used if one.drop_ci95 is None or one.drop_ci95[1] > plan.max_drop]
+    if not open_:
+        return said + (f"; the budget of {budget} is proven on them" if used else "")
+    which = "all codings" if len(open_) == len(used) else f"{len(open_)} of {len(used)} codings"
+    return (
+        f"{said}; for {which} the budget of {budget} is unproven on {plan.samples} inputs "
+        f"(one input is {step:.2g} points)"
+    )
+
+
+def warning(plan: Plan) -> str | None:
+    """Return the sentence that a plan judged on very few inputs needs, else None."""
+    if plan.samples >= FEW:
+        return None
+    return f"only {plan.samples} inputs: too few to judge what a coding loses; give at least {FEW}, better 500"
 
 
 def describe(choice: Choice) -> str:

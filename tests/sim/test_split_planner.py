@@ -16,7 +16,7 @@ from skills.split import Image, Link, load_plan, plan_hash
 
 
 def plan_it(model: bytes | Path, data: Any, out: Path, **options: Any) -> Any:
-    return split(model, data, out=out, **{"slowdown": 10, "rounds": 2, "most_samples": 8, **options})
+    return split(model, data, out=out, **{"slowdown": 10, "rounds": 2, "most_samples": 8, "most_gate": 24, **options})
 
 
 def test_a_plan_holds_local_and_input_and_its_segments_are_the_model(planned_net: Any) -> None:
@@ -167,3 +167,22 @@ def test_an_int8_model_is_cut_at_its_codes_and_the_chain_is_bit_equal(tmp_path: 
         assert [(coding.kind, coding.drop) for coding in cut.codings] == [("native", 0.0)]
     chain = ort.chain([tmp_path / "out" / one.file for one in report.plan.segments], ["y"])
     assert np.array_equal(chain.run({"x": x})["y"], ort.session(model).run({"x": x})["y"])
+
+
+def test_the_budget_is_judged_on_more_inputs_than_the_times(small_net: Any, tmp_path: Path) -> None:
+    net = small_net("plain")
+    model = net.model.SerializeToString()
+    report = plan_it(model, {"x": net.x, "y": net.y}, tmp_path / "out")
+    assert report.plan.samples == 24
+    answers = ort.session(model).run({"x": net.x[:24]})["logits"].argmax(1)
+    assert report.plan.whole == pytest.approx((answers == net.y[:24]).mean(), abs=1e-6)
+    assert "on 24 inputs" in json.loads((tmp_path / "out" / "report.json").read_text())["proof"]
+
+
+def test_a_plan_says_what_its_few_inputs_leave_unproven(small_net: Any, tmp_path: Path) -> None:
+    net = small_net("plain")
+    plan_it(net.model.SerializeToString(), {"x": net.x[:8]}, tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert "unproven on 8 inputs (one input is 12 points)" in report["proof"]
+    assert "only 8 inputs" in report["warnings"][0]
+    assert "Only 8 inputs" in (tmp_path / "out" / "report.html").read_text()

@@ -56,3 +56,18 @@ def test_every_coding_that_a_verdict_names_has_its_row() -> None:
 
 def test_a_plan_of_before_that_does_not_tell_the_whole_shows_the_change() -> None:
     assert "+1.6 pt" in row(shown(dataclasses.replace(make_plan(), whole=None), Link(100, 1)), "input")
+
+
+def test_a_budget_that_the_inputs_cannot_prove_is_called_unproven_with_what_one_input_weighs() -> None:
+    text = " ".join(shown(make_plan(), Link(5, 1)).split())
+    assert "for 1 of 2 codings the budget of 1 point is unproven on 250 inputs (one input is 0.4 points)" in text
+    assert "warning" not in text
+
+
+def test_fewer_than_twenty_inputs_are_warned_of() -> None:
+    text = " ".join(shown(dataclasses.replace(make_plan(), samples=8), Link(5, 1)).split())
+    assert "warning: only 8 inputs" in text
+
+
+def test_a_budget_whose_interval_is_inside_it_is_called_proven() -> None:
+    assert "is proven on them" in " ".join(shown(dataclasses.replace(make_plan(), max_drop=2.0), Link(5, 1)).split())
