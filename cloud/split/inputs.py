@@ -1,9 +1,10 @@
 """What the planner is handed: a model for the runtime and as a graph, and arrays that fit its inputs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from skills import ort
 from skills.errors import FormatError, MissingExtra, NotFound
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def read_model(model: Path | bytes) -> tuple[bytes | Path, Any]:
-    """Return the model for the runtime, and its graph.
+    """Return the model for the runtime, and its graph; one newer than the runtime is lowered as `compress` does it.
 
     Raises:
         NotFound: there is no such file.
@@ -26,13 +27,25 @@ def read_model(model: Path | bytes) -> tuple[bytes | Path, Any]:
         raise MissingExtra("splitting a model needs onnx: pip install 'skerry[cloud]'") from None
     try:
         if isinstance(model, bytes):
-            return model, onnx.load_model_from_string(model)
+            return _lowered(model, onnx.load_model_from_string(model))
         if not model.is_file():
             raise NotFound(f"there is no model file {model}")
-        return model, onnx.load(model)
+        return _lowered(model, onnx.load(model))
     except (DecodeError, ValueError, OSError, onnx.checker.ValidationError) as error:
         name = model if isinstance(model, Path) else "the model"
         raise FormatError(f"{name} is no ONNX model that can be read: {error}") from None
+
+
+def _lowered(model: Path | bytes, graph: Any) -> tuple[bytes | Path, Any]:
+    opset = max((item.version for item in graph.opset_import if item.domain in ("", "ai.onnx")), default=1)
+    if opset <= ort.MAX_OPSET and graph.ir_version <= ort.MAX_IR:
+        return model, graph
+    if opset > ort.MAX_OPSET:
+        from compress.passes.canonicalise import canonicalise
+
+        graph = canonicalise(graph)
+    graph.ir_version = min(graph.ir_version, ort.MAX_IR)
+    return graph.SerializeToString(), graph
 
 
 def read_data(data: "Path | Arrays", graph: Any) -> "tuple[dict[str, NDArray[Any]], NDArray[Any] | None]":
@@ -63,10 +76,61 @@ def read_data(data: "Path | Arrays", graph: Any) -> "tuple[dict[str, NDArray[Any
             f"the data has {', '.join(data) or 'nothing'}, the model needs {missing[0]!r}"
             + (" (or x)" if len(inputs) == 1 else "")
         )
-    counts = {len(arrays[name]) for name in inputs}
-    labels = arrays.get("y")
-    if len(counts) != 1 or 0 in counts or (labels is not None and len(labels) not in counts):
+    feeds = {name: np.asarray(arrays[name]) for name in inputs}
+    for name, array in feeds.items():
+        _check_numbers(name, array)
+    counts = {len(array) for array in feeds.values()}
+    if len(counts) != 1 or 0 in counts:
         raise FormatError(
             f"the data's arrays have {sorted(counts)} samples, expected the same number, at least one, in each"
         )
-    return {name: arrays[name] for name in inputs}, labels
+    labels, count = arrays.get("y") if "y" not in inputs else None, counts.pop()
+    if labels is None:
+        return feeds, None
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or len(labels) != count or labels.dtype.kind not in "iu":
+        found = f"{len(labels)} labels" if labels.ndim == 1 else f"labels of shape {labels.shape}"
+        raise FormatError(
+            f"the data's y holds {found} of dtype {labels.dtype}, expected {count} whole-number labels, one for each sample"
+        )
+    return feeds, labels
+
+
+def _check_numbers(name: str, array: "NDArray[Any]") -> None:
+    import numpy as np
+
+    if array.dtype.kind not in "fiub" or array.ndim < 1:
+        raise FormatError(
+            f"the data's {name} has dtype {array.dtype} and shape {array.shape}, expected numbers, one sample a row"
+        )
+    if array.dtype.kind == "f" and array.size:
+        bad = int(len(array) - np.isfinite(array.reshape(len(array), -1)).all(axis=1).sum())
+        if bad:
+            raise FormatError(f"the data: {bad} of {len(array)} samples in {name} hold NaN or infinity")
+
+
+def check_fit(feeds: "Arrays", ports: "Sequence[ort.Port]") -> None:
+    """Hold the data against what the model takes, a sample at a time.
+
+    Raises:
+        FormatError: says what the model takes and what the data has.
+    """
+    for port in ports:
+        array = feeds[port.name]
+        fits = len(array.shape) == len(port.shape) and all(
+            want in (-1, have) for want, have in zip(port.shape[1:], array.shape[1:], strict=True)
+        )
+        if not fits or str(array.dtype) != port.dtype:
+            raise FormatError(
+                f"the model's input {port.name!r} takes {port.dtype} {_shape(port.shape)}, "
+                f"{port.name} in the data is {array.dtype} {_shape(('N', *array.shape[1:]))}"
+            )
+        if port.shape and port.shape[0] > 1:
+            raise FormatError(
+                f"the model's input {port.name!r} takes batches of exactly {port.shape[0]}, a split runs one sample at a time: "
+                "export it with a free batch"
+            )
+
+
+def _shape(shape: "Sequence[int | str]") -> str:
+    return "[" + ", ".join("N" if size == -1 else str(size) for size in shape) + "]"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cloud.split.graph import Flow, observed_types, read_flow
 from cloud.split.images import recognise
-from cloud.split.inputs import read_data, read_model
+from cloud.split.inputs import check_fit, read_data, read_model
 from cloud.split.profile import Costs, gated, measure, measure_coding, possible_codings, scorer
 from cloud.split.report import render_html, report_json
 from cloud.split.segment import Pieces, Types, write_segments
@@ -84,6 +84,7 @@ def split(
     _check(out, slowdown, max_drop, links)
     raw, graph = read_model(model)
     feeds, labels = read_data(data, graph)
+    check_fit(feeds, ort.session(raw).inputs)
     count = min(len(next(iter(feeds.values()))), max(most_samples, most_gate))
     every = [{name: array[at : at + 1] for name, array in feeds.items()} for at in range(count)]
     samples, more = every[:most_samples], every[most_samples:]
@@ -115,7 +116,7 @@ def split(
         timed = task.time(kept, work, "timing heads and tails", rounds)
         reply = sum(int(array.nbytes) for array in timed.chain.run(samples[0]).values())
         plan = Plan(
-            sha256_hex(raw) if isinstance(raw, bytes) else sha256_file(raw),
+            sha256_hex(model) if isinstance(model, bytes) else sha256_file(model),
             timed.pieces.live[0], timed.pieces.outputs, timed.pieces.segments, _cuts(kept, timed, codings), network,
             float(slowdown), private, _least(kept, flow, min_cut), float(max_drop), gate.metric, gate.inputs, reply_bytes=reply,
             whole=round(gate.whole, 6), shared=timed.pieces.shared,
