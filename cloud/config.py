@@ -134,17 +134,16 @@ def resolve_address(listen: str) -> str:
 
 
 def choose_ports(settings: Settings) -> Ports:
-    """Settle the three ports and remember them in ports.json.
+    """Settle the three ports; `keep_ports` remembers them.
 
     A port that was asked for or that devices already know must be free; at the first start a usual one that is taken is
     replaced by a free one.
 
     Raises:
         Unreachable: a port is taken.
-        StorageError: ports.json cannot be written.
+        StorageError: ports.json cannot be read.
     """
-    path = settings.data / "ports.json"
-    known = decode_json(Ports, read_bytes(path, "the list of ports", 4096), str(path)) if path.exists() else None
+    known = _known_ports(settings.data)
 
     def settle(door: str, what: str) -> int:
         asked, remembered = getattr(settings, f"{door}_port"), getattr(known, door, None)
@@ -159,9 +158,22 @@ def choose_ports(settings: Settings) -> Ports:
         raise UsageError(
             f"the API, the broker and the tail server need three different ports, not {ports.api}, {ports.mqtt}, {ports.tail}"
         )
-    if ports != known:
-        write_atomic(path, encode_json({"api": ports.api, "mqtt": ports.mqtt, "tail": ports.tail}))
     return ports
+
+
+def keep_ports(data: Path, ports: Ports) -> None:
+    """Remember the ports of a start that succeeded: from now on devices may know them.
+
+    Raises:
+        StorageError: ports.json cannot be written.
+    """
+    if ports != _known_ports(data):
+        write_atomic(data / "ports.json", encode_json(dataclasses.asdict(ports)))
+
+
+def _known_ports(data: Path) -> Ports | None:
+    path = data / "ports.json"
+    return decode_json(Ports, read_bytes(path, "the list of ports", 4096), str(path)) if path.exists() else None
 
 
 def _settle(listen: str, asked: int | None, known: int | None, usual: int, what: str, option: str) -> int:

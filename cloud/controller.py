@@ -1,7 +1,7 @@
 """The controller process: `python -m cloud.controller`. Builds the parts, hands them to each other, runs them in one loop.
 
 Order of a start: directory lock → ports → certificates → registry and database → broker child → connection to it → API →
-tail child → run.json. run.json is written last: who reads it finds everything ready.
+tail child → ports.json → run.json. run.json is written last: who reads it finds everything ready.
 """
 
 import argparse
@@ -22,7 +22,17 @@ import skills
 from cloud.authority import Authority
 from cloud.broker import Broker, bracket, choose_broker, loopback_of
 from cloud.children import Child
-from cloud.config import Ports, Run, Settings, add_options, check_room, choose_ports, hosts_of, settings_from
+from cloud.config import (
+    Ports,
+    Run,
+    Settings,
+    add_options,
+    check_room,
+    choose_ports,
+    hosts_of,
+    keep_ports,
+    settings_from,
+)
 from cloud.database import Database, Release
 from cloud.delivery import Delivery
 from cloud.fleet import Fleet
@@ -240,6 +250,7 @@ async def serve(settings: Settings, journal: Journal, stop: asyncio.Event) -> No
                 version=skills.__version__,
                 listen=settings.listen,
             )
+            keep_ports(settings.data, ports)
             write_atomic(settings.run_file, encode_json(dataclasses.asdict(run)), mode=0o600)
             journal.info(
                 "controller.ready",

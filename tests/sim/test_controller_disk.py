@@ -11,7 +11,7 @@ import pytest
 
 from cloud.authority import Authority
 from cloud.broker import choose_broker
-from cloud.config import Settings, choose_ports
+from cloud.config import Settings, choose_ports, keep_ports
 from cloud.database import Database
 from cloud.journal import open_journal
 from cloud.registry import Registry
@@ -29,7 +29,7 @@ async def once(data: bytes) -> AsyncIterator[bytes]:
 
 async def live(data: Path, bundle: BundleFile) -> list[str]:
     """Start on a data directory, take in a release, and return what is released."""
-    choose_ports(Settings(data=data, api_port=0, mqtt_port=0, tail_port=0))
+    keep_ports(data, choose_ports(Settings(data=data, api_port=0, mqtt_port=0, tail_port=0)))
     authority = Authority(data / "ca", ())
     choose_broker(None, "127.0.0.1", 1, authority, data / "broker", embedded=True)
     database = Database(f"sqlite:///{data / 'skerry.db'}")

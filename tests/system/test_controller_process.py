@@ -269,6 +269,7 @@ def test_a_dead_external_broker_is_one_sentence(tmp_path: Path, free_port: int) 
     )
     assert done.returncode == 69
     assert "does not let the controller in" in done.stderr
+    assert not (tmp_path / "d" / "ports.json").exists(), "a start that failed pins no port for the next one"
     assert "Traceback" not in done.stderr
 
 

@@ -8,7 +8,16 @@ import pytest
 
 from cloud import supervise
 from cloud.broker import bracket, external_broker
-from cloud.config import Ports, Settings, add_options, choose_ports, hosts_of, resolve_address, settings_from
+from cloud.config import (
+    Ports,
+    Settings,
+    add_options,
+    choose_ports,
+    hosts_of,
+    keep_ports,
+    resolve_address,
+    settings_from,
+)
 from skills.errors import Unreachable, UsageError
 
 
@@ -18,12 +27,14 @@ def settings(data: Path, **more: int | None) -> Settings:
 
 def test_ports_are_remembered_for_devices_know_them(tmp_path: Path) -> None:
     first = choose_ports(settings(tmp_path, api_port=0, mqtt_port=0, tail_port=0))
+    keep_ports(tmp_path, first)
     assert choose_ports(settings(tmp_path, api_port=0, mqtt_port=0, tail_port=0)) == first
     assert choose_ports(settings(tmp_path)) == first
 
 
 def test_a_remembered_port_that_is_taken_is_said_not_replaced(tmp_path: Path) -> None:
     ports = choose_ports(settings(tmp_path, api_port=0, mqtt_port=0, tail_port=0))
+    keep_ports(tmp_path, ports)
     with (
         socket.create_server(("127.0.0.1", ports.mqtt)),
         pytest.raises(Unreachable, match=f":{ports.mqtt}.*--mqtt-port"),
