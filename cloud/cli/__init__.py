@@ -38,7 +38,8 @@ def run(arguments: list[str]) -> int:
         if isinstance(error, BrokenPipeError):
             return _nobody_reads()
         # Some libraries turn a Ctrl-C inside their import into an ImportError of their own.
-        return _fail(Interrupted(INTERRUPTED) if pressed else _known(error), debug, error)
+        known = Interrupted(INTERRUPTED) if pressed and not isinstance(error, Interrupted) else _known(error)
+        return _fail(known, debug, error)
 
 
 def _known(error: BaseException) -> SkerryError:

@@ -8,7 +8,7 @@ import typer
 from cloud.cli.command import command, group
 from cloud.cli.connection import Ca, Token, Url, connect
 from cloud.cli.screen import Screen
-from skills.errors import UsageError
+from skills.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
     from cloud.client import Client
@@ -109,12 +109,18 @@ def _finish(screen: Screen, client: "Client", started: "RolloutView", *, wait: b
     from cloud.cli import tables
 
     if not wait:
-        screen.result(started, lambda: tables.rollout(started))
+        screen.result(started, lambda: tables.rollout_whole(started))
         screen.say(f"Watch it: [cyan]skerry rollouts show {started.id}[/cyan]")
         return
-    with screen.live(tables.rollout(started)) as show:
-        ended = watch.follow(client, started.id, timeout, lambda look: show(tables.rollout(look)))
-    screen.result(ended, lambda: tables.rollout(ended))
+    try:
+        with screen.live(tables.rollout(started)) as show:
+            ended = watch.follow(client, started.id, timeout, lambda look: show(tables.rollout(look)))
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"interrupted; the rollout {started.id} goes on without you: "
+            f"skerry rollouts show {started.id} shows it, skerry rollouts abort {started.id} stops it"
+        ) from None
+    screen.result(ended, lambda: tables.rollout_whole(ended))
     watch.judge(ended)
 
 
@@ -303,9 +309,7 @@ def rollouts_show(screen: Screen, number: Number, url: Url = None, token: Token 
 
     with connect(url, token, ca) as client:
         found = client.rollout(number)
-    screen.result(found, lambda: tables.rollout(found))
-    if found.reason:
-        screen.say(f"{found.state}: {found.reason}")
+    screen.result(found, lambda: tables.rollout_whole(found))
 
 
 def rollouts_pause(screen: Screen, number: Number, url: Url = None, token: Token = None, ca: Ca = None) -> None:
@@ -328,4 +332,4 @@ def _change(screen: Screen, number: int, verb: str, url: str | None, token: str 
 
     with connect(url, token, ca) as client:
         found = client.change_rollout(number, verb)
-    screen.result(found, lambda: tables.rollout(found))
+    screen.result(found, lambda: tables.rollout_whole(found))

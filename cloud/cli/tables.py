@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 
 from rich import box
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.style import StyleType
 from rich.table import Table
 from rich.text import Text
@@ -17,6 +17,9 @@ STYLES = {
     "refused": "yellow", "paused": "yellow", "waiting": "dim", "superseded": "dim", "offline": "dim",
     "failed": "red", "halted": "red", "aborted": "red", "stalled": "red",
 }  # fmt: skip
+
+
+REASON_CHARACTERS = 100  # of a reason in a table; the whole of it stands below the table, or in JSON
 
 
 class PlainTable(Table):
@@ -74,6 +77,12 @@ def pairs(values: Mapping[str, str]) -> str:
     return ", ".join(f"{key}={value}" for key, value in values.items())
 
 
+def short(reason: str) -> str:
+    """Return a reason as a table shows it: its beginning."""
+    line = " ".join(reason.split())
+    return line if len(line) <= REASON_CHARACTERS else line[: REASON_CHARACTERS - 1].rstrip() + "…"
+
+
 def devices(views: Iterable[DeviceView], now: float | None = None) -> Table:
     """Return the fleet at a glance."""
     moment = time.time() if now is None else now
@@ -95,8 +104,8 @@ def devices(views: Iterable[DeviceView], now: float | None = None) -> Table:
     return made
 
 
-def device_skills(view: DeviceView) -> Table:
-    """Return what one device runs and was offered."""
+def device_skills(view: DeviceView) -> Group:
+    """Return what one device runs and was offered, and below it the reasons that are too long for a table."""
     made = table("skill", "version", "state", "variant", "received", "reused", "reason", right=("received", "reused"))
     for entry in view.skills:
         variants = ", ".join(entry.variants.values())
@@ -107,9 +116,9 @@ def device_skills(view: DeviceView) -> Table:
             variants or "–",
             size(entry.received_bytes),
             size(entry.reused_bytes),
-            entry.reason,
+            short(entry.reason),
         )
-    return made
+    return Group(made, *_whole((f"{entry.skill} {entry.version}", entry.reason) for entry in view.skills))
 
 
 def releases(views: Iterable[ReleaseView], now: float | None = None) -> Table:
@@ -135,13 +144,25 @@ def rollouts(views: Iterable[RolloutView], now: float | None = None) -> Table:
             state(view.state),
             counts,
             ago(view.time, moment),
-            view.reason,
+            short(view.reason),
         )
     return made
 
 
+def rollout_whole(view: RolloutView) -> Group:
+    """Return one rollout: its state and why, its devices, and the reasons that are too long for a table."""
+    head = Text.assemble((f"rollout {view.id}", "bold"), ": ", state(view.state))
+    if view.reason:
+        head.append(f": {view.reason}")
+    return Group(head, rollout(view), *_whole((member.device, member.reason) for member in view.devices))
+
+
+def _whole(reasons: Iterable[tuple[str, str]]) -> list[Text]:
+    return [Text(f"{name}: {reason}") for name, reason in reasons if short(reason) != reason]
+
+
 def rollout(view: RolloutView) -> Table:
-    """Return one rollout with its devices; the same table is shown live while it runs."""
+    """Return a rollout's devices; the same table is shown live while it runs."""
     title = f"{view.skill} {view.version or 'back to the previous version'} → {view.selector}"
     made = table(
         "device", "state", "variant", "received", "reused", "remarks", title=title, right=("received", "reused")
@@ -173,5 +194,5 @@ def _progress(member: MemberView) -> Text:
 
 def _remark(member: MemberView) -> str:
     if member.reason:
-        return member.reason
+        return short(member.reason)
     return "" if member.online else "offline"

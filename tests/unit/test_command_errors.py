@@ -1,15 +1,17 @@
 """How a command ends: one sentence, the documented code, no traceback unless asked for."""
 
 import errno
+import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
 from cloud import cli
 from cloud.cli import fleet, run
+from cloud.views import RolloutView
 from skills.errors import Refused
 
 SKERRY = [sys.executable, "-P", "-c", "from cloud.cli import main; main()"]
@@ -92,6 +94,33 @@ def test_whatever_happens_inside_a_command_ends_in_order(
     assert found == code
     assert said in text
     assert "Traceback" not in text
+
+
+class Endless:
+    """A controller whose rollout never ends, and a person who presses Ctrl-C at the first look."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def push(self, *_: object) -> RolloutView:
+        return RolloutView(4, "digits", "1.0.0", "push", "all", 1, "running", False, "", 0.0, {})
+
+    def rollout(self, _number: int) -> RolloutView:
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("the interrupt comes first")
+
+
+def test_an_interrupted_wait_says_that_the_rollout_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fleet, "connect", lambda *_: Endless())
+    found, text = ends(capsys, "push", "digits", "--to", "all", "--wait")
+    assert found == 130
+    assert "the rollout 4 goes on" in text
+    assert "skerry rollouts abort 4" in text
 
 
 def test_debug_shows_where_it_happened(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

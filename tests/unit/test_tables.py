@@ -53,6 +53,19 @@ def test_a_rollout_shows_canary_progress_bytes_and_reasons() -> None:
     assert "offline" in shown
 
 
+def test_a_rollout_says_its_own_state_and_reason_and_a_long_one_of_a_device_below_the_table() -> None:
+    reason = "the probe differs: " + "word " * 60 + "end"
+    member = MemberView("dock", "1.1.0", None, True, "failed", reason, True, "failed", {}, 0.0, 0, 0)
+    view = RolloutView(3, "digits", "1.1.0", "push", "all", 1, "halted", False, reason, 0.0, {}, (member,))
+    shown = text(tables.rollout_whole(view), 500)
+    assert f"rollout 3: halted: {reason}" in shown
+    assert f"dock: {reason}" in shown
+    assert shown.count("end") == 2
+    assert "end" not in text(tables.rollouts([view], now=1.0), 500)
+    assert len(tables.short(reason)) <= tables.REASON_CHARACTERS
+    assert tables.short("short") == "short"
+
+
 def test_text_from_a_device_is_never_taken_for_markup() -> None:
     evil = DeviceView("x", {"a": "[red]b"}, "[/bold]", True, None, 0.0, None, {}, ())
     assert "[/bold]" in text(tables.devices([evil], now=1.0))
