@@ -131,6 +131,7 @@ async def _serve(data: Path, identity: Any, config: Any) -> bool:
     from edge_agent.agent import Agent, Parts
     from edge_agent.capabilities import capabilities
     from edge_agent.links import LinkKeeper
+    from edge_agent.standing import look
     from edge_agent.store import Store
     from edge_agent.trust import TrustProcess
     from edge_agent.workers import ZygoteWorkers
@@ -150,6 +151,7 @@ async def _serve(data: Path, identity: Any, config: Any) -> bool:
         trust=TrustProcess(data),
         capabilities=lambda: capabilities(config),
         links=LinkKeeper(identity.controller.tail_url, files.folder),
+        standing=lambda: look(identity) if tls is not None else "silent",
     )
     agent = Agent(data, identity, config, parts)
     ended: asyncio.Future[bool] = asyncio.get_running_loop().create_future()

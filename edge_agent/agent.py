@@ -25,6 +25,7 @@ from edge_agent.logs import last_lines
 from edge_agent.reconcile import Reconciler
 from edge_agent.serve import LocalEndpoint
 from edge_agent.service import Service
+from edge_agent.standing import Standing, unknown
 from edge_agent.store import Store
 from edge_agent.trust import Trust
 from edge_agent.usage import UsageLog
@@ -49,6 +50,7 @@ MAX_COMMANDS_AT_ONCE = 32
 REMEMBERED_COMMANDS = 256
 MAX_LOG_LINES = 2000
 RUN_FILE = "run.json"
+LOOK_EVERY_S = 60.0  # how often a device without a broker asks whether it is still known
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,6 +63,7 @@ class Parts:
     trust: Trust
     capabilities: Callable[[], Capabilities]
     links: Links = dataclasses.field(default_factory=NoLinks)
+    standing: Callable[[], Standing] = lambda: "silent"
     offload: Offload = asyncio.to_thread
     chance: Callable[[], float] = secrets.SystemRandom().random
 
@@ -88,6 +91,8 @@ class Agent:
         self.endpoint = LocalEndpoint(
             self.service, self.status, max_bytes=config.max_request_bytes, deadline_s=config.request_deadline_s
         )
+        self._look_at_standing, self._offload = parts.standing, parts.offload
+        self._looked_at, self._unknown = -LOOK_EVERY_S, False
         self._boot = secrets.token_hex(8)
         self._nonce = ""
         self._sealed: bytes | None = None  # the newest assignment that came; an older one that waits is of no more use
@@ -239,6 +244,7 @@ class Agent:
                 case Connected():
                     LOG.info("broker.connected")
                     self._nonce, self._reported = "", None
+                    self._looked_at, self._unknown = -LOOK_EVERY_S, False
                     self.reconciler.online(connected=True)
                     self._greet()
                 case Disconnected(reason):
@@ -247,8 +253,25 @@ class Agent:
                     else:
                         LOG.debug("broker.away reason=%r", reason)
                     self.reconciler.online(connected=False)
+                    self._wonder()
                 case Message():
                     self._hear(event)
+
+    def _wonder(self) -> None:
+        """Find out, beside everything else, whether the connection is gone because the controller removed this device."""
+        now = asyncio.get_running_loop().time()
+        if self._unknown or now - self._looked_at < LOOK_EVERY_S:
+            return
+        self._looked_at = now
+        task = asyncio.create_task(self._question_standing(), name="standing")
+        self._commands.add(task)
+        task.add_done_callback(self._commands.discard)
+
+    async def _question_standing(self) -> None:
+        found = await self._offload(self._look_at_standing)
+        if found == "unknown" and not self.reconciler.connected and not self._unknown:
+            self._unknown = True
+            LOG.warning("device.unknown device=%s what=%r", self._identity.device, unknown(self._identity))
 
     def _greet(self) -> None:
         nonce, device = secrets.token_hex(16), self._identity.device

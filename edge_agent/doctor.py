@@ -9,8 +9,9 @@ from urllib.parse import urlsplit
 
 from edge_agent.capabilities import accelerators, capabilities, free_mb, memory_mb
 from edge_agent.config import AgentConfig
-from edge_agent.identity import load_identity
+from edge_agent.identity import Identity, load_identity
 from edge_agent.runtimes import installed
+from edge_agent.standing import look, unknown
 from skills.errors import SkerryError
 from skills.resolve import Capabilities
 
@@ -119,4 +120,18 @@ def _identity(data: Path) -> list[Finding]:
         except OSError as error:
             text = f"{parts.hostname}:{port} does not answer ({error.strerror or error}); skills go on without it"
             findings.append(Finding(what, "note", text))
+    if identity.controller.mqtt_url.startswith("mqtts"):
+        findings += _standing(identity)
     return findings
+
+
+def _standing(identity: Identity) -> list[Finding]:
+    match look(identity):
+        case "known":
+            return [Finding("standing", "good", "the broker takes this device's certificate")]
+        case "unknown":
+            return [Finding("standing", "bad", unknown(identity))]
+        case "foreign":
+            return [Finding("standing", "bad", "what answers is not the broker of the controller this device joined")]
+        case "silent":
+            return []  # said above

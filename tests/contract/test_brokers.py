@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import ssl
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from cloud.authority import Authority, Issued
 from cloud.broker import Broker, choose_broker, find_mosquitto, free_port
 from cloud.children import Child
 from cloud.journal import open_journal
+from edge_agent.identity import Controller, Identity, IdentityFiles
+from edge_agent.standing import look
 from skills import topics
 from skills.errors import DeadlineExceeded
 from skills.messaging import Connected, Disconnected, Message, MqttClient, Will
@@ -299,3 +302,22 @@ async def test_an_oversized_message_ends_its_sender_and_nobody_else(real: RealSi
     assert isinstance(await noisy.next(DEADLINE_S), Disconnected)
     calm.publish(topics.up("cam-2", "state"), b"fine")
     assert await messages(controller, 1) == [Message(topics.up("cam-2", "state"), b"fine")]
+
+
+async def test_a_device_can_tell_that_it_was_removed_from_a_broker_that_is_away(real: RealSite, tmp_path: Path) -> None:
+    tls = real.files("cam-1")
+    folder = tmp_path / "identity"
+    folder.mkdir()
+    for source, name in ((tls.ca, "ca.pem"), (tls.cert, "cert.pem"), (tls.key, "key.pem")):
+        (folder / name).write_bytes(source.read_bytes())
+    identity = Identity(IdentityFiles(folder), Controller("cam-1", "https://localhost:1", real.broker.url))
+    assert await asyncio.to_thread(look, identity) == "known"
+    real.authority.revoke([real.issued["cam-1"].serial])
+    real.child.signal(signal.SIGHUP)
+    async with asyncio.timeout(DEADLINE_S):
+        while await asyncio.to_thread(look, identity) != "unknown":
+            pass  # the list of revoked certificates is being read
+    (folder / "ca.pem").write_text(Authority(tmp_path / "other", ()).ca_pem)
+    assert await asyncio.to_thread(look, identity) == "foreign"
+    await real.child.stop()
+    assert await asyncio.to_thread(look, identity) == "silent"

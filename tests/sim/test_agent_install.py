@@ -13,6 +13,7 @@ from skills import signing, topics
 from skills.desired import seal
 from skills.errors import FormatError, StorageError
 from skills.files import sha256_hex
+from skills.messaging import Disconnected
 from skills.report import CHUNK_BYTES, decode_chunk
 
 NOW = dt.datetime(2026, 11, 21, tzinfo=dt.UTC)
@@ -584,5 +585,25 @@ def test_the_device_knows_its_objects_by_their_content(scene):
             assert sha256_hex(path.read_bytes()) == path.name
         with pytest.raises(FormatError):
             await world.agent.service.infer("digits", None, b"", 0, 0)
+
+    scene(story)
+
+
+def test_a_device_that_was_removed_says_so_once_and_goes_on_serving(scene, caplog):
+    async def story(world):
+        digest = world.controller.release()
+        agent = await world.boot()
+        looks = iter(["silent", "unknown"])
+        agent._look_at_standing = lambda: next(looks)
+        world.controller.assign(DIGITS1)
+        await world.serving(digest)
+        for _ in range(6):
+            world.broker.cut("board-1")
+            agent._mqtt.put(Disconnected("it ended"))
+            await asyncio.sleep(50)
+        told = [record.message for record in caplog.records if "device.unknown" in record.message]
+        assert len(told) == 1
+        assert "the controller no longer knows this device: enrol it again" in told[0]
+        assert agent.service.find("digits").installed.version == "1.0.0"
 
     scene(story)
