@@ -42,7 +42,7 @@ from cloud.lock import only_one
 from cloud.orders import Orders
 from cloud.permits import Permits
 from cloud.registry import Registry
-from skills.errors import SkerryError, StorageError, Unreachable
+from skills.errors import Interrupted, SkerryError, StorageError, Unreachable
 from skills.files import read_bytes, write_atomic
 from skills.messaging import Connected, MqttClient
 from skills.mqtt import Mqtt, TlsFiles
@@ -322,20 +322,34 @@ def _host(url: str) -> str:
 
 
 async def _run(settings: Settings, journal: Journal, *, until_eof: bool) -> None:
+    """Serve until a signal comes.
+
+    Raises:
+        Interrupted: it was Ctrl-C; everything is stopped.
+    """
+    interrupted = False
+
+    def interrupt() -> None:
+        nonlocal interrupted
+        interrupted = True
+        stop.set()
+
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     if until_eof:
         loop.add_reader(sys.stdin.fileno(), stop.set)  # nobody writes: readable means that the starter has ended
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(signal.SIGINT, interrupt)
     work = asyncio.create_task(serve(settings, journal, stop))
     waiting = asyncio.create_task(stop.wait())
     await asyncio.wait((work, waiting), return_when=asyncio.FIRST_COMPLETED)
     if not work.done() and not settings.run_file.exists():
         work.cancel()  # told to stop before everything was ready
         await asyncio.gather(work, return_exceptions=True)
-        return
-    await work
+    else:
+        await work
+    if interrupted:
+        raise Interrupted("stopped by Ctrl-C; everything is on the disk")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -354,6 +368,9 @@ def main(arguments: list[str] | None = None) -> int:
             journal = open_journal(settings.log_file, level=settings.log_level, screen=True)
             os.chdir(settings.data)  # no other place is held on to
             asyncio.run(_run(settings, journal, until_eof=given.until_eof))
+    except Interrupted as error:
+        journal.info("controller.interrupted", error=error)
+        return error.exit_code
     except (SkerryError, OSError) as error:
         cause = _cause(data, error)
         if cause is None:

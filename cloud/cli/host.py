@@ -8,7 +8,7 @@ import typer
 from cloud.cli.command import command
 from cloud.cli.connection import Ca, Token, Url, connect
 from cloud.cli.screen import Screen
-from skills.errors import NotFound, TrustError, UsageError
+from skills.errors import Interrupted, NotFound, TrustError, UsageError
 
 PANEL = "A controller on this machine"
 Data = Annotated[
@@ -128,7 +128,11 @@ def up(
 
 
 def _stay(screen: Screen, folder: Path, log: Path) -> None:
-    """Show the log until somebody presses Ctrl-C or the controller ends."""
+    """Show the log until the controller ends, a SIGTERM comes (the usual end of a service) or somebody presses Ctrl-C.
+
+    Raises:
+        Interrupted: it was Ctrl-C; the controller is stopped.
+    """
     import sys
     import time
 
@@ -141,6 +145,9 @@ def _stay(screen: Screen, folder: Path, log: Path) -> None:
                     sys.stderr.write(line)
                 time.sleep(0.2)
     except KeyboardInterrupt:
+        screen.say("stopping …")
+        raise Interrupted("stopped by Ctrl-C, with the broker and the tail server") from None
+    except SystemExit:  # what the command line makes of SIGTERM
         screen.say("stopping …")
     finally:
         supervise.stop(folder)

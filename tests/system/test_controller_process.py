@@ -31,6 +31,7 @@ from skills.errors import SkerryError, StorageError, Unreachable
 from skills.mqtt import Mqtt, TlsFiles
 
 Build = Callable[..., BundleFile]
+CONTROLLER = ["-m", "cloud.controller"]
 BROKERS = [pytest.param("mosquitto", marks=pytest.mark.mosquitto), "amqtt"]
 
 
@@ -237,6 +238,32 @@ def test_a_broker_that_dies_is_started_again_and_told_everything(tmp_path: Path,
         assert broker["pid"] != first
     finally:
         supervise.stop(data)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+@pytest.mark.parametrize("program", [["-c", "from cloud.cli import main; main()", "up", "--foreground"], CONTROLLER])
+def test_ctrl_c_is_told_from_the_usual_end_of_a_service(
+    program: list[str], number: signal.Signals, code: int, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    words = [sys.executable, "-P", *program, "--data", str(data)]
+    for door in ("api", "mqtt", "tail"):
+        words += [f"--{door}-port", "0"]
+    environment = {**os.environ, "HOME": str(tmp_path), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as started:
+        assert started.stdout is not None
+        said = ""
+        while "controller.ready" not in said:
+            line = started.stdout.readline()
+            assert line, said
+            said += line
+        started.send_signal(number)
+        said, _ = started.communicate(timeout=30)
+    assert started.returncode == code, said
+    assert "Traceback" not in said
+    assert supervise.status(data) is None
 
 
 def test_an_occupied_port_is_one_sentence_and_exit_code_69(tmp_path: Path, free_port: int) -> None:
