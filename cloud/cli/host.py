@@ -8,7 +8,7 @@ import typer
 from cloud.cli.command import command
 from cloud.cli.connection import Ca, Token, Url, connect
 from cloud.cli.screen import Screen
-from skills.errors import Interrupted, NotFound, TrustError, UsageError
+from skills.errors import Interrupted, NotFound, Refused, TrustError, UsageError
 
 PANEL = "A controller on this machine"
 Data = Annotated[
@@ -168,10 +168,16 @@ def down(screen: Screen, data: Data = None) -> None:
 
 
 def status(screen: Screen, url: Url = None, token: Token = None, ca: Ca = None) -> None:
-    """Say how the controller is: its parts, devices, releases and open rollouts."""
+    """Say how the controller is: its parts, devices, releases and open rollouts.
+
+    The fingerprint is that of the CA by which the controller was recognised just now: compare it at a login elsewhere.
+    """
     with connect(url, token, ca) as client:
         found = client.status()
-    screen.result(found, lambda: _facts(_standing(found)))
+        trusted = client.access.ca
+    fingerprint = None if trusted is None else certificate_fingerprint(Path(trusted).read_bytes())
+    more = {} if fingerprint is None else {"fingerprint": fingerprint}
+    screen.result({**found, "fingerprint": fingerprint}, lambda: _facts({**_standing(found), **more}))
 
 
 def login(
@@ -190,7 +196,8 @@ def login(
     """Remember a controller, its token and its CA for this user.
 
     The token is the one that `skerry up` printed on the controller's machine; without --token it is asked for. The
-    controller's certificate is checked against --ca or --fingerprint; without either you are asked to compare it.
+    controller's certificate is checked against --ca or --fingerprint; without either you are asked to compare it with
+    what `skerry status` prints on the controller's machine.
     """
     import os
     import sys
@@ -208,7 +215,11 @@ def login(
                 raise UsageError(
                     f"{url} shows a CA with the fingerprint {shown}: if that is right, say so with --fingerprint"
                 )
-            typer.confirm(f"The controller's CA has the fingerprint {shown}. Is that right?", abort=True)
+            question = (
+                f"{url} shows a CA with the fingerprint {shown}. Does skerry status on its own machine say the same?"
+            )
+            if not typer.confirm(question):
+                raise Refused(f"the fingerprint that {url} shows was not confirmed: nothing is kept")
         elif fingerprint.replace(":", "").lower() != shown:
             raise TrustError(
                 f"{url} shows a CA with the fingerprint {shown}, not the one you gave: this is not that controller"

@@ -1,6 +1,8 @@
 """How a command ends: one sentence, the documented code, no traceback unless asked for."""
 
 import errno
+import io
+import json
 import signal
 import subprocess
 import sys
@@ -9,8 +11,9 @@ from typing import Any, Self
 
 import pytest
 
-from cloud import cli
-from cloud.cli import fleet, run
+from cloud import cli, client
+from cloud.access import Access
+from cloud.cli import fleet, host, run
 from cloud.views import RolloutView
 from skills.errors import Refused
 
@@ -121,6 +124,58 @@ def test_an_interrupted_wait_says_that_the_rollout_goes_on(
     assert found == 130
     assert "the rollout 4 goes on" in text
     assert "skerry rollouts abort 4" in text
+
+
+class Typist(io.StringIO):
+    """A terminal at which somebody types."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_fingerprint_that_is_not_confirmed_is_a_refusal_and_nothing_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(client, "fetch_ca", lambda _url: b"certificate")
+    monkeypatch.setattr(host, "certificate_fingerprint", lambda _pem: "4f2a")
+    monkeypatch.setattr(sys, "stdin", Typist("n\n"))
+    assert run(["login", "https://192.0.2.1:8443", "--token", "t"]) == 79
+    asked = capsys.readouterr()
+    assert "skerry status on its own machine" in asked.out
+    assert "fingerprint that https://192.0.2.1:8443 shows was not confirmed" in asked.err
+    assert not list(tmp_path.rglob("ca.pem"))
+
+
+class Calm:
+    """A controller that is well."""
+
+    def __init__(self, ca: Path) -> None:
+        self.access = Access("https://here:8443", "t", str(ca))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def status(self) -> dict[str, Any]:
+        return {
+            "url": "https://here:8443", "version": "1", "pid": 1, "releases": 0, "rollouts": {"open": 0}, "data": "d",
+            "broker": {"url": "b", "kind": "amqtt", "connected": True}, "tail": {"url": "t", "pid": 2},
+            "devices": {"online": 0, "enrolled": 0}, "log": "l",
+        }  # fmt: skip
+
+
+def test_the_status_prints_the_fingerprint_to_compare_at_a_login(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ca.pem").write_bytes(b"certificate")
+    monkeypatch.setattr(host, "connect", lambda *_: Calm(tmp_path / "ca.pem"))
+    monkeypatch.setattr(host, "certificate_fingerprint", lambda pem: f"sha256-of-{pem.decode()}")
+    assert run(["status"]) == 0
+    assert "sha256-of-certificate" in capsys.readouterr().out
+    assert run(["status", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["fingerprint"] == "sha256-of-certificate"
 
 
 def test_debug_shows_where_it_happened(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
