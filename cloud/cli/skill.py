@@ -159,7 +159,9 @@ def publish(
     from cloud.publish import publish as run
 
     if file.is_dir():
-        raise FormatError(f"{file} is a folder: build it first (skerry skill build {file} -o {file.name}.skb)")
+        raise FormatError(
+            f"{file} is a folder: build it first (skerry skill build {file} -o {file.resolve().name}.skb)"
+        )
     access = find_access(Flags(url, token, ca), os.environ)
     found_key = key or (Path(access.key) if access.key else None)
     if found_key is None:
