@@ -9,11 +9,11 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from edge_agent.config import default_data, load_config
 from skills import __version__, strangers
-from skills.errors import Interrupted, Refused, SkerryError
+from skills.errors import Interrupted, Refused, SkerryError, UsageError
 from skills.files import storage_errors
 
 EPILOG = """\
@@ -23,14 +23,19 @@ first steps on a board:
   skerry-agent enroll TOKEN            the line that `skerry devices invite` printed
   skerry-agent run                     serves until it is stopped; keep it running with systemd
 
-exit codes: 0 all good, 2 wrong usage, 65 wrong format, 66 not found, 69 nobody answers, 74 disk, 77 not trusted,
-79 refused, 130 interrupted. The data directory is --data, else SKERRY_AGENT_DATA, else {data}.
+exit codes: 0 all good, 1 something went wrong, 2 wrong usage, 65 wrong format, 66 not found, 69 nobody answers,
+74 disk, 75 too late, 77 not trusted, 78 a package is missing, 79 refused, 130 interrupted (docs/exit-codes.md).
+The data directory is --data, else SKERRY_AGENT_DATA, else {data}.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    given = parser().parse_args(arguments)
+    try:
+        given = parser().parse_args(arguments)
+    except UsageError as wrong:
+        print(f"skerry-agent: {wrong}", file=sys.stderr)
+        return wrong.exit_code
     if "data" in given:
         given.data = given.data.absolute()  # workers run in other directories
     try:
@@ -54,16 +59,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return error.exit_code
 
 
+class OneSentence(argparse.ArgumentParser):
+    """A grammar whose errors are those of every other command: one sentence, raised."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see: {self.prog} --help)")
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the command line's grammar."""
-    common = argparse.ArgumentParser(add_help=False)
+    common = OneSentence(add_help=False)
     common.add_argument("--data", type=Path, metavar="DIR", default=_data(), help="the agent's data directory")
     common.add_argument("--config", type=Path, metavar="FILE", help="settings (default: DIR/agent.yaml, may be absent)")
     common.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
-    prints = argparse.ArgumentParser(add_help=False)
+    prints = OneSentence(add_help=False)
     prints.add_argument("--json", action="store_true", help="print JSON")
 
-    top = argparse.ArgumentParser(
+    top = OneSentence(
         prog="skerry-agent",
         description="Runs signed AI skills on this device: fetches, verifies, probes, serves and reports them.",
         epilog=EPILOG.format(data=default_data()),
@@ -117,7 +129,6 @@ def _run(given: argparse.Namespace) -> int:
         start_logging(
             given.data, "debug" if given.debug else config.log_level, console=sys.stderr.isatty() or given.debug
         )
-        print(f"skerry-agent {__version__}: {identity.device}, log in {given.data / 'agent.log'}", flush=True)
         interrupted = asyncio.run(_serve(given.data, identity, config))
     if interrupted:
         raise Interrupted("stopped by Ctrl-C; the skills' state is on the disk")
@@ -165,6 +176,8 @@ async def _serve(data: Path, identity: Any, config: Any) -> bool:
     loop.add_signal_handler(signal.SIGINT, lambda: end(interrupted=True))
     try:
         await agent.start()
+        # Not before: with the port taken there is nothing to announce.
+        print(f"skerry-agent {__version__}: {identity.device}, log in {data / 'agent.log'}", flush=True)
         print(f"skills at http://{config.host}:{agent.endpoint.port}/v2", flush=True)
         return await ended
     finally:
@@ -173,7 +186,6 @@ async def _serve(data: Path, identity: Any, config: Any) -> bool:
 
 def _enroll(given: argparse.Namespace) -> int:
     from edge_agent.enroll import enroll, writable
-    from skills.errors import UsageError
 
     if len(given.token) > 2:
         raise UsageError("enroll takes the invitation, or the controller's URL and the invitation")

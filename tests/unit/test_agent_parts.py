@@ -4,6 +4,8 @@ import argparse
 import itertools
 import json
 import logging
+import re
+import socket
 import ssl
 import subprocess
 import sys
@@ -17,11 +19,11 @@ from edge_agent import capabilities, enroll, logs
 from edge_agent.__main__ import main, parser
 from edge_agent.config import AgentConfig, load_config
 from edge_agent.doctor import diagnose
-from edge_agent.identity import Controller, load_identity
+from edge_agent.identity import Controller, IdentityFiles, load_identity
 from edge_agent.probe import differs
 from edge_agent.usage import UsageLog, UsageRecord
 from edge_agent.workers import how_it_ended
-from skills.errors import FormatError, NotFound, UsageError
+from skills.errors import FormatError, NotFound, NotReached, SkerryError, UsageError
 from skills.isa import isa
 from skills.manifest import Probe
 from skills.wire import encode_json
@@ -244,6 +246,45 @@ def test_run_on_a_device_that_is_not_enrolled_ends_with_what_to_do(tmp_path, cap
 def test_enroll_with_a_piece_of_a_token_ends_with_what_to_do(tmp_path, capsys):
     assert main(["enroll", "half", "--data", str(tmp_path / "new")]) == 2
     assert "all of it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "COMMAND (see: skerry-agent --help)"),
+        (["statu"], "invalid choice: 'statu'"),
+        (["run", "--x"], "unrecognized arguments: --x"),
+        (["enroll"], "TOKEN (see: skerry-agent enroll --help)"),
+        (["status", "--data"], "expected one argument (see: skerry-agent status --help)"),
+    ],
+)
+def test_wrong_usage_is_one_sentence(arguments, said, capsys):
+    assert main(arguments) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("skerry-agent: ")
+    assert said in text
+    assert text.count("\n") == 1
+
+
+def test_help_names_every_exit_code():
+    text = parser().format_help()
+    codes = text[text.index("exit codes:") :]
+    for kind in (SkerryError, *SkerryError.__subclasses__()):
+        assert re.search(rf"[ \n]{kind.exit_code} ", codes) or kind is NotReached, kind  # no command here has a target
+
+
+def test_run_on_an_occupied_port_announces_nothing(tmp_path, capsys):
+    files = IdentityFiles(tmp_path / "identity")
+    files.folder.mkdir()
+    for path in (files.key, files.cert, files.ca, files.root, files.director):
+        path.write_text("x")
+    files.device.write_bytes(encode_json(Controller("board-1", "https://127.0.0.1:1", "mqtt://127.0.0.1:1")))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        (tmp_path / "agent.yaml").write_text(f"listen: 127.0.0.1:{taken.getsockname()[1]}\n")
+        assert main(["run", "--data", str(tmp_path)]) == 69
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("skerry-agent: cannot listen on 127.0.0.1:")
 
 
 def test_the_supervisor_carries_no_heavy_package():
