@@ -10,13 +10,13 @@ import secrets
 from collections.abc import Callable
 
 from skills import topics
-from skills.bundle import Bundle, decode_bundle, parts_for, unpack_part
+from skills.bundle import Bundle, decode_bundle, fit, parts_for, unpack_part
 from skills.desired import Assignment, ObjectRef, WantedSkill, open_sealed
 from skills.errors import DeadlineExceeded, FormatError, SkerryError, TrustError
 from skills.files import sha256_hex
 from skills.messaging import Connected, Disconnected, Message, MqttClient
 from skills.report import CHUNK_BYTES, MAX_CHUNKS_A_NEED, DeviceState, Hello, Need, Phase, SkillState, decode_chunk
-from skills.resolve import Capabilities, Misfit, resolve
+from skills.resolve import Capabilities, Misfit
 from skills.wire import encode_json, pack_frame, unpack_frame
 
 ANY_PC = Capabilities(
@@ -141,7 +141,7 @@ class FakeDevice:
         if wanted.manifest.sha256 not in self.objects:
             return wanted.manifest
         bundle = decode_bundle(self.objects[wanted.manifest.sha256], "the manifest")
-        choice = resolve(bundle.skill, self.capabilities)
+        choice = fit(bundle, self.capabilities)
         if isinstance(choice, Misfit):
             self.states[wanted.skill] = self._state(wanted, "refused", str(choice))
             return None

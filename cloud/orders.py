@@ -16,9 +16,10 @@ from cloud.fleet import Fleet, capabilities_of, matches, state_of
 from cloud.registry import Registry
 from cloud.rollout import Fact, Member, Order, Rollout
 from cloud.selector import parse_selector
+from skills.bundle import fit
 from skills.desired import Assignment, ObjectRef, WantedSkill, seal
 from skills.errors import NotFound, UsageError
-from skills.resolve import Misfit, resolve
+from skills.resolve import Choice
 
 Verb = Literal["pause", "resume", "abort"]
 VERBS: dict[Verb, Callable[[Rollout], Rollout]] = {"pause": rules.pause, "resume": rules.resume, "abort": rules.abort}
@@ -210,7 +211,7 @@ class Orders:
         capabilities = capabilities_of(device)
         if capabilities is None:
             return False
-        return not isinstance(resolve(self._registry.manifest(manifest_sha256).skill, capabilities), Misfit)
+        return isinstance(fit(self._registry.manifest(manifest_sha256), capabilities), Choice)
 
     def _apply(self, session: Session, skill: str, orders: Iterable[Order]) -> set[str]:
         changed = set()

@@ -9,11 +9,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from skills.bundle import Bundle, Part, parts_for
+from skills.bundle import Bundle, Part, fit, parts_for, readable
 from skills.desired import ObjectRef, WantedSkill
 from skills.manifest import Name, Version
 from skills.report import Phase, Sha256, SkillState
-from skills.resolve import Capabilities, Choice, Misfit, resolve
+from skills.resolve import Capabilities, Choice, Misfit
 from skills.wire import Limits
 
 LIVES_ON_TRIAL = 3
@@ -308,15 +308,12 @@ def _install(facts: Facts, wanted: WantedSkill) -> Step:
         found, said = f"{bundle.skill.name} {bundle.skill.version}", f"{wanted.skill} {wanted.version}"
         reason = f"the manifest is that of {found}, the assignment says {said}"
         return Refuse(pointer.skill, digest, Refusal("refused", reason))
-    choice = resolve(bundle.skill, facts.capabilities)
+    choice = fit(bundle, facts.capabilities)
     if isinstance(choice, Misfit):
         return Wait(str(choice))  # looked at again whenever the device's capabilities change; reported as refused
     parts = parts_for(bundle, choice)
     if digest not in facts.staged:
         missing = tuple(part for part in parts if part.sha256 not in facts.objects)
-        need, offered = sum({part.sha256: part.size for part in parts}.values()), facts.capabilities.disk_mb << 20
-        if need > offered:
-            return Wait(f"needs {_readable(need)} of disk, {_readable(offered)} are offered (disk_mb)")
         if missing:
             return FetchParts(pointer.skill, digest, missing)
         return Stage(pointer.skill, digest, parts)
@@ -340,15 +337,7 @@ def shortage(missing: tuple[Part, ...], room: int) -> str:
     need = sum(part.size for part in missing) + max((part.wire_size for part in missing), default=0)
     if need <= room:
         return ""
-    return f"needs {_readable(need)} of free disk, {_readable(max(room, 0))} are there: tried again until there is room"
-
-
-def _readable(count: int) -> str:
-    """Return bytes as people read them: 812 B, 46.1 kB, 18.6 MB."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"
+    return f"needs {readable(need)} of free disk, {readable(max(room, 0))} are there: tried again until there is room"
 
 
 # --- what is told about it ------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from skills.errors import FormatError, NotFound, TrustError
 from skills.files import read_bytes, sha256_hex, write_atomic
 from skills.manifest import Skill, check_path, load_skill
 from skills.report import CHUNK_BYTES, Sha256
-from skills.resolve import Choice
+from skills.resolve import Capabilities, Choice, Misfit, resolve
 from skills.split import load_plan
 from skills.wire import Limits, decode_json, encode_json
 
@@ -203,6 +203,25 @@ def parts_for(bundle: Bundle, choice: Choice) -> tuple[Part, ...]:
         wanted.add(str(variant.file or variant.split))
         wanted.update(bundle.splits.get(str(variant.split), ()))
     return tuple(part for part in bundle.parts if part.path in wanted)
+
+
+def fit(bundle: Bundle, device: Capabilities) -> Choice | Misfit:
+    """Choose variants as `resolve` does, and hold their parts against the disk space that the device offers."""
+    choice = resolve(bundle.skill, device)
+    if isinstance(choice, Misfit):
+        return choice
+    need, offered = sum({part.sha256: part.size for part in parts_for(bundle, choice)}.values()), device.disk_mb << 20
+    if need > offered:
+        return Misfit((f"needs {readable(need)} of disk, {readable(offered)} are offered (disk_mb)",))
+    return choice
+
+
+def readable(count: int) -> str:
+    """Return bytes as people read them: 812 B, 46.1 kB, 18.6 MB."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"
 
 
 def unpack_part(part: Part, wire: bytes) -> bytes:

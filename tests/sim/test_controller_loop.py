@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import datetime as dt
 import json
 from collections.abc import AsyncIterator, Callable
@@ -186,6 +187,18 @@ async def test_a_device_that_no_variant_fits_refuses_and_blocks_nobody(world: Wo
     assert (rows["a"]["stage"], rows["b"]["stage"]) == ("refused", "serving")
     assert "no runtime" in rows["a"]["reason"]
     assert rows["b"]["canary"]
+
+
+async def test_a_device_whose_disk_is_too_small_refuses_and_blocks_nobody(world: World, csr: Callable[[], str]) -> None:
+    world.join("a", csr(), capabilities=dataclasses.replace(ANY_PC, disk_mb=0))
+    world.join("b", csr())
+    await online(world, "a", "b")
+    await world.publish("1.0.0")
+    shown = world.controller.push("tiny", None, "all", "1")
+    await world.until(lambda: world.state() == "done")
+    rows = {row["device"]: row for row in world.controller.orders.rollout(shown["id"])["devices"]}
+    assert (rows["a"]["stage"], rows["b"]["stage"]) == ("refused", "serving")
+    assert "of disk" in rows["a"]["reason"]
 
 
 async def test_a_byte_flipped_in_the_store_is_refused_by_the_device_and_halts(
