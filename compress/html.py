@@ -5,6 +5,7 @@ from html import escape
 from importlib import resources
 
 from compress.report import LayerRow, Report
+from skills.units import readable
 
 SHOWN = 3  # names of layers before "and … more"
 VERDICTS = {
@@ -76,8 +77,8 @@ def _table(report: Report) -> str:
     before, after = report.baseline, report.result
     rows = (
         (METRICS[report.metric_name], f"{before.metric:.2%}", f"{after.metric:.2%}", f"{-report.drop + 0.0:+.2f} points"),
-        ("File", _size(before.bytes_file), _size(after.bytes_file), f"{report.ratio_file:.1f}× smaller"),
-        ("Package (zstd 19)", _size(before.bytes_package), _size(after.bytes_package), f"{report.ratio_package:.1f}× smaller than the file before"),
+        ("File", readable(before.bytes_file), readable(after.bytes_file), f"{report.ratio_file:.1f}× smaller"),
+        ("Package (zstd 19)", readable(before.bytes_package), readable(after.bytes_package), f"{report.ratio_package:.1f}× smaller than the file before"),
         ("Time, middle", _ms(before.latency_ms_p50), _ms(after.latency_ms_p50), f"{report.speedup:.2f}×"),
         ("Time, 9 of 10", _ms(before.latency_ms_p90), _ms(after.latency_ms_p90), f"{before.latency_ms_p90 / after.latency_ms_p90:.2f}×"),
         ("Load", _ms(before.load_ms), _ms(after.load_ms), ""),
@@ -86,7 +87,7 @@ def _table(report: Report) -> str:
     return (
         '<section><h2>Before and after</h2><div class="wide"><table><tr><th></th><th>before</th><th>after</th><th></th></tr>'
         f'{body}</table></div><p class="soft" style="margin-top:10px">Timed side by side on the real runtime, {report.threads} thread, '
-        f"batch {report.batch}. What was given had {_size(before.bytes_input)}; metadata and dead weights are not counted.</p></section>"
+        f"batch {report.batch}. What was given had {readable(before.bytes_input)}; metadata and dead weights are not counted.</p></section>"
     )
 
 
@@ -140,24 +141,24 @@ def _bytes(report: Report) -> str:
                 f'<rect x="{x:.1f}" y="{y}" width="{max(wide, 0.5 if size else 0):.1f}" height="26" rx="2" fill="{colour}"><title>{title}</title></rect>'
             )
             x += wide
-        return f'<text x="2" y="{y + 17}">{label}</text>{"".join(drawn)}<text x="{x + 8:.1f}" y="{y + 17}">{_size(sum(p[0] for p in parts))}</text>'
+        return f'<text x="2" y="{y + 17}">{label}</text>{"".join(drawn)}<text x="{x + 8:.1f}" y="{y + 17}">{readable(sum(p[0] for p in parts))}</text>'
 
     top = row(
         6,
         "before",
         (
-            (before - rest_before, "var(--soft)", f"weights in float: {_size(before - rest_before)}"),
-            (rest_before, "var(--deep)", f"graph, biases: {_size(rest_before)}"),
+            (before - rest_before, "var(--soft)", f"weights in float: {readable(before - rest_before)}"),
+            (rest_before, "var(--deep)", f"graph, biases: {readable(rest_before)}"),
         ),
     )
     low = row(
         44, "after",
-        [(size, COLOURS[bits], f"weights in {bits} bits: {_size(size)}") for bits, size in split_after.items()]
-        + [(rest_after, "var(--deep)", f"graph, scales of activations, biases: {_size(rest_after)}")],
+        [(size, COLOURS[bits], f"weights in {bits} bits: {readable(size)}") for bits, size in split_after.items()]
+        + [(rest_after, "var(--deep)", f"graph, scales of activations, biases: {readable(rest_after)}")],
     )  # fmt: skip
     biggest = sorted(layers, key=lambda la: la.bytes_after, reverse=True)[:5]
     rows = "".join(
-        f"<tr><td><code>{escape(la.name)}</code></td><td>{_size(la.bytes_before)}</td><td>{_size(la.bytes_after)}</td><td>{la.bits} bits</td></tr>"
+        f"<tr><td><code>{escape(la.name)}</code></td><td>{readable(la.bytes_before)}</td><td>{readable(la.bytes_after)}</td><td>{la.bits} bits</td></tr>"
         for la in biggest
     )
     return (
@@ -201,12 +202,6 @@ def _notes(report: Report) -> str:
     counts = ", ".join(f"{count:,} to {name}" for name, count in report.details.samples.items())
     items = "".join(f"<li>{escape(line)}</li>" for line in report.details.notes)
     return f"<section><h2>How it came about</h2><ul>{items}<li>Samples: {counts}; no sample is in two parts.</li></ul></section>"
-
-
-def _size(count: int) -> str:
-    if count >= 1_000_000:
-        return f"{count / 1e6:.2f} MB"
-    return f"{count / 1e3:.1f} kB" if count >= 1_000 else f"{count} B"
 
 
 def _ms(value: float) -> str:

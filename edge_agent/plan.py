@@ -9,11 +9,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from skills.bundle import Bundle, Part, fit, parts_for, readable
+from skills.bundle import Bundle, Part, fit, parts_for
 from skills.desired import ObjectRef, WantedSkill
 from skills.manifest import Name, Version
 from skills.report import Phase, Sha256, SkillState
 from skills.resolve import Capabilities, Choice, Misfit
+from skills.units import readable
 from skills.wire import Limits
 
 LIVES_ON_TRIAL = 3

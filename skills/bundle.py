@@ -20,6 +20,7 @@ from skills.manifest import Skill, check_path, load_skill
 from skills.report import CHUNK_BYTES, Sha256
 from skills.resolve import Capabilities, Choice, Misfit, resolve
 from skills.split import load_plan
+from skills.units import readable
 from skills.wire import Limits, decode_json, encode_json
 
 MANIFEST_NAME = "skill.yaml"
@@ -214,14 +215,6 @@ def fit(bundle: Bundle, device: Capabilities) -> Choice | Misfit:
     if need > offered:
         return Misfit((f"needs {readable(need)} of disk, {readable(offered)} are offered (disk_mb)",))
     return choice
-
-
-def readable(count: int) -> str:
-    """Return bytes as people read them: 812 B, 46.1 kB, 18.6 MB."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"
 
 
 def unpack_part(part: Part, wire: bytes) -> bytes:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group
 from rich.text import Text
 
-from cloud.cli.tables import size, table
+from cloud.cli.tables import table
+from skills.units import readable
 
 if TYPE_CHECKING:
     from cloud.split import SplitReport
@@ -26,12 +27,15 @@ def compressed(report: "Report") -> Group:
     name = {"top1": "accuracy", "agreement": "agreement", "cosine": "similarity"}[report.metric_name]
     made = table("", "before", "after", "", right=("before", "after"))
     made.add_row(
-        "file", size(before.bytes_file), size(after.bytes_file), Text(f"{report.ratio_file:.1f}× smaller", "green")
+        "file",
+        readable(before.bytes_file),
+        readable(after.bytes_file),
+        Text(f"{report.ratio_file:.1f}× smaller", "green"),
     )
     made.add_row(
         "package (zstd)",
-        size(before.bytes_package),
-        size(after.bytes_package),
+        readable(before.bytes_package),
+        readable(after.bytes_package),
         f"{report.ratio_package:.1f}× smaller than the file before",
     )
     low, high = report.drop_ci95
@@ -117,7 +121,7 @@ def _facts(plan: "Plan", choice: "Choice") -> tuple[str, ...]:
     return (
         cut.name,
         coding.name,
-        size(coding.bytes_p50),
+        readable(coding.bytes_p50),
         _kept(plan, coding.drop),
         f"{cut.device_ms.p50:.0f} ms",
         f"{cut.tail_ms.p50:.1f} ms",
@@ -137,7 +141,7 @@ def _refused(plan: "Plan", name: str) -> tuple[str, ...]:
     return (
         name,
         why,
-        size(least),
+        readable(least),
         "–",
         f"{cut.device_ms.p50:.0f} ms",
         f"{cut.tail_ms.p50:.1f} ms",

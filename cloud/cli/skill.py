@@ -10,6 +10,7 @@ from cloud.cli.command import command, group
 from cloud.cli.connection import Ca, Token, Url
 from cloud.cli.screen import Screen
 from skills.errors import FormatError, NotFound, NotReached
+from skills.units import readable
 
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder that holds skill.yaml.")]
 
@@ -118,7 +119,7 @@ def build(
     def view() -> object:
         made = tables.table("part", "content", "travels as", "sha256", right=("content", "travels as"))
         for part in bundle.parts:
-            made.add_row(part.path, tables.size(part.size), tables.size(part.wire_size), f"{part.sha256[:16]}…")
+            made.add_row(part.path, readable(part.size), readable(part.wire_size), f"{part.sha256[:16]}…")
         return made
 
     parts = [
@@ -136,7 +137,7 @@ def build(
     screen.result(facts, view)  # type: ignore[arg-type]
     for text in warnings:
         screen.say(f"[yellow]warning:[/yellow] {_escaped(text)}")
-    screen.say(f"{out}: {bundle.skill.name} {bundle.skill.version}, {tables.size(bundle.size)}")
+    screen.say(f"{out}: {bundle.skill.name} {bundle.skill.version}, {readable(bundle.size)}")
 
 
 def publish(
@@ -154,7 +155,6 @@ def publish(
     The signature is made here: the key never leaves this machine. A release never changes; raise the version instead.
     """
     from cloud.access import Flags, find_access
-    from cloud.cli import tables
     from cloud.client import Client
     from cloud.publish import publish as run
 
@@ -176,8 +176,8 @@ def publish(
         "uploaded_bytes": done.uploaded_bytes,
         "known_bytes": done.known_bytes,
     }
-    there = f", {tables.size(done.known_bytes)} were there already" if done.known_bytes else ""
-    text = f"released {release.skill} {release.version}: {tables.size(done.uploaded_bytes)} uploaded{there}"
+    there = f", {readable(done.known_bytes)} were there already" if done.known_bytes else ""
+    text = f"released {release.skill} {release.version}: {readable(done.uploaded_bytes)} uploaded{there}"
     screen.result(facts, text)
     screen.say(f"Next: [cyan]skerry push {release.skill}@{release.version} --to all --canary 1 --wait[/cyan]")
 

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cloud.views import DeviceView, MemberView, ReleaseView, RolloutView
+from skills.units import readable
 
 STYLES = {
     "serving": "green", "done": "green", "online": "green",
@@ -50,15 +51,6 @@ def table(*columns: str, title: str | None = None, right: Sequence[str] = ()) ->
 def state(word: str | None) -> Text:
     """Return a state's word in its colour."""
     return Text(word or "–", STYLES.get(word or "", ""))
-
-
-def size(count: int) -> str:
-    """Return bytes as people read them: 812 B, 46.1 kB, 18.6 MB."""
-    if count < 1000:
-        return f"{count} B"
-    if count < 999_950:
-        return f"{count / 1000:.1f} kB"
-    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
 
 
 def ago(then: float | None, now: float) -> str:
@@ -114,8 +106,8 @@ def device_skills(view: DeviceView) -> Group:
             entry.version,
             state(entry.phase),
             variants or "–",
-            size(entry.received_bytes),
-            size(entry.reused_bytes),
+            readable(entry.received_bytes),
+            readable(entry.reused_bytes),
             short(entry.reason),
         )
     return Group(made, *_whole((f"{entry.skill} {entry.version}", entry.reason) for entry in view.skills))
@@ -176,8 +168,8 @@ def rollout(view: RolloutView) -> Table:
             name,
             _progress(member),
             variants or "–",
-            size(member.received_bytes),
-            size(member.reused_bytes),
+            readable(member.received_bytes),
+            readable(member.reused_bytes),
             _remark(member),
         )
     return made

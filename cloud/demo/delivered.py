@@ -8,6 +8,7 @@ from cloud.demo.facts import Delivered
 from cloud.demo.scene import Scene, arrivals
 from cloud.publish import publish
 from skills.bundle import Bundle
+from skills.units import readable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,7 +48,7 @@ def tell(scene: Scene, folder: Path) -> Delivered:
 
     scene.table(tables.devices(scene.client.devices()))
     done = publish(scene.client, file, scene.publisher_key)
-    scene.say(f"[cyan]$ skerry skill publish {file.name}[/cyan]   signed, {tables.size(done.uploaded_bytes)} uploaded")
+    scene.say(f"[cyan]$ skerry skill publish {file.name}[/cyan]   signed, {readable(done.uploaded_bytes)} uploaded")
     scene.say("[cyan]$ skerry push digits --to all --canary 1 --wait[/cyan]")
     ended, seconds = scene.follow(scene.client.push("digits", None, "all", "1"))
     by_name = {member.device: member for member in ended.devices}
@@ -81,5 +82,5 @@ def bundle_table(bundle: Bundle) -> "Table":
         title=f"{bundle.skill.name} {bundle.skill.version}",
     )
     for part in bundle.parts:
-        made.add_row(part.path, tables.size(part.size), tables.size(part.wire_size), f"{part.sha256[:12]}…")
+        made.add_row(part.path, readable(part.size), readable(part.wire_size), f"{part.sha256[:12]}…")
     return made

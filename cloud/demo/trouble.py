@@ -15,6 +15,7 @@ from skills.bundle import open_bundle
 from skills.desired import ObjectRef
 from skills.errors import TrustError
 from skills.files import write_atomic
+from skills.units import readable
 
 TITLE = "Kept right: an update, a mistake, two attacks, the way back"
 FIRST = "dock"  # the device that goes first
@@ -37,7 +38,6 @@ def tell(scene: Scene, piece: Workpiece) -> tuple[Update, tuple[Refusal, ...], t
 
 
 def _update(scene: Scene, piece: Workpiece) -> Update:
-    from cloud.cli import tables
 
     factor = sharpness(piece)
     before, after = sureness(piece, 1.0), sureness(piece, factor)
@@ -60,13 +60,13 @@ def _update(scene: Scene, piece: Workpiece) -> Update:
     came = [member for member in ended.devices if member.stage == "serving"]
     received, reused = max((m.received_bytes for m in came), default=0), min((m.reused_bytes for m in came), default=0)
     scene.say(
-        f"the bundle has {tables.size(bundle.size)}; {tables.size(done.uploaded_bytes)} of it had to be uploaded, "
-        f"{tables.size(received)} reached each device, its share of the repository's metadata included"
+        f"the bundle has {readable(bundle.size)}; {readable(done.uploaded_bytes)} of it had to be uploaded, "
+        f"{readable(received)} reached each device, its share of the repository's metadata included"
     )
     scene.claim(
         "both devices serve 1.1.0", _serving(scene) == {"dock": "1.1.0", "lighthouse": "1.1.0"}, f"{seconds:.1f} s"
     )
-    text = f"{tables.size(received)} received, {tables.size(reused)} reused"
+    text = f"{readable(received)} received, {readable(reused)} reused"
     scene.claim("parts that a device has do not travel", 0 < received < reused, text)
     return Update(bundle.size, done.uploaded_bytes, round(seconds, 2), arrivals(ended))
 

@@ -12,7 +12,7 @@ HEAVY = {
 }  # fmt: skip
 GROUND = (
     "errors", "wire", "files", "manifest", "resolve", "bundle", "signing", "desired", "report", "topics", "messaging", "mqtt",
-    "mqtt_fake", "split", "zstd", "ort", "codec", "oip", "profile", "timer", "strangers",
+    "mqtt_fake", "split", "zstd", "ort", "codec", "oip", "profile", "timer", "units", "strangers",
 )  # fmt: skip
 
 

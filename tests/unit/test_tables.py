@@ -12,6 +12,7 @@ from cloud.demo.claims import Claims
 from cloud.demo.facts import Times
 from cloud.views import DeviceView, MemberView, RolloutView
 from skills.errors import NotReached
+from skills.units import readable
 
 
 def text(view: object, width: int = 120) -> str:
@@ -25,7 +26,7 @@ def text(view: object, width: int = 120) -> str:
     [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (71_692, "71.7 kB"), (999_999, "1.0 MB"), (18_600_000, "18.6 MB")],
 )
 def test_bytes_read_well(count: int, said: str) -> None:
-    assert tables.size(count) == said
+    assert readable(count) == said
 
 
 @pytest.mark.parametrize(
