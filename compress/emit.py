@@ -6,6 +6,7 @@ into DequantizeLinear would be unpacked on every call. A layer that computes in 
 Cast(FLOAT) → Mul(scale) folds to float weights at load (DequantizeLinear does not).
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -36,10 +37,11 @@ def node_name(at: int) -> str:
     return f"L{at}"
 
 
-def takes_int4(model: Any, profile: Profile) -> bool:
-    """Return whether this graph may store 4-bit weights for the least runtime that the profile promises."""
+def widths(model: Any, profile: Profile) -> tuple[float, ...]:
+    """Return the widths, largest first, in which this graph may store weights for the least runtime of the profile."""
     least = tuple(int(part) for part in profile.runtime_min.split("."))
-    return 4 in profile.stored_bits and graph.opset(model) >= INT4_OPSET and least >= INT4_RUNTIME
+    packed = graph.opset(model) >= INT4_OPSET and least >= INT4_RUNTIME
+    return tuple(sorted((bits for bits in profile.stored_bits if bits == 8 or packed), reverse=True))
 
 
 class _Emitter:
@@ -54,7 +56,7 @@ class _Emitter:
         self.constants: dict[str, Any] = {}
         self.shared: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self.codes_of: dict[str, str] = {}  # activation tensor -> its dequantized form
-        self.has_int4 = takes_int4(model, scheme.profile)
+        self.widths = widths(model, scheme.profile)
         self.fresh = 0
 
     def build(self) -> Any:
@@ -110,7 +112,8 @@ class _Emitter:
         bias = self.values.get(node.input[2]) if len(node.input) > 2 else None
         if len(node.input) > 2 and node.input[2] and bias is None and int8:
             return  # a computed bias cannot become int32
-        codes = layer_codes(layer, weight, self.scheme.profile.weight_bits, self.has_int4)
+        bias = self.scheme.biases.get(node.name, bias)
+        codes = self._codes(layer, weight)
         input_scale = feed.quant(self.scheme.profile.activation)[0] if feed is not None and int8 else 1.0
         if int8 and bias is not None:
             codes = _room_for_bias(codes, weight, bias, input_scale, self.scheme.profile.weight_bits)
@@ -124,6 +127,13 @@ class _Emitter:
             copy.input[1] = self._unfold_to_float(codes)
             if bias is not None:
                 self._set_bias(copy, self._constant(bias.astype(np.float32)))
+
+    def _codes(self, layer: Layer, weight: Array) -> Codes:
+        bits = layer.bits if layer.bits in self.widths else 8
+        fixed = self.scheme.codes.get(layer.node)
+        if fixed is not None and fixed.bits == bits:
+            return fixed
+        return layer_codes(dataclasses.replace(layer, bits=bits), weight, self.scheme.profile.weight_bits)
 
     def _keep_float(self, node: Any, copy: Any) -> None:
         """Write the activation behind a float layer between two seams as LeakyRelu with slope 0.
@@ -157,7 +167,7 @@ class _Emitter:
             node.input.append(name)
 
     def _stored(self, codes: Codes) -> str:
-        if codes.bits == 4:
+        if codes.bits <= 4:
             name = self._name("w")
             packed = TensorProto(name=name, data_type=TensorProto.INT4, dims=codes.values.shape)
             packed.raw_data = pack4(codes.values)
@@ -168,7 +178,7 @@ class _Emitter:
     def _int8(self, codes: Codes, *, zero_point: bool) -> str:
         """Unfold to int8 codes; onnxruntime's rule for Gemm and MatMul wants the zero points written out."""
         stored = self._stored(codes)
-        if codes.bits == 4:
+        if codes.bits <= 4:
             stored = self._make("Cast", [stored], to=TensorProto.INT8)
         inputs = [stored, self._constant(codes.scales)]
         if zero_point:
@@ -246,16 +256,15 @@ def _letters(number: int) -> str:
     return text
 
 
-def layer_codes(layer: Layer, weight: Array, weight_bits: int, has_int4: bool = True) -> Codes:
+def layer_codes(layer: Layer, weight: Array, weight_bits: int) -> Codes:
     """Return the codes of a layer's weights; encoding is remembered, since a search asks for the same ones often."""
-    bits = layer.bits if has_int4 else 8
     # In a layer that computes in float no kernel's 16-bit sum can saturate, so its 8-bit codes use the whole range.
     range_bits = weight_bits if layer.compute == "int8" else 8
-    return _encode(weight.tobytes(), weight.shape, layer.axis, bits, range_bits)
+    return _encode(weight.tobytes(), weight.shape, layer.axis, layer.bits, range_bits)
 
 
 @functools.lru_cache(maxsize=512)
-def _encode(raw: bytes, shape: tuple[int, ...], axis: int, bits: int, range_bits: int) -> Codes:
+def _encode(raw: bytes, shape: tuple[int, ...], axis: int, bits: float, range_bits: int) -> Codes:
     return encode(np.frombuffer(raw, np.float32).reshape(shape), axis, bits, range_bits)
 
 

@@ -19,7 +19,10 @@ VERDICTS = {
 METRICS = {
     "top1": "Right answers", "agreement": "Same answer as the original", "cosine": "Likeness to the original's output"
 }  # fmt: skip
-COLOURS = {4: "var(--sea)", 8: "var(--sand)", 32: "var(--soft)"}
+COLOURS = {
+    1.6: "color-mix(in srgb, var(--sea) 40%, var(--deep))", 2: "color-mix(in srgb, var(--sea) 55%, var(--deep))",
+    3: "color-mix(in srgb, var(--sea) 75%, var(--deep))", 4: "var(--sea)", 8: "var(--sand)", 32: "var(--soft)",
+}  # fmt: skip
 
 
 def page(report: Report) -> str:
@@ -101,7 +104,7 @@ def _bits(layers: Sequence[LayerRow]) -> str:
     for layer in layers:
         wide = least + max(0.0, free - 30) * layer.weights / total
         tall = height * min(layer.bits, 8) / 8
-        title = f"{layer.name}: {layer.op}, {layer.weights:,} weights in {layer.bits} bits, computes in {layer.compute}"
+        title = f"{layer.name}: {layer.op}, {layer.weights:,} weights in {layer.bits:g} bits, computes in {layer.compute}"
         if layer.harm is not None:
             title += f"; 4 bits alone move the answers by {layer.harm:.3g}"
         bars.append(
@@ -115,8 +118,8 @@ def _bits(layers: Sequence[LayerRow]) -> str:
         for b in (0, 4, 8)
     )
     keys = "".join(
-        f'<i class="key" style="background:{COLOURS[b]}"></i>{b} bits: {sum(la.bits == b for la in layers)} layers'
-        for b in (4, 8, 32)
+        f'<i class="key" style="background:{COLOURS[b]}"></i>{b:g} bits: {sum(la.bits == b for la in layers)} layers'
+        for b in COLOURS
         if any(la.bits == b for la in layers)
     )
     return (
@@ -131,7 +134,7 @@ def _bytes(report: Report) -> str:
     before, after = report.baseline.bytes_file, report.result.bytes_file
     rest_before = max(0, before - sum(la.bytes_before for la in layers))
     rest_after = max(0, after - sum(la.bytes_after for la in layers))
-    split_after = {bits: sum(la.bytes_after for la in layers if la.bits == bits) for bits in (4, 8, 32)}
+    split_after = {bits: sum(la.bytes_after for la in layers if la.bits == bits) for bits in COLOURS}
 
     def row(y: int, label: str, parts: Sequence[tuple[int, str, str]]) -> str:
         x, drawn = 70.0, []
@@ -153,12 +156,12 @@ def _bytes(report: Report) -> str:
     )
     low = row(
         44, "after",
-        [(size, COLOURS[bits], f"weights in {bits} bits: {readable(size)}") for bits, size in split_after.items()]
+        [(size, COLOURS[bits], f"weights in {bits:g} bits: {readable(size)}") for bits, size in split_after.items()]
         + [(rest_after, "var(--deep)", f"graph, scales of activations, biases: {readable(rest_after)}")],
     )  # fmt: skip
     biggest = sorted(layers, key=lambda la: la.bytes_after, reverse=True)[:5]
     rows = "".join(
-        f"<tr><td><code>{escape(la.name)}</code></td><td>{readable(la.bytes_before)}</td><td>{readable(la.bytes_after)}</td><td>{la.bits} bits</td></tr>"
+        f"<tr><td><code>{escape(la.name)}</code></td><td>{readable(la.bytes_before)}</td><td>{readable(la.bytes_after)}</td><td>{la.bits:g} bits</td></tr>"
         for la in biggest
     )
     return (

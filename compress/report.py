@@ -40,7 +40,7 @@ class LayerRow:
     name: str
     op: str
     compute: str
-    bits: int
+    bits: float
     weights: int
     bytes_before: int
     bytes_after: int
@@ -112,7 +112,7 @@ class RecipeLayer:
 
     name: str
     compute: Literal["int8", "float"]
-    bits: int
+    bits: float
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,9 +1,12 @@
 """What compression decides, as values: the range of each activation, and how each layer computes and is stored."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Literal
 
+from compress.graph import Array
+from compress.weights import Codes
 from skills.profile import Profile
 
 Compute = Literal["int8", "float"]
@@ -43,7 +46,7 @@ class Layer:
     shape: tuple[int, ...]
     groups: int = 1
     compute: Compute = "int8"
-    bits: int = 8  # 4 or 8; 32: stored as it came
+    bits: float = 8  # as stored: 8, 4, 3, 2 or TERNARY; 32: as it came
 
     @property
     def count(self) -> int:
@@ -62,22 +65,36 @@ class Layer:
     def stored_bytes(self) -> int:
         """Return the bytes of the weights as stored, with one float scale a channel."""
         scales = 0 if self.bits == 32 else 4 * self.shape[self.axis]
-        return (self.count * self.bits + 7) // 8 + scales
+        return math.ceil(self.count * self.bits / 8) + scales
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Scheme:
-    """A complete answer: `ranges` are the tensors that carry 8-bit codes, `layers` every operator with weights."""
+    """A complete answer: `ranges` are the tensors that carry 8-bit codes, `layers` every operator with weights.
+
+    `codes` (node -> codes) holds weights that were rounded with more care than rounding to nearest; they count where
+    their width is the layer's. `biases` (node -> float bias) replace the model's.
+    """
 
     layers: tuple[Layer, ...]
     ranges: Mapping[str, Range]
     profile: Profile
     correct_bias: bool = False
+    codes: Mapping[str, Codes] = dataclasses.field(default_factory=dict)
+    biases: Mapping[str, Array] = dataclasses.field(default_factory=dict)
 
-    def with_bits(self, bits: Mapping[str, int]) -> "Scheme":
+    def with_bits(self, bits: Mapping[str, float]) -> "Scheme":
         """Return this scheme with other stored widths for the layers named."""
         layers = tuple(dataclasses.replace(layer, bits=bits.get(layer.node, layer.bits)) for layer in self.layers)
         return dataclasses.replace(self, layers=layers)
+
+    def with_codes(self, codes: Mapping[str, Codes]) -> "Scheme":
+        """Return this scheme with these codes for the layers named."""
+        return dataclasses.replace(self, codes={**self.codes, **codes})
+
+    def with_biases(self, biases: Mapping[str, Array]) -> "Scheme":
+        """Return this scheme with these float biases for the layers named."""
+        return dataclasses.replace(self, biases={**self.biases, **biases})
 
     def layer(self, node: str) -> Layer | None:
         """Return the layer of a node, or None where the node has no trained weights."""

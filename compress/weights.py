@@ -6,9 +6,10 @@ import numpy as np
 
 from compress.graph import Array
 
+TERNARY = 1.6  # bits a weight: three values, five of them in a byte
 CANDIDATES = 32
-LEAST_SHRINK = {8: 0.85, 7: 0.85, 4: 0.45}  # how far the largest weight of a channel may be clipped
-BLOCK = 1 << 22
+LIMITS = {8: (-127, 127), 7: (-63, 63), 4: (-8, 7), 3: (-4, 3), 2: (-2, 1), TERNARY: (-1, 1)}
+LEAST_SHRINK = {8: 0.85, 7: 0.85, 4: 0.45, 3: 0.35, 2: 0.25, TERNARY: 0.2}  # how far a channel may be clipped
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -18,22 +19,19 @@ class Codes:
     values: Array  # int8, in the weight's shape
     scales: Array  # float32, one per channel
     axis: int
-    bits: int  # as stored: 4 or 8
+    bits: float  # as stored: 8, 4, 3, 2 or TERNARY
 
     def restore(self) -> Array:
         """Return the float weights that the codes stand for."""
         return np.asarray(self.values.astype(np.float32) * _along(self.scales, self.axis, self.values.ndim))
 
 
-def limits(bits: int, range_bits: int = 8) -> tuple[int, int]:
+def limits(bits: float, range_bits: int = 8) -> tuple[int, int]:
     """Return the least and largest code. 8-bit codes are kept symmetric; 7 bits of range keep 16-bit sums whole."""
-    if bits == 4:
-        return -8, 7
-    top = 63 if range_bits == 7 else 127
-    return -top, top
+    return LIMITS[range_bits if bits == 8 else bits]
 
 
-def encode(weight: Array, axis: int, bits: int, range_bits: int = 8) -> Codes:
+def encode(weight: Array, axis: int, bits: float, range_bits: int = 8) -> Codes:
     """Return codes for `weight`, each channel's scale the one of `CANDIDATES` with the least squared error.
 
     A channel of zeros gets scale 1: zero times anything is right, and a scale of 0 would not be.
@@ -41,12 +39,12 @@ def encode(weight: Array, axis: int, bits: int, range_bits: int = 8) -> Codes:
     low, high = limits(bits, range_bits)
     rows = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1).astype(np.float32)
     biggest = np.abs(rows).max(axis=1)
-    biggest[biggest < high * np.finfo(np.float32).tiny] = high  # all zero, or so small that the scale would vanish
+    reach = (high - low) / 2  # a width with one more code below zero than above cuts the upper end first
+    biggest[biggest < reach * np.finfo(np.float32).tiny] = reach  # all zero, or so small that the scale would vanish
     best = np.full(len(rows), np.inf)
-    scales = biggest / high
-    shrink = LEAST_SHRINK[bits if bits == 4 else range_bits]
-    for factor in np.linspace(1.0, shrink, CANDIDATES):
-        scale = (biggest * factor / high)[:, None]
+    scales = biggest / reach
+    for factor in np.linspace(1.0, LEAST_SHRINK[range_bits if bits == 8 else bits], CANDIDATES):
+        scale = (biggest * factor / reach)[:, None]
         error = ((np.clip(np.rint(rows / scale), low, high) * scale - rows) ** 2).sum(axis=1)
         better = error < best
         best[better] = error[better]
@@ -54,7 +52,7 @@ def encode(weight: Array, axis: int, bits: int, range_bits: int = 8) -> Codes:
     return encode_with(weight, axis, bits, scales.astype(np.float32), range_bits)
 
 
-def encode_with(weight: Array, axis: int, bits: int, scales: Array, range_bits: int = 8) -> Codes:
+def encode_with(weight: Array, axis: int, bits: float, scales: Array, range_bits: int = 8) -> Codes:
     """Return codes for `weight` with these scales, rounded to nearest."""
     low, high = limits(bits, range_bits)
     values = np.clip(np.rint(weight / _along(scales, axis, weight.ndim)), low, high).astype(np.int8)

@@ -24,8 +24,10 @@ class Profile:
         Literal[7, 8], Doc("range used by 8-bit weights: 7 where the kernel's 16-bit sums would saturate")
     ] = 8
     stored_bits: Annotated[
-        tuple[Literal[4, 8], ...], Doc("widths in which weights may be stored"), Limits(min=1, max_items=2)
-    ] = (4, 8)
+        tuple[Annotated[float, Limits(one_of=(8, 4, 3, 2, 1.6))], ...],
+        Doc("widths in which weights may be stored; 1.6 is three values, five of them in a byte"),
+        Limits(min=1, max_items=5),
+    ] = (8, 4, 3, 2, 1.6)
     quantize_outputs: Annotated[bool, Doc("also quantize the graph's outputs (runtimes that compute in int8 only)")] = (
         False
     )

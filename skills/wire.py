@@ -31,13 +31,14 @@ Where = Callable[[tuple[str | int, ...]], str]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds of a value: numbers by `min`/`max`, strings by `pattern` (full match), strings and lists by `max_items`."""
+    """Bounds of a value: numbers by `min`/`max`/`one_of`, strings by `pattern` (full match), strings and lists by `max_items`."""
 
     min: float | None = None
     max: float | None = None
     pattern: str | None = None
     max_items: int | None = None
     hint: str = ""
+    one_of: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -269,6 +270,9 @@ def _check_limits(value: Any, limits: Limits, path: tuple[str | int, ...], where
             raise FormatError(f"{where(path)}: {_name(path)} is {value}, the least is {limits.min:g}")
         if limits.max is not None and value > limits.max:
             raise FormatError(f"{where(path)}: {_name(path)} is {value}, the most is {limits.max:g}")
+        if limits.one_of and value not in limits.one_of:
+            allowed = ", ".join(f"{item:g}" for item in limits.one_of)
+            raise FormatError(f"{where(path)}: {_name(path)} is {value:g}, expected one of {allowed}")
     if limits.pattern is not None and isinstance(value, str) and not re.fullmatch(limits.pattern, value):
         raise FormatError(f"{where(path)}: {_name(path)} is {_show(value)}, expected {limits.hint or limits.pattern}")
     if limits.max_items is not None and hasattr(value, "__len__") and len(value) > limits.max_items:
@@ -443,4 +447,6 @@ def _schema_limits(limits: Limits, kind: object) -> dict[str, Any]:
         schema["maximum"] = limits.max
     if limits.max_items is not None:
         schema[names[1]] = limits.max_items
+    if limits.one_of:
+        schema["enum"] = list(limits.one_of)
     return schema

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from compress.emit import emit, takes_int4
+from compress.emit import emit, widths
 from compress.measure import answers, divergence
 from compress.pipeline import Bench, Pass, State
 from compress.scheme import Scheme
@@ -19,7 +19,7 @@ def _run(state: State, bench: Bench) -> State:
     scheme = state.planned()
     if not scheme.layers:
         return state
-    lowest = 4 if takes_int4(state.model, bench.profile) and bench.goal != "latency" else 8
+    lowest = 4 if 4 in widths(state.model, bench.profile) and bench.goal != "latency" else 8
     tried = scheme.with_bits({layer.node: lowest for layer in scheme.layers})
     without = distance(state, tried, bench)
     bench.say(0.5, "")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from compress.emit import INT4_RUNTIME, MIN_PACKED, emit, takes_int4
+from compress.emit import INT4_RUNTIME, MIN_PACKED, emit, widths
 from compress.measure import answers, marks, paired_drop, soft_drop
 from compress.passes.bias import distance
 from compress.pipeline import Bench, Pass, State
@@ -60,7 +60,7 @@ def expected_drop(state: State, scheme: Scheme, bench: Bench) -> float:
 def _run(state: State, bench: Bench) -> State:
     scheme = state.planned()
     able = [layer for layer in scheme.layers if layer.count >= MIN_PACKED]
-    if not takes_int4(state.model, bench.profile) or bench.goal == "latency" or not able:
+    if 4 not in widths(state.model, bench.profile) or bench.goal == "latency" or not able:
         return state
     plain = distance(state, scheme, bench)
     harm: dict[str, float] = {}
