@@ -1,0 +1,143 @@
+"""What is measured beside each other: our result, and what the other tools make of the same model from the same data."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import environments
+from environments import Environment, EnvironmentFailed
+from rows import Prepared, Row, digest
+
+HERE = Path(__file__).parent
+STEP_S = 3600  # no single step takes longer
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Baseline:
+    """A tool with its settings: `script` runs in `environment`, knows nothing of us, and leaves a `model.onnx`."""
+
+    name: str
+    title: str
+    environment: Environment
+    script: str
+    settings: Mapping[str, Any]
+    uses: tuple[str, ...] = ()  # further files in baselines/ whose change makes an earlier result worthless
+    trains: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Made:
+    """What a tool left: a file with notes, or the reason why there is none."""
+
+    name: str
+    title: str
+    model: Path | None
+    notes: Mapping[str, Any]
+    failure: str = ""
+
+
+def baselines(row: Row) -> tuple[Baseline, ...]:
+    """Return the tools that this row's data allows."""
+    nncf, onnxruntime = environments.NNCF, environments.ONNXRUNTIME
+    quantizer = ("with_onnxruntime.py",)
+    torch = ("nets.py", *quantizer)
+    found = [
+        Baseline("onnxruntime", "onnxruntime static, default", onnxruntime, "with_onnxruntime.py", {"tuned": False}),
+        Baseline("onnxruntime-tuned", "onnxruntime static, tuned", onnxruntime, "with_onnxruntime.py", {"tuned": True}),
+        Baseline("nncf", "NNCF", nncf, "with_nncf.py", {"accuracy_control": False}, quantizer),
+        Baseline("nncf-control", "NNCF, accuracy control", nncf, "with_nncf.py", {"accuracy_control": True, "max_drop": 1.0}, quantizer),
+        Baseline("neural-compressor", "neural-compressor autotune", environments.NEURAL_COMPRESSOR, "with_neural_compressor.py", {"max_drop": 1.0}, torch),
+    ]  # fmt: skip
+    for speed_up in (1.3, 1.7, 2.3):
+        minutes = {"resnet56": 5, "resnet20-taught": 3, "imu": 1}.get(row.name, 0)
+        settings = {"speed_up": speed_up, "cpu_minutes": minutes}
+        title = f"torch-pruning {speed_up:g}× + onnxruntime tuned"
+        name = f"torch-pruning-{speed_up:g}"
+        found.append(Baseline(name, title, environments.TORCH_PRUNING, "with_torch_pruning.py", settings, torch, trains=True))
+    return tuple(item for item in found if row.trains or not item.trains)
+
+
+def make(baseline: Baseline, row: Row, prepared: Prepared, reference: Path, work: Path, say: Callable[[str], None]) -> Made:
+    """Return what the tool makes of the row, from an earlier run where nothing has changed since."""
+    scripts = [HERE / "baselines" / name for name in (baseline.script, *baseline.uses)]
+    given = {"net": row.net, **baseline.settings}
+    inputs = {"model": reference / row.model, "data": prepared.key, "settings": given, "pins": baseline.environment.key}
+    folder = work / "made" / row.name / f"{baseline.name}-{digest(inputs | {path.name: path for path in scripts})}"
+    if not any((folder / name).is_file() for name in ("result.json", "failure.json")):
+        say(f"{row.name}: {baseline.title}")
+        weights = str(reference / row.weights) if row.weights else None
+        given |= {"model": str(reference / row.model), "data": str(prepared.parts), "weights": weights, "out": str(folder)}
+        _run(baseline, given, folder, work)
+    return _made(baseline, folder)
+
+
+def earlier(baseline: Baseline, row: Row, work: Path) -> Made | None:
+    """Return the newest thing that the tool left for this row, whatever has changed since."""
+    folders = sorted((work / "made" / row.name).glob(f"{baseline.name}-{'?' * 16}/*.json"), key=lambda path: path.stat().st_mtime)
+    return _made(baseline, folders[-1].parent) if folders else None
+
+
+def _made(baseline: Baseline, folder: Path) -> Made:
+    if (folder / "result.json").is_file():
+        notes = json.loads((folder / "result.json").read_text())
+        model = folder / "model.onnx"
+        return Made(baseline.name, baseline.title, model if model.is_file() else None, notes, notes.get("failure", ""))
+    failure = json.loads((folder / "failure.json").read_text())["reason"]
+    return Made(baseline.name, baseline.title, None, {}, failure)
+
+
+def _run(baseline: Baseline, given: Mapping[str, Any], folder: Path, work: Path) -> None:
+    """Run the tool; `result.json`, which it writes last, says that it is done, `failure.json` why it never will be."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        interpreter = environments.python(baseline.environment, work)
+        script = HERE / "baselines" / baseline.script
+        with (folder / "log.txt").open("w") as log:
+            subprocess.run(
+                [str(interpreter), str(script), json.dumps(given)], stdout=log, stderr=subprocess.STDOUT, check=True,
+                timeout=STEP_S, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1"},
+            )  # fmt: skip
+    except EnvironmentFailed as error:
+        reason = f"its environment cannot be installed: {error}"
+    except subprocess.TimeoutExpired:
+        reason = f"not done after {STEP_S // 60} minutes"
+    except subprocess.CalledProcessError:
+        lines = [line for line in (folder / "log.txt").read_text().splitlines() if line.strip()]
+        reason = lines[-1].strip()[:400] if lines else "it died without a word"
+    else:
+        return
+    (folder / "failure.json").write_text(json.dumps({"reason": reason}))
+
+
+def ours(row: Row, prepared: Prepared, reference: Path, work: Path, time_budget: str, say: Callable[[str], None]) -> Path:
+    """Return the folder that the plain command writes for this row; one that was cut short goes on where it was.
+
+    Raises:
+        RuntimeError: the command failed.
+    """
+    packages = HERE.parents[1]
+    sources = {str(path.relative_to(packages)): path for name in ("compress", "skills") for path in (packages / name).rglob("*.py")}
+    inputs = {"model": reference / row.model, "data": prepared.key, "budget": time_budget, **sources}
+    if row.teacher:
+        inputs["teacher"] = reference / row.teacher
+    folder = work / "ours" / row.name / digest(inputs)
+    out = folder / "out"
+    if not (folder / "done").is_file():
+        say(f"{row.name}: skerry compress, {time_budget}")
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [str(Path(sys.executable).with_name("skerry")), "compress", str(reference / row.model), "--data", str(prepared.given)]
+        command += ["-o", str(out), "--time-budget", time_budget, "--resume"]
+        command += ["--teacher", str(reference / row.teacher)] if row.teacher else []
+        with (folder / "log.txt").open("a") as log:
+            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+        if code not in (0, 3):  # 3: the budget was missed, and the best that was found is there
+            raise RuntimeError(f"skerry compress ended with {code}, see {folder / 'log.txt'}")
+        (folder / "done").touch()
+    return out
