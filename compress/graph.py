@@ -85,7 +85,7 @@ def drop_dead(model: Any) -> None:
             kept.append(node)
             needed.update(name for name in node.input if name)
             for attribute in node.attribute:
-                needed.update(_outer_names(attribute))
+                needed.update(outer_names(attribute))
     kept.reverse()
     replace(graph.node, kept)
     replace(graph.initializer, [item for item in graph.initializer if item.name in needed])
@@ -101,7 +101,7 @@ def replace(field: Any, items: list[Any]) -> None:
     field.extend(saved)
 
 
-def _outer_names(attribute: Any) -> set[str]:
+def outer_names(attribute: Any) -> set[str]:
     """Return every name that a subgraph (of If, Loop, Scan) may read from outside."""
     found: set[str] = set()
     for graph in (attribute.g, *attribute.graphs):
@@ -109,5 +109,5 @@ def _outer_names(attribute: Any) -> set[str]:
         for node in graph.node:
             found.update(node.input)
             for inner in node.attribute:
-                found.update(_outer_names(inner))
+                found.update(outer_names(inner))
     return found
