@@ -9,14 +9,18 @@ import numpy as np
 
 from compress.data import Part
 from compress.graph import Array
+from compress.metrics import METRICS, Marks, Metric
 from skills import ort
-from skills.errors import FormatError, SkerryError
+from skills.errors import FormatError
 from skills.ort import Port
 
-Metric = Literal["top1", "agreement", "cosine"]
 Verdict = Literal["proven", "within_budget_unproven", "not_reached"]
 BATCH_ELEMENTS = 1 << 20  # input numbers per run: keeps a batch's activations in tens of MiB
 Z95 = 1.959964
+RESAMPLES = 1000
+OWN_RESAMPLES = 200  # of a user's own metric, which may take long
+BOOTSTRAP_SEED = 0
+WIDEST = 1e6  # per cent: what a relative change is cut at
 
 
 class Runner(Protocol):
@@ -33,7 +37,8 @@ class Runner(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Drop:
-    """How much worse in percentage points (positive = worse), with the paired 95 % interval over `n` samples."""
+    """How much worse (positive), with the paired 95 % interval over `n` samples: percentage points, or per cent of the
+    original's value for an unbounded metric."""
 
     points: float
     lo: float
@@ -62,39 +67,6 @@ def answers(runner: Runner, x: Array) -> Array:
     return np.concatenate([runner.run({port.name: batch}, [name])[name] for batch in batches(port, x)])
 
 
-def metric_for(output: Array, labelled: bool, x: Array) -> Metric:
-    """Return what can be measured: top-1 with labels, else agreement of the top answer, else cosine of the outputs.
-
-    An output shaped like the input `x` is taken for a reconstruction, not for class scores.
-
-    Raises:
-        FormatError: labels were given and the output is not one row of class scores a sample.
-    """
-    scores = output.ndim == 2 and output.shape[1] > 1 and (labelled or output.shape != x.shape)
-    if labelled and not scores:
-        raise FormatError(f"labels need an output [N, classes], the model's first output is {list(output.shape)}")
-    if labelled:
-        return "top1"
-    return "agreement" if scores else "cosine"
-
-
-def marks(metric: Metric, output: Array, part: Part, original: Array) -> Array:
-    """Return each sample's mark between 0 and 1: right or wrong, same or other answer, or cosine."""
-    match metric:
-        case "top1":
-            return np.asarray(output.argmax(axis=1) == part.y, np.float64)
-        case "agreement":
-            return np.asarray(output.argmax(axis=1) == original.argmax(axis=1), np.float64)
-        case "cosine":
-            a, b = (
-                output.reshape(len(output), -1).astype(np.float64),
-                original.reshape(len(output), -1).astype(np.float64),
-            )
-            norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-            return np.asarray(np.clip((a * b).sum(axis=1) / np.maximum(norms, 1e-30), 0, 1))
-    raise SkerryError(f"there is no metric {metric}")
-
-
 def paired_drop(before: Array, after: Array) -> Drop:
     """Return the drop in points and its 95 % interval from the same samples' marks before and after.
 
@@ -115,6 +87,85 @@ def paired_drop(before: Array, after: Array) -> Drop:
     return Drop(
         points, max(-100.0, min(points, (middle - half) * 100)), min(100.0, max(points, (middle + half) * 100)), n
     )
+
+
+def drop(metric: Metric, part: Part, original: Array, output: Array) -> Drop:
+    """Return how much worse than `original` the answers `output` to the same samples are, with a paired 95 % interval.
+
+    Marks of single samples, bounded and without groups: `paired_drop`. All else, so whole-set metrics, unbounded ones, and
+    samples in groups, by `resampled`, and never narrower than a bounded metric without any change would be.
+    """
+    before, after = metric.marks(original, part, original), metric.marks(output, part, original)
+    if not metric.bounded:
+        return resampled(metric, before, after, part.groups)
+    if len(before) == 1:
+        sign = 1 if metric.higher_is_better else -1
+        least = paired_drop(sign * before[0], sign * after[0])
+        if part.groups is None:
+            return least
+    else:
+        doubt = paired_drop(np.zeros(len(part)), np.zeros(len(part)))
+        change = points(metric, part, original, output)
+        least = Drop(change, change + doubt.lo, change + doubt.hi, len(part))
+    found = resampled(metric, before, after, part.groups)
+    lo, hi = min(found.lo, least.lo), max(found.hi, least.hi)
+    return Drop(found.points, max(-100.0, lo), min(100.0, hi), found.n)
+
+
+def points(metric: Metric, part: Part, original: Array, output: Array) -> float:
+    """Return the drop alone, without the work of its interval: for a search that asks often."""
+    before, after = metric.marks(original, part, original), metric.marks(output, part, original)
+    return float(_points(metric, np.array(metric.value(before)), np.array(metric.value(after))))
+
+
+def resampled(metric: Metric, before: Marks, after: Marks, groups: Array | None) -> Drop:
+    """Return the drop with its bootstrap percentile interval: pairs are drawn again, whole groups where there are any.
+
+    The draws are seeded. Fewer than two groups say nothing: the interval is as wide as can be. Sources: Efron and
+    Tibshirani 1993, chapter 13; for groups Field and Welsh 2007.
+    """
+    n = len(before[0])
+    found = float(_points(metric, np.array(metric.value(before)), np.array(metric.value(after))))
+    member = np.arange(n) if groups is None else np.unique(groups, return_inverse=True)[1]
+    units = int(member.max()) + 1
+    if units < 2:
+        return Drop(found, -WIDEST, WIDEST, n)
+    order = np.random.default_rng(BOOTSTRAP_SEED)
+    if len(before) == 1:
+        sums = [np.bincount(member, weights=marks) for marks in (before[0], after[0], np.ones(n))]
+        drawn = []
+        for _ in range(RESAMPLES):
+            rows = order.integers(0, units, units)
+            drawn.append([column[rows].sum() for column in sums])
+        was, now, count = np.array(drawn).T
+        values = _points(metric, was / count, now / count)
+    else:
+        by_unit = np.split(np.argsort(member, kind="stable"), np.cumsum(np.bincount(member))[:-1])
+        pairs = []
+        for _ in range(RESAMPLES if metric.name in METRICS else OWN_RESAMPLES):
+            rows = np.concatenate([by_unit[unit] for unit in order.integers(0, units, units)])
+            pairs.append([metric.value(tuple(column[rows] for column in marks)) for marks in (before, after)])
+        values = _points(metric, *np.array(pairs).T)
+    lo, hi = (float(value) for value in np.percentile(values, (2.5, 97.5)))
+    return Drop(found, min(found, lo), max(found, hi), n)
+
+
+def _points(metric: Metric, before: Array, after: Array) -> Array:
+    change = before - after if metric.higher_is_better else after - before
+    if metric.bounded:
+        return np.asarray(change * 100)
+    return np.asarray(np.clip(change / np.maximum(np.abs(before), 1e-12) * 100, -WIDEST, WIDEST))
+
+
+def samples_for_proof(drop: Drop, max_drop: float) -> int | None:
+    """Return how many samples would prove the budget if the drop stayed as measured, None where no number would. Pure.
+
+    The interval narrows with the square root of the samples, drawn in groups like those there are.
+    """
+    room = max_drop - drop.points
+    if room <= 0:
+        return None
+    return math.ceil(drop.n * ((drop.hi - drop.points) / room) ** 2)
 
 
 def verdict(drop: Drop, max_drop: float) -> Verdict:

@@ -1,11 +1,8 @@
-"""The model that comes in: an ONNX file, or a torch module that is exported and held against its export."""
+"""The model that comes in: an ONNX file, or a torch program or module that is exported and held against its export."""
 
 import contextlib
 import dataclasses
-import importlib
-import importlib.util
 import io
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from compress import references
 from compress.graph import Array
 from compress.measure import answers, batches
 from compress.quiet import muted
@@ -38,25 +36,36 @@ class Source:
     bytes_input: int
 
 
-def load(model: object, weights: Path | None, sample: Array) -> Source:
-    """Read an `.onnx` file, or import and export a torch module; `sample` is what it will be run with.
+def load(model: object, weights: Path | None, sample: Array | None) -> Source:
+    """Read an `.onnx` file, or a `.pt2` or a torch module and export it; `sample` is what it will be run with.
+
+    Without data `sample` is None: then a torch module has nothing to be exported with.
 
     Raises:
         NotFound: the file, module or factory does not exist.
-        FormatError: it is no valid ONNX, or uses an operator that onnxruntime does not have.
+        FormatError: it is no valid ONNX or program, cannot be exported, or uses an operator that onnxruntime lacks.
         UsageError: the argument is neither a file, nor `file.py:factory`, nor `package.module:factory`.
         MissingExtra: torch is needed and not installed.
     """
     if isinstance(model, (str, Path)) and (isinstance(model, Path) or ":" not in model):
         path = Path(model)
-        if path.suffix != ".onnx":
+        if path.suffix not in (".onnx", ".pt2"):
             if not path.exists():
                 raise NotFound(f"there is no model file {path}")
-            raise FormatError(f"{path} is no .onnx file: give one, or file.py:factory of a torch module")
+            raise FormatError(f"{path} is neither .onnx nor .pt2: give one, or file.py:factory of a torch module")
         data = read_bytes(path, "the model", MAX_MODEL_BYTES)
-        return Source(check(data, str(path), path.parent), path.name, sha256_hex(data), len(data))
+        if path.suffix == ".onnx":
+            return Source(check(data, str(path), path.parent), path.name, sha256_hex(data), len(data))
+        return Source(
+            check(export_program(data, str(path), sample), str(path), None), path.name, sha256_hex(data), len(data)
+        )
+    if sample is None:
+        raise UsageError("a torch module is exported by running it: give data, or an .onnx or .pt2 file")
     if isinstance(model, str):
-        module, name = _make(model), model
+        _torch()
+        factory, name = references.find(model, "factory"), model
+        with references.named(model):
+            module = factory()
     else:
         module, name = model, type(model).__name__
     data = export(module, name, weights, sample)
@@ -109,60 +118,6 @@ def _unknown_operators(model: Any) -> list[str]:
     return list(found)
 
 
-def _make(reference: str) -> Any:
-    """Call the factory that `file.py:factory` or `package.module:factory` names."""
-    path, _, attribute = reference.rpartition(":")
-    if not path or not attribute.isidentifier():
-        raise UsageError(f"'{reference}' is neither a file, nor file.py:factory, nor package.module:factory")
-    _torch()
-    try:
-        module = _import_file(Path(path)) if path.endswith(".py") else _import_module(path)
-    except ModuleNotFoundError as error:
-        if error.name and not path.endswith(".py") and f"{path}.".startswith(f"{error.name}."):
-            raise NotFound(f"there is no module '{error.name}' to import, here or on PYTHONPATH") from None
-        raise MissingExtra(f"{path} needs the module '{error.name}', which is not installed") from None
-    except SyntaxError as error:
-        raise FormatError(f"{error.filename or path} line {error.lineno}: {error.msg}") from None
-    factory = getattr(module, attribute, None)
-    if not callable(factory):
-        raise NotFound(f"{path} has no function '{attribute}'")
-    return factory()
-
-
-def _import_file(path: Path) -> Any:
-    """Import a file by its path; what lies beside it can be imported by it."""
-    if not path.is_file():
-        raise NotFound(f"there is no file {path}")
-    spec = importlib.util.spec_from_file_location(f"skerry_factory_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise FormatError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses in the file look themselves up
-    with _also_from(path.parent):
-        spec.loader.exec_module(module)
-    return module
-
-
-def _import_module(name: str) -> Any:
-    with _also_from(Path.cwd()):
-        return importlib.import_module(name)
-
-
-@contextlib.contextmanager
-def _also_from(folder: Path) -> Iterator[None]:
-    """Let imports look in a folder too, last of all: nothing in it takes the place of an installed module."""
-    entry = str(folder.resolve())
-    sys.path.append(entry)
-    importlib.invalidate_caches()
-    try:
-        yield
-    finally:
-        for at in range(len(sys.path) - 1, -1, -1):
-            if sys.path[at] == entry:
-                del sys.path[at]  # the last one is ours
-                break
-
-
 def export(module: Any, name: str, weights: Path | None, sample: Array) -> bytes:
     """Return the ONNX bytes of a torch module in evaluation mode, with a free batch, checked against the module.
 
@@ -195,6 +150,65 @@ def export(module: Any, name: str, weights: Path | None, sample: Array) -> bytes
     data = buffer.getvalue()
     _check_parity(data, name, expected, sample[:PARITY_SAMPLES])
     return data
+
+
+def export_program(data: bytes, name: str, sample: Array | None) -> bytes:
+    """Return the ONNX bytes of a `.pt2` (what `torch.export.save` wrote), checked against the program on `sample`.
+
+    The batch stays as the program has it: free where it was exported so. Without `sample` the program's own example input is
+    used.
+
+    Raises:
+        FormatError: damaged, several inputs, an input that the program does not take, an operator without ONNX form, or
+            other answers after the export.
+        MissingExtra: torch or onnxscript is not installed.
+    """
+    torch = _torch()
+    try:
+        import onnxscript  # noqa: F401  the exporter of programs is written in it
+    except ImportError:
+        raise MissingExtra("a .pt2 needs onnxscript: pip install 'skerry[compress]'") from None
+    with warnings.catch_warnings(), torch.no_grad(), muted():
+        warnings.simplefilter("ignore")  # the exporter's own deprecation notes
+        try:
+            program = torch.export.load(io.BytesIO(data))
+        except Exception as error:  # noqa: BLE001  zip, pickle and torch raise unrelated classes for damaged files
+            raise FormatError(f"{name} is not a .pt2 that torch.export can load: {_first_line(error)}") from None
+        inputs = program.graph_signature.user_inputs
+        if len(inputs) != 1:
+            raise FormatError(
+                f"{name} has {len(inputs)} inputs ({', '.join(map(str, inputs))}), compression takes models with one"
+            )
+        try:
+            tensor = _fill(program, sample)
+            expected = program.module()(tensor)
+        except Exception as error:
+            raise FormatError(f"{name} does not take the data: {_first_line(error)}") from error
+        try:
+            made = torch.onnx.export(
+                program,
+                dynamo=True,
+                input_names=["x"],
+                output_names=["logits"],
+                opset_version=EXPORT_OPSET,
+                verbose=False,
+            )
+        except Exception as error:
+            raise FormatError(f"{name} cannot be exported to ONNX: {_first_line(error)}") from error
+    exported: bytes = made.model_proto.SerializeToString()
+    _check_parity(exported, name, expected, tensor.numpy())
+    return exported
+
+
+def _fill(program: Any, sample: Array | None) -> Any:
+    """Return inputs that the program takes: as many samples as its batch has, or the program's own example."""
+    torch = _torch()
+    name = program.graph_signature.user_inputs[0]
+    want = next(node.meta["val"] for node in program.graph.nodes if node.name == name)
+    if sample is None:
+        return program.example_inputs[0][0].detach()
+    size = want.shape[0] if want.ndim and isinstance(want.shape[0], int) else PARITY_SAMPLES
+    return torch.from_numpy(np.ascontiguousarray(sample[:size]))
 
 
 @contextlib.contextmanager

@@ -14,7 +14,8 @@ import onnx
 
 from compress.data import Splits
 from compress.graph import Array
-from compress.measure import Metric, answers
+from compress.measure import answers
+from compress.metrics import Metric
 from compress.scheme import Scheme
 from compress.statistics import Statistics
 from skills import ort

@@ -69,7 +69,7 @@ class Details:
 class Report:
     """`report.json`: the keys are a public contract, `details` is not among them."""
 
-    metric_name: Literal["top1", "agreement", "cosine"]
+    metric_name: Annotated[str, Doc("one of compress/metrics.py, or the name of the user's own function")]
     verdict: Literal["proven", "within_budget_unproven", "not_reached"]
     drop: Annotated[float, Doc("percentage points, positive = worse")]
     drop_ci95: Annotated[tuple[float, float], Doc("paired 95 % interval of the drop")]

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from compress import Goal, Progress, data, folder, graph, measure, model, profiles
+from compress import Goal, Progress, data, folder, graph, measure, metrics, model, profiles
 from compress.data import Splits
 from compress.emit import emit, node_name
 from compress.graph import Array
 from compress.html import page
-from compress.measure import Drop, Metric, Runner
+from compress.measure import Drop, Runner
+from compress.metrics import Metric
 from compress.passes.bias import BIAS
 from compress.passes.bits import BITS, order
 from compress.passes.canonicalise import CANONICALISE
@@ -26,6 +27,7 @@ from compress.passes.strip import strip
 from compress.pipeline import CHECK_SAMPLES, Bench, Pass, State, apply
 from compress.report import Baseline, Details, LayerRow, Lineage, Recipe, RecipeLayer, Report, Result
 from compress.scheme import Scheme
+from compress.splits import split
 from skills import ort, zstd
 from skills.errors import SkerryError, UsageError
 from skills.files import sha256_hex
@@ -126,37 +128,35 @@ def _meet(source: model.Source, samples: data.Data, seed: int) -> tuple[Original
     if graph.opset(stripped_model) > ort.MAX_OPSET or stripped_model.ir_version > ort.MAX_IR:
         runnable = CANONICALISE.run(State(stripped_model), _NO_BENCH).model.SerializeToString()
     session = ort.session(runnable)
-    data.check_fit(samples, session.inputs[0], None)
-    splits = data.split(samples, seed)
+    data.check_fit(samples, session.inputs[0])
+    splits = split(samples, seed)
     few = splits.calibrate.x[: max(1, session.inputs[0].shape[0])]
     first = measure.answers(session, few)
-    labelled = splits.report.y is not None
-    metric = measure.metric_for(first, labelled, few)
-    data.check_fit(samples, session.inputs[0], first.shape[1] if labelled else None)
+    metric = metrics.choose(samples, first, few)
     answers = [measure.answers(session, part.x) for part in (splits.calibrate, splits.select, splits.report)]
     if not all(np.isfinite(part).all() for part in answers):
         raise SkerryError(f"{source.name} answers NaN or infinity on this data: is it preprocessed as in training?")
     original = Original(source, runnable, session, metric, *answers)
-    return original, splits, _warnings(original, splits, first.shape[1] if labelled else 0)
+    return original, splits, _warnings(original, splits)
 
 
 # The pass CANONICALISE never looks at its bench.
 _NO_BENCH: Any = None
 
 
-def _warnings(original: Original, splits: Splits, classes: int) -> tuple[str, ...]:
+def _warnings(original: Original, splits: Splits) -> tuple[str, ...]:
     found = []
-    if original.metric == "top1":
-        right = float(measure.marks("top1", original.report, splits.report, original.report).mean())
-        chance = 1 / classes
+    if original.metric.name == "top1":
+        right = original.metric.of(original.report, splits.report, original.report)
+        chance = 1 / original.report.shape[1]
         noise = CHANCE_ERRORS * (chance * (1 - chance) / len(splits.report)) ** 0.5
         if right <= chance + noise:
             found.append(
                 f"The model that came in is right in {right:.1%} of {len(splits.report)} cases, guessing gives {chance:.1%}: "
                 "is the data preprocessed as in training, and are the labels in the model's order?"
             )
-    else:
-        found.append(f"The data has no labels: the metric is {original.metric} with the original, not accuracy.")
+    elif original.metric.name in ("agreement", "cosine"):
+        found.append(f"The data has no labels: the metric is {original.metric.name} with the original, not accuracy.")
     return tuple(found)
 
 
@@ -170,7 +170,9 @@ def _benches(
     passes: Sequence[Pass],
 ) -> Callable[[Pass], Bench]:
     """Return what makes a pass's bench: its share of the progress bar starts where the one before ended."""
-    metric = "agreement" if original.metric == "top1" and splits.select.y is None else original.metric
+    metric = original.metric
+    if metric.needs_labels and splits.select.y is None:
+        metric = metrics.unlabelled(original.select, splits.select.x)
 
     def bench(step: Pass) -> Bench:
         at = list(passes).index(step)
@@ -228,9 +230,8 @@ def _judge(state: State, profile: Profile, splits: Splits, original: Original) -
         if state.scheme is not None and profile.arch == platform.machine():
             check_audit(audit, state.scheme)
     answers = measure.answers(runner, splits.report.x)
-    before = measure.marks(original.metric, original.report, splits.report, original.report)
-    after = measure.marks(original.metric, answers, splits.report, original.report)
-    return Emitted(state, file, runner, audit, answers, measure.paired_drop(before, after))
+    drop = measure.drop(original.metric, splits.report, original.report, answers)
+    return Emitted(state, file, runner, audit, answers, drop)
 
 
 def check_audit(audit: ort.Audit, scheme: Scheme) -> None:
@@ -266,26 +267,27 @@ def _report(
         warnings = (*warnings, f"The result is slower than what came in: {speedup:.2f} times its speed.")
     if profile.arch != platform.machine():
         warnings = (*warnings, f"Timed on this machine ({platform.machine()}), not on a {profile.name} device.")
-    before = measure.marks(original.metric, original.report, splits.report, original.report)
-    after = measure.marks(original.metric, emitted.answers, splits.report, original.report)
+    before, after = (
+        original.metric.of(answers, splits.report, original.report) for answers in (original.report, emitted.answers)
+    )
     size, package = len(original.stripped), len(zstd.compress(original.stripped, PACKAGE_LEVEL))
     small, small_package = len(emitted.file), len(zstd.compress(emitted.file, PACKAGE_LEVEL))
     baseline = Baseline(
-        round(float(before.mean()), 6), original.source.bytes_input, size, package,
+        round(before, 6), original.source.bytes_input, size, package,
         round(times["before"].p50_ms, 4), round(times["before"].p90_ms, 4), _load_ms(lambda: ort.session(original.stripped)),
     )  # fmt: skip
     result = Result(
-        round(float(after.mean()), 6), small, small_package, round(times["after"].p50_ms, 4),
+        round(after, 6), small, small_package, round(times["after"].p50_ms, 4),
         round(times["after"].p90_ms, 4), _load_ms(lambda: _open(emitted.file, profile)),
     )  # fmt: skip
     drop = emitted.drop
     details = Details(
         original.source.name, "model.tflite" if profile.runtime == "litert" else "model.onnx", max_drop, goal, seed,
         _rows(emitted), emitted.audit.counts if emitted.audit else {}, emitted.state.notes, warnings,
-        {"calibrate": len(splits.calibrate), "select": len(splits.select), "report": len(splits.report)},
+        {name: len(part) for name, part in splits.parts().items()},
     )  # fmt: skip
     return Report(
-        original.metric, measure.verdict(drop, max_drop), round(drop.points, 4), (round(drop.lo, 4), round(drop.hi, 4)),
+        original.metric.name, measure.verdict(drop, max_drop), round(drop.points, 4), (round(drop.lo, 4), round(drop.hi, 4)),
         drop.n, baseline, result, round(size / small, 3), round(size / small_package, 3), round(speedup, 3), profile.name,
         threads=1, batch=len(sample), seconds=round(seconds + time.monotonic() - began, 2), details=details,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from compress.emit import INT4_RUNTIME, MIN_PACKED, emit, widths
-from compress.measure import answers, marks, paired_drop, soft_drop
+from compress.measure import answers, points, soft_drop
 from compress.passes.bias import distance
 from compress.pipeline import Bench, Pass, State
 from compress.scheme import Layer, Scheme
@@ -48,10 +48,8 @@ def expected_drop(state: State, scheme: Scheme, bench: Bench) -> float:
     select, calibrate = bench.splits.select, bench.splits.calibrate
     session = ort.session(emit(state.model, scheme, state.seen()).SerializeToString(), bench.threads)
     got = answers(session, select.x)
-    after = marks(bench.metric, got, select, bench.original_select)
-    before = marks(bench.metric, bench.original_select, select, bench.original_select)
-    measured = paired_drop(before, after).points
-    if bench.metric != "top1":
+    measured = points(bench.metric, select, bench.original_select, got)
+    if bench.metric.name != "top1":
         return measured
     original = np.concatenate([bench.original_select, bench.original_calibrate])
     return max(measured, soft_drop(original, np.concatenate([got, answers(session, calibrate.x)])))

@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress.data import Data, split
+from compress.data import Data
+from compress.splits import split
 
 
 @given(st.integers(20, 400), st.integers(0, 5))
