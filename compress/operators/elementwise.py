@@ -1,7 +1,6 @@
 """Operators that work on each value by itself: arithmetic, comparison, activations, casts; and softmax."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -113,7 +112,7 @@ ELEMENTWISE: dict[str, Builder] = {
     "Relu": _plain(nnf.relu), "LeakyRelu": _with(nnf.leaky_relu, "alpha", 0.01), "PRelu": _plain(_prelu),
     "Clip": _clip, "Sigmoid": _plain(torch.sigmoid), "Tanh": _plain(torch.tanh), "HardSigmoid": _hard_sigmoid,
     "HardSwish": _plain(nnf.hardswish), "Elu": _with(nnf.elu, "alpha", 1.0), "Celu": _with(nnf.celu, "alpha", 1.0),
-    "Selu": _selu, "Softplus": _plain(functools.partial(nnf.softplus, threshold=math.inf)),
+    "Selu": _selu, "Softplus": _plain(nnf.softplus),
     "Softsign": _plain(nnf.softsign), "Gelu": _gelu, "Mish": _plain(nnf.mish),
     "Softmax": _softmax(torch.softmax), "LogSoftmax": _softmax(torch.log_softmax),
     "Equal": _plain(torch.eq), "Greater": _plain(torch.gt), "GreaterOrEqual": _plain(torch.ge),
