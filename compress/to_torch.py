@@ -109,6 +109,7 @@ class Twin(torch.nn.Module):  # type: ignore[misc]
             made = step.compute(*args)
             if isinstance(made, tuple):
                 values.update(zip(step.outputs, made, strict=False))
+                values[""] = None  # an output left out is no input left out
             else:
                 values[step.outputs[0]] = made
             if self.on_tensor:
@@ -200,6 +201,7 @@ class Twin(torch.nn.Module):  # type: ignore[misc]
         return makers
 
     def _planned(self, feeds: Iterable[str], wanted: Sequence[str]) -> _Plan:
+        """Walk back from the wanted tensors to the fed and the stored ones; note where each was read last."""
         given = set(feeds)
         order: dict[int, _Step] = {}
         stored: dict[str, None] = {}

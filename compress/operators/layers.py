@@ -1,5 +1,6 @@
 """Operators that carry weights: convolution, matrix products, normalization."""
 
+import functools
 import math
 from typing import Any
 
@@ -14,11 +15,10 @@ CONV_TRANSPOSE = (nnf.conv_transpose1d, nnf.conv_transpose2d, nnf.conv_transpose
 
 
 def _conv(site: Site) -> Compute:
-    groups, kernel = site.fact("group", 1), site.fact("kernel_shape")
-    fixed = Windows(site, kernel) if kernel else None
+    groups, windows_of = site.fact("group", 1), functools.cache(functools.partial(Windows, site))
 
     def compute(x: Any, weight: Any, bias: Any = None) -> Any:
-        windows = fixed or Windows(site, weight.shape[2:])
+        windows = windows_of(weight.shape[2:])
         pads = windows.padding(x.shape[2:])
         even = symmetric(pads)
         if even is None:
@@ -31,9 +31,10 @@ def _conv(site: Site) -> Compute:
 
 def _conv_transpose(site: Site) -> Compute:
     groups, wanted = site.fact("group", 1), site.fact("output_shape")
+    windows_of = functools.cache(functools.partial(Windows, site))
 
     def compute(x: Any, weight: Any, bias: Any = None) -> Any:
-        windows, dims = Windows(site, weight.shape[2:]), x.ndim - 2
+        windows, dims = windows_of(weight.shape[2:]), x.ndim - 2
         more = site.fact("output_padding", [0] * dims)
         pads = list(windows.pads)
         if wanted or windows.auto.startswith("SAME"):

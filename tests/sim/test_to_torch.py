@@ -418,21 +418,43 @@ def test_recurrent_layers_are_trained(case: Case) -> None:
     assert all(twin.weights[name].grad.abs().max() > 0 for name in ("i1", "i2"))
 
 
-def test_sizes_computed_in_the_graph_follow_the_input() -> None:
+def _reordering() -> Any:
+    """A graph that computes the shape it wants and takes rows by stored indices."""
     nodes = [
         helper.make_node("Shape", ["x"], ["shape"]),
         helper.make_node("Gather", ["shape", "zero"], ["n"]),
         helper.make_node("Unsqueeze", ["n", "zero_axis"], ["n1"]),
         helper.make_node("Concat", ["n1", "rest"], ["wanted"], axis=0),
-        helper.make_node("Reshape", ["x", "wanted"], ["y"]),
+        helper.make_node("Reshape", ["x", "wanted"], ["split"]),
+        helper.make_node("Gather", ["split", "rows"], ["y"], axis=1),
     ]
-    stored = {"zero": np.asarray(0), "zero_axis": whole(0), "rest": whole(-1, 3)}
+    stored = {"zero": np.asarray(0), "zero_axis": whole(0), "rest": whole(-1, 3), "rows": whole(1, 0, -1)}
     body = helper.make_graph(
         nodes, "g", [_value("x", X2)], [helper.make_empty_tensor_value_info("y")],
         [graph.tensor(name, value) for name, value in stored.items()],
     )  # fmt: skip
-    twin = Twin(_model(body))
-    assert [tuple(twin(torch.zeros(n, 6)).shape) for n in (4, 7)] == [(4, 2, 3), (7, 2, 3)]
+    return _model(body)
+
+
+def test_an_output_left_out_is_not_taken_for_an_input_left_out() -> None:
+    x, w, r = real(5, 2, 3), real(1, 16, 3), real(1, 16, 4)
+    nodes = [
+        helper.make_node("LSTM", ["x", "w", "r"], ["", "state"], hidden_size=4),
+        helper.make_node("Clip", ["state", "", "high"], ["y"]),
+    ]
+    stored = [graph.tensor("w", w), graph.tensor("r", r), graph.tensor("high", one(0.1))]
+    body = helper.make_graph(nodes, "g", [_value("x", x)], [helper.make_empty_tensor_value_info("y")], stored)
+    assert_same(_model(body), {"x": x})
+
+
+def test_sizes_computed_in_the_graph_follow_the_input() -> None:
+    twin = Twin(_reordering())
+    assert [tuple(twin(torch.zeros(n, 6)).shape) for n in (4, 7)] == [(4, 3, 3), (7, 3, 3)]
+
+
+def test_a_twin_elsewhere_keeps_sizes_on_the_cpu_and_takes_indices_along() -> None:
+    made = Twin(_reordering()).to("meta")(torch.zeros(4, 6, device="meta"))  # a device that every machine has
+    assert (made.device.type, tuple(made.shape)) == ("meta", (4, 3, 3))
 
 
 def test_a_copy_of_a_twin_is_trained_apart_and_takes_a_saved_state(small_net: Callable[[str], Any]) -> None:
