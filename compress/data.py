@@ -44,7 +44,6 @@ class Data:
     groups_train: Array | None = None
     metric: AskedMetric | None = None
     preprocessing: "Preprocessing | None" = None
-    classes: tuple[str, ...] = ()
     synthetic: bool = False
 
 
@@ -111,7 +110,10 @@ def load(source: object, metric: AskedMetric | None = None) -> Data:
             f"the data is {type(source).__name__}, expected an .npz file, a folder of images, module:callable, or a mapping"
         )
     _check_keys(name, found)
-    arrays = {key: np.asarray(found[key]) for key in ARRAYS if found.get(key) is not None}
+    try:
+        arrays = {key: np.asarray(found[key]) for key in ARRAYS if found.get(key) is not None}
+    except ValueError as error:
+        raise FormatError(f"{name} holds rows of different sizes: {error}") from None
     for half in ("", "_train"):
         _check(name, half, arrays)
     _check_apart(name, arrays.get("groups"), arrays.get("groups_train"))
@@ -123,7 +125,6 @@ def load(source: object, metric: AskedMetric | None = None) -> Data:
         **arrays,  # type: ignore[arg-type]  # its keys are among ARRAYS
         metric=asked if callable(asked) or asked is None else str(asked),
         preprocessing=found.get("preprocessing"),
-        classes=found.get("classes", ()),
     )
 
 

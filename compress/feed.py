@@ -77,6 +77,8 @@ def _joined(reference: str, made: object) -> dict[str, Any]:
                 f"{reference} gave more than {MAX_INPUT_BYTES >> 30} GiB in {at + 1} batches: end it earlier"
             )
         at += 1
+    if not parts:
+        raise FormatError(f"{reference} gave no batch")
     return {key: np.concatenate(parts[key]) for key in ARRAYS if key in parts}
 
 

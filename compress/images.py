@@ -149,8 +149,6 @@ def read_folder(folder: Path) -> dict[str, Any]:
             f"the limit is {MAX_INPUT_BYTES >> 30} GiB, {MAX_INPUT_BYTES // one} images of this size"
         )
     found: dict[str, Any] = {"preprocessing": rules.preprocessing(), "metric": rules.metric}
-    if labels:
-        found["classes"] = tuple(sorted(labels, key=lambda name: labels[name]))
     for half, pairs in files.items():
         suffix = "" if half == "test" else "_train"
         found["x" + suffix] = _decoded([file for file, _ in pairs], rules)
@@ -161,6 +159,12 @@ def read_folder(folder: Path) -> dict[str, Any]:
 
 def _folders(folder: Path) -> list[str]:
     return sorted(item.name for item in folder.iterdir() if item.is_dir() and not item.name.startswith("."))
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(
+        item for item in folder.iterdir() if item.suffix.lower() in SUFFIXES and not item.name.startswith(".")
+    )
 
 
 def _labels(names: Sequence[str], rules: ImageFolder, path: Path) -> dict[str, int]:
@@ -175,11 +179,13 @@ def _labels(names: Sequence[str], rules: ImageFolder, path: Path) -> dict[str, i
 
 
 def _files(folder: Path, labels: dict[str, int]) -> list[tuple[Path, int]]:
-    """Return the pictures with their labels (-1 without class folders), in the order of their names."""
+    """Return the pictures with their labels (-1 without class folders), in the order of labels and names."""
+    if labels and (loose := _pictures(folder)):
+        raise FormatError(f"{loose[0]} is in no class folder, {folder} has {len(_folders(folder))} of them")
     found = []
-    for name, label in sorted(labels.items()) or [("", -1)]:
+    for name, label in sorted(labels.items(), key=lambda item: item[1]) or [("", -1)]:
         at = folder / name
-        pictures = sorted(item for item in at.iterdir() if item.suffix.lower() in SUFFIXES) if at.is_dir() else []
+        pictures = _pictures(at) if at.is_dir() else []
         if not pictures:
             inside = f", only folders ({', '.join(_folders(at)[:3])})" if at.is_dir() and _folders(at) else ""
             raise FormatError(

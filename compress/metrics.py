@@ -78,6 +78,9 @@ def choose(data: Data, output: Array, few: Array) -> Metric:
     if metric.needs_labels and data.y is None:
         raise FormatError(f"the metric {metric.name} needs y, the data has only x: add y, or leave the metric out")
     _check(metric.name, data, output, few)
+    if metric.name in ("mse", "psnr"):  # without y of that size the target is the input, which every part has
+        against_y = data.y is not None and data.y[0].size == output[0].size
+        metric = dataclasses.replace(metric, needs_labels=against_y)
     return metric
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -168,7 +169,7 @@ def export_program(data: bytes, name: str, sample: Array | None) -> bytes:
         import onnxscript  # noqa: F401  the exporter of programs is written in it
     except ImportError:
         raise MissingExtra("a .pt2 needs onnxscript: pip install 'skerry[compress]'") from None
-    with warnings.catch_warnings(), torch.no_grad(), muted():
+    with warnings.catch_warnings(), torch.no_grad(), muted(), _without_remarks():
         warnings.simplefilter("ignore")  # the exporter's own deprecation notes
         try:
             program = torch.export.load(io.BytesIO(data))
@@ -198,6 +199,18 @@ def export_program(data: bytes, name: str, sample: Array | None) -> bytes:
     exported: bytes = made.model_proto.SerializeToString()
     _check_parity(exported, name, expected, tensor.numpy())
     return exported
+
+
+@contextlib.contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Keep the exporter from logging what it does without, such as torchvision."""
+    logger = logging.getLogger("torch.onnx")
+    was = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(was)
 
 
 def _fill(program: Any, sample: Array | None) -> Any:
