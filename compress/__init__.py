@@ -5,7 +5,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from skills.errors import MissingExtra
 
@@ -26,13 +26,27 @@ def compress(
     seed: int = 0,
     progress: Progress | None = None,
     weights: Path | None = None,
+    *,
+    time_budget: float | None = None,
+    teacher: object | None = None,
+    recipe: Path | None = None,
+    resume: bool = False,
+    metric: str | Callable[..., Any] | None = None,
 ) -> "Report":
     """Compress `model` for `device` within `max_drop` percentage points, and write the folder `out`.
 
-    `model` is an `.onnx` file, the text `file.py:factory` or `package.module:factory` (with `weights`, a state-dict
-    file, if it needs one) or a torch module; `data` an `.npz` file or a mapping with `x` and, if known, `y`, `x_train`,
-    `y_train`. Without labels the metric is agreement with the original. `out` appears whole at the end or not at all; an earlier
-    result there is replaced.
+    `model` is an `.onnx` or `.pt2` file, the text `file.py:factory` or `package.module:factory` (with `weights`, a state-dict
+    file, if it needs one) or a torch module; `data` an `.npz` file, a folder of class folders with a `data.yaml`, the text
+    `file.py:callable`, or a mapping with `x` and, if known, `y`, `x_train`, `y_train`, `groups`, `groups_train`. Without
+    labels the metric is agreement with the original; with None as data only the weights are compressed.
+
+    `time_budget` is in seconds (None: as long as the passes take). `teacher` is a more accurate model with the same input
+    and output, to learn from in place of the original. `recipe` is the `recipe.yaml` of an earlier result: what it says is
+    done again, nothing is searched. `metric` goes before the one that the data names: a name from `compress.metrics.METRICS`
+    or a function of (outputs, y).
+
+    `out` appears whole at the end or not at all; an earlier result there is replaced. Until then the best so far lies in
+    the hidden folder `.OUT.work` beside it, which stays when the run is interrupted: with `resume` the next one goes on there.
 
     Returns the report even when the budget was missed (`report.verdict == "not_reached"`, `report.reached()` raises):
     the best model found is in `out` all the same.
@@ -48,4 +62,8 @@ def compress(
         from compress.run import run
     except ImportError as error:
         raise MissingExtra(f"compression needs {error.name}: pip install 'skerry[compress]'") from None
-    return run(model, data, out, device, max_drop, goal, seed, progress, weights)
+    asked: dict[str, Any] = {
+        "time_budget": time_budget, "teacher": teacher, "recipe": recipe, "resume": resume, "metric": metric,
+    }  # fmt: skip
+    given = {name: value for name, value in asked.items() if value is not None and value is not False}
+    return run(model, data, out, device, max_drop, goal, seed, progress, weights, **given)

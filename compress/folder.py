@@ -25,6 +25,16 @@ def check_out(out: Path) -> None:
         raise UsageError(f"{out} is a file: give a folder")
 
 
+def workdir(out: Path) -> Path:
+    """Return the hidden folder beside `out` in which a run keeps what it has so far; an interrupt leaves it."""
+    return out.parent / f".{out.name}.work"
+
+
+def best_folder(out: Path) -> Path:
+    """Return where the best so far lies while a run goes on, written by `write_folder` and so always whole."""
+    return workdir(out) / "best"
+
+
 def write_folder(out: Path, files: Mapping[str, bytes]) -> None:
     """Write `files` into the folder `out`, replacing an earlier result.
 

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from skills.units import duration
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
@@ -79,18 +81,25 @@ class Screen:
             self.err.print(Text(text))
 
     @contextlib.contextmanager
-    def progress(self, title: str) -> Iterator[Step]:
-        """Show a progress bar while the block runs; nothing where nobody would see it."""
+    def progress(self, title: str, budget_s: float | None = None) -> Iterator[Step]:
+        """Show a progress bar while the block runs; nothing where nobody would see it.
+
+        It tells the time gone by, or with a budget the time that is left of it.
+        """
         if not self.lively:
             yield lambda text, share: None
             return
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+
+        class Left(ProgressColumn):
+            def render(self, task: Task) -> "RenderableType":
+                return duration(max(0.0, (budget_s or 0.0) - (task.elapsed or 0.0))) + " left"
 
         columns = (
             TextColumn("[bold]{task.fields[title]}"),
             BarColumn(bar_width=28),
             TextColumn("{task.percentage:>3.0f} %"),
-            TimeElapsedColumn(),
+            TimeElapsedColumn() if budget_s is None else Left(),
             TextColumn("[dim]{task.description}"),
         )
         with Progress(*columns, console=self.err, transient=True) as bar:

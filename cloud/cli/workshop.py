@@ -7,7 +7,8 @@ import typer
 
 from cloud.cli.command import command
 from cloud.cli.screen import Screen
-from skills.errors import FormatError, UsageError
+from skills.errors import FormatError, Interrupted, UsageError
+from skills.units import parse_duration
 
 PANEL = "Models"
 
@@ -20,7 +21,9 @@ def register(app: typer.Typer) -> None:
         panel=PANEL,
         examples=(
             "skerry compress digits.onnx --data digits.npz -o small",
-            "skerry compress net.py:make --data data.npz -o small --device arm64-onnxruntime --max-drop 0.5",
+            "skerry compress net.py:make --data photos/ -o small --device arm64-onnxruntime --max-drop 0.5",
+            "skerry compress small.onnx --data data.npz -o tiny --teacher large.onnx --time-budget 1h30m",
+            "skerry compress retrained.onnx --data data.npz -o small --recipe small/recipe.yaml",
         ),
     )(compress)
     command(
@@ -39,13 +42,20 @@ def compress(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="An .onnx file, or FILE.py:FACTORY or MODULE:FACTORY that returns a torch module."
+            metavar="MODEL",
+            help="An .onnx or .pt2 file, or FILE.py:FACTORY or MODULE:FACTORY that returns a torch module.",
         ),
     ],
-    data: Annotated[
-        Path, typer.Option("--data", metavar="FILE", help="An .npz with x and, if known, y (and x_train, y_train).")
-    ],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="FOLDER", help="Where the result goes.")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="DATA",
+            help="An .npz with x and, if known, y (and x_train, y_train), a folder of class folders with a data.yaml, or "
+            "FILE.py:FUNCTION. Without it only the weights are compressed.",
+        ),
+    ] = None,
     device: Annotated[
         str,
         typer.Option(
@@ -62,6 +72,37 @@ def compress(
         Path | None,
         typer.Option("--weights", metavar="FILE", help="State dict for the module that the factory returns."),
     ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            "--metric",
+            metavar="NAME",
+            help="What accuracy means: top1, macro_f1, mse, psnr, roc_auc, cosine or agreement.",
+            show_default="fits the data",
+        ),
+    ] = None,
+    time_budget: Annotated[
+        str | None,
+        typer.Option(
+            "--time-budget",
+            metavar="TIME",
+            help="How long it may take, like 90s, 30m or 1h30m.",
+            show_default="as long as the passes take",
+        ),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            "--teacher", metavar="MODEL", help="A more accurate model to learn from in place of the original."
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--recipe", metavar="FILE", help="The recipe.yaml of an earlier result: done again, no search."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an interrupted run into the same folder stopped.")
+    ] = False,
     seed: Annotated[int, typer.Option("--seed", help="Seed of everything random.")] = 0,
 ) -> None:
     """Make a model smaller and faster within a budget of lost accuracy.
@@ -75,23 +116,36 @@ def compress(
     if goal not in get_args(Goal):
         raise UsageError(f"--goal is {goal!r}, expected size, latency or both")
     aim = cast(Goal, goal)
-    with screen.progress("compressing") as step:
-        report = run(
-            model,
-            data,
-            out,
-            device,
-            max_drop,
-            aim,
-            seed,
-            lambda what, share, best: step(f"{what} {best}".strip(), share),
-            weights,
-        )
+    budget_s = None if time_budget is None else parse_duration(time_budget)
+    if data is None:
+        screen.say("no --data: only the weights are compressed, and nothing can be said about accuracy")
+    with screen.progress("compressing", budget_s) as step:
+
+        def tell(stage: str, share: float, best: str) -> None:
+            step(f"{stage} · best so far: {best}" if best else stage, share)
+
+        try:
+            report = run(
+                model, data, out, device, max_drop, aim, seed, tell, weights,
+                time_budget=budget_s, teacher=teacher, recipe=recipe, resume=resume, metric=metric,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            raise Interrupted(interrupted(out)) from None
     from cloud.cli import findings
 
     screen.result(report.to_json(), lambda: findings.compressed(report))
     screen.say(f"[dim]{out / 'report.html'} shows it layer by layer[/dim]")
     report.reached()
+
+
+def interrupted(out: Path) -> str:
+    """Return what lies on the disk after an interrupt, and how to go on."""
+    from compress.folder import best_folder, workdir
+
+    if not workdir(out).is_dir():
+        return "interrupted; nothing is left half-written"
+    kept = f"the best model so far is in {best_folder(out)}" if best_folder(out).is_dir() else f"{out} is as it was"
+    return f"interrupted; {kept}; the same command with --resume goes on from here, rm -r {workdir(out)} forgets it"
 
 
 def split(
