@@ -146,8 +146,8 @@ _NO_BENCH: Any = None
 
 def _warnings(original: Original, splits: Splits) -> tuple[str, ...]:
     found = []
+    right = original.metric.of(original.report, splits.report, original.report)  # a user's metric that fails does so here
     if original.metric.name == "top1":
-        right = original.metric.of(original.report, splits.report, original.report)
         chance = 1 / original.report.shape[1]
         noise = CHANCE_ERRORS * (chance * (1 - chance) / len(splits.report)) ** 0.5
         if right <= chance + noise:
