@@ -5,7 +5,8 @@ those whose outputs come nearest to what the layer gave before. Solved for the c
 few samples change little and a layer that lost nothing stays exactly as it is.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,20 +15,20 @@ from numpy.lib.stride_tricks import sliding_window_view
 from compress import graph
 from compress.graph import Array
 
-CHUNK = 16  # samples whose windows are held at once
+PLACES = 256  # positions of one sample that are fitted: neighbours hardly differ
 
 
 def refit(
-    node: Any, weight: Array, bias: Array | None, inputs: Array, target: Array, ridge: float = 1e-3
+    node: Any, weight: Array, bias: Array | None, batches: Iterable[tuple[Array, Array]], ridge: float = 1e-3
 ) -> tuple[Array, Array]:
-    """Return weights (in the layout of `weight`) and bias of a Conv or Gemm that bring `inputs` nearest to `target`.
+    """Return weights (in the layout of `weight`) and bias of a Conv or Gemm that come nearest to what is wanted.
 
-    `inputs` [n, channels left, ...] are what the layer reads now, `target` [n, outputs, ...] what it should give; both
-    may come from different networks, so errors made before the layer are corrected here as well. `ridge` holds the
-    weights back, relative to the mean energy of the inputs.
+    Each batch is what the layer reads now, [n, channels left, ...], and what it should give, [n, outputs, ...]; both may
+    come from different networks, so errors made before the layer are corrected here as well. `ridge` holds the weights
+    back, relative to the mean energy of what is read.
 
     Raises:
-        ValueError: the operator is neither Conv nor a plain Gemm.
+        ValueError: the operator is neither Conv nor a Gemm of rows.
     """
     facts = graph.attributes(node)
     if node.op_type not in ("Conv", "Gemm") or facts.get("transA", 0):
@@ -39,9 +40,9 @@ def refit(
     old = np.concatenate([rows, (np.zeros(len(rows)) if bias is None else bias.reshape(-1))[:, None]], axis=1)
     gram = np.zeros((groups, old.shape[1], old.shape[1]))
     moment = np.zeros((groups, old.shape[1], each))
-    for at in range(0, len(inputs), CHUNK):
-        seen = windows(inputs[at : at + CHUNK], weight.shape[2:], facts)
-        wanted = np.moveaxis(target[at : at + CHUNK], 1, -1).reshape(-1, groups, each)
+    for inputs, target in batches:
+        seen, taken = windows(inputs, weight.shape[2:], facts)
+        wanted = np.moveaxis(target, 1, -1).reshape(-1, groups, each)[taken]
         seen = seen.reshape(len(seen), groups, -1)
         for group in range(groups):
             design = np.concatenate([seen[:, group], np.ones((len(seen), 1), seen.dtype)], axis=1)
@@ -55,22 +56,29 @@ def refit(
     return found.astype(weight.dtype), new[:, -1].astype(weight.dtype)
 
 
-def windows(x: Array, kernel: Sequence[int], facts: dict[str, Any]) -> Array:
-    """Return what a Conv with these attributes multiplies at each place: [samples·places, channels·kernel entries]."""
+def windows(x: Array, kernel: Sequence[int], facts: Mapping[str, Any], most: int = PLACES) -> tuple[Array, Array]:
+    """Return what a Conv with these attributes multiplies, [places, channels·kernel entries], and which places these are.
+
+    Places are numbered over samples and the layer's output positions in row-major order; of more than `most` a sample,
+    evenly spread ones are taken.
+    """
     axes = range(len(kernel))
-    strides = facts.get("strides") or [1 for _ in axes]
-    spans = [(size - 1) * by + 1 for size, by in zip(kernel, facts.get("dilations") or [1 for _ in axes], strict=True)]
-    pads = _pads(x.shape[2:], spans, strides, facts)
-    found = sliding_window_view(np.pad(x, [(0, 0), (0, 0), *pads]), spans, axis=tuple(a + 2 for a in axes))
-    step = [slice(None, None, by) for by in (*strides, *(facts.get("dilations") or [1 for _ in axes]))]
-    found = found[(slice(None), slice(None), *step)]
-    places = found.shape[2 : 2 + len(kernel)]
-    order = (0, *(a + 2 for a in axes), 1, *(a + 2 + len(kernel) for a in axes))
-    return found.transpose(order).reshape(len(x) * int(np.prod(places)), -1)
+    dilations, strides = ((facts.get(key) or [1 for _ in axes]) for key in ("dilations", "strides"))
+    spans = [(size - 1) * by + 1 for size, by in zip(kernel, dilations, strict=True)]
+    padded = np.pad(x, [(0, 0), (0, 0), *_pads(x.shape[2:], spans, strides, facts)])
+    found = sliding_window_view(padded, spans, axis=tuple(a + 2 for a in axes))
+    found = found[(slice(None), slice(None), *(slice(None, None, by) for by in (*strides, *dilations)))]
+    found = found.transpose(0, *(a + 2 for a in axes), 1, *(a + 2 + len(kernel) for a in axes))
+    grid = found.shape[: 1 + len(kernel)]
+    step = -(-math.prod(grid[1:]) // most)
+    while math.gcd(step, grid[-1]) > 1:  # else whole columns would never be looked at
+        step += 1
+    taken = np.arange(0, math.prod(grid), step)
+    return found[np.unravel_index(taken, grid)].reshape(len(taken), -1), taken
 
 
 def _pads(
-    sizes: Sequence[int], spans: Sequence[int], strides: Sequence[int], facts: dict[str, Any]
+    sizes: Sequence[int], spans: Sequence[int], strides: Sequence[int], facts: Mapping[str, Any]
 ) -> list[tuple[int, int]]:
     """Return what is added before and after on each spatial axis."""
     rule = facts.get("auto_pad", b"NOTSET")
