@@ -1,9 +1,11 @@
 """Write a scheme as a graph that stock onnxruntime turns into its int8 kernels when it loads it.
 
-Stored bits are not compute bits. A 4-bit initializer followed by Cast(INT8) is folded at load into the plain int8
-weights that the kernel wants, so the file is half as large and runs at the same speed; the same initializer straight
-into DequantizeLinear would be unpacked on every call. A layer that computes in float stores codes too: INTn →
-Cast(FLOAT) → Mul(scale) folds to float weights at load (DequantizeLinear does not).
+Stored bits are not compute bits. Whatever depends on constants alone is folded at load into the plain int8 weights
+that the kernel wants, so codes of 4, 3, 2 or 1.6 bits make the file smaller and run at the same speed; the same codes
+straight in DequantizeLinear would be unpacked on every call. A layer that computes in float stores codes too:
+Cast(FLOAT) → Mul(scale) folds to float weights (DequantizeLinear does not).
+
+`compress/store.py` says how constants lie in the file, `compress/macros.py` how repeated nodes become functions.
 """
 
 import dataclasses
@@ -12,19 +14,22 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto
 
 from compress import graph
 from compress.graph import Array
-from compress.scheme import Layer, Scheme
+from compress.macros import DOMAIN, Folder, Piece
+from compress.packing import DIGITS_RUNTIME, INT4_RUNTIME
+from compress.scheme import Layer, Range, Scheme
 from compress.statistics import Statistics
-from compress.weights import Codes, encode, pack4
+from compress.store import Compact, Plain, Store
+from compress.trim import letters, shorten, trim
+from compress.weights import Codes, encode, encode_with
 from skills.profile import Profile
 
-INT4_OPSET = 21
-INT4_RUNTIME = (1, 23)  # onnxruntime 1.20 to 1.22 have no Cast from INT4 (tried); 1.23 to 1.31 fold it
+PACKED_OPSET = 21  # the first with INT4
 BIAS_LIMIT = float(1 << 30)  # a bias may take half of the int32 accumulator
 MIN_PACKED = 64  # fewer weights than this are stored as they came: the extra nodes would weigh more
+CUTS = ("Relu", "Clip")
 
 
 def emit(model: Any, scheme: Scheme, seen: Statistics) -> Any:
@@ -39,9 +44,18 @@ def node_name(at: int) -> str:
 
 def widths(model: Any, profile: Profile) -> tuple[float, ...]:
     """Return the widths, largest first, in which this graph may store weights for the least runtime of the profile."""
+    return tuple(sorted((b for b in profile.stored_bits if b == 8 or _compact(model, profile)), reverse=True))
+
+
+def least_runtime(scheme: Scheme) -> tuple[int, int]:
+    """Return the least onnxruntime that loads what `emit` writes for this scheme into int8 kernels."""
+    stored = {layer.bits for layer in scheme.layers}
+    return max(INT4_RUNTIME if 4 in stored else DIGITS_RUNTIME, DIGITS_RUNTIME)
+
+
+def _compact(model: Any, profile: Profile) -> bool:
     least = tuple(int(part) for part in profile.runtime_min.split("."))
-    packed = graph.opset(model) >= INT4_OPSET and least >= INT4_RUNTIME
-    return tuple(sorted((bits for bits in profile.stored_bits if bits == 8 or packed), reverse=True))
+    return profile.runtime == "onnxruntime" and graph.opset(model) >= PACKED_OPSET and least >= INT4_RUNTIME
 
 
 class _Emitter:
@@ -52,81 +66,113 @@ class _Emitter:
         self.makers = graph.producers(model)
         self.model = graph.copy(model)
         self.layers = {layer.node: (at, layer) for at, layer in enumerate(scheme.layers)}
-        self.nodes: list[Any] = []
-        self.constants: dict[str, Any] = {}
-        self.shared: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        self.readers = graph.consumers(model)
+        self.groups: dict[str, list[Piece]] = {}  # tensor -> the pieces that make it: a layer and what belongs to it
         self.codes_of: dict[str, str] = {}  # activation tensor -> its dequantized form
         self.widths = widths(model, scheme.profile)
-        self.fresh = 0
+        self.compact = _compact(model, scheme.profile)
+        self.store: Store = (Compact if self.compact else Plain)(scheme.profile.activation)
 
     def build(self) -> Any:
         for item in self.source.graph.input:
-            self._quantize(item.name, item.name)
+            self._quantize(item.name, item.name, self.groups.setdefault(item.name, []))
         for node in self.source.graph.node:
-            copy = onnx.NodeProto()
-            copy.CopyFrom(node)
-            copy.name = ""
-            for at, name in enumerate(copy.input):
-                copy.input[at] = self.codes_of.get(name, name)
-            made = [name for name in node.output if name in self.scheme.ranges]
-            for at, name in enumerate(copy.output):
-                if name in made and name in self.ends:
-                    copy.output[at] = name + "_f"  # the graph's output keeps its name: the last node makes it
-            known = self.layers.get(node.name)
-            if known is not None:
-                self._weights(*known, node, copy)
-            if made and node.op_type in ("Relu", "Clip"):
-                self._keep_float(node, copy)
-            self.nodes.append(copy)
-            for name in made:
-                self._quantize(name, name + "_f" if name in self.ends else name)
-        graph.replace(self.model.graph.node, self.nodes)
-        self._store_constants()
+            self._node(node)
+        front, constants = self.store.finish()
+        self.model.graph.initializer.extend(constants)
+        if self.compact:
+            self._fold(front)
+        else:
+            nodes = [node for group in self.groups.values() for piece in group for node in piece.nodes]
+            graph.replace(self.model.graph.node, nodes)
         graph.drop_dead(self.model)
-        self._shorten()
+        shorten(self.model)
+        if self.compact:
+            trim(self.model)
         return self.model
 
-    def _quantize(self, name: str, carrier: str) -> None:
-        limits = self.scheme.ranges.get(name)
-        if limits is None:
-            return
-        activation = self.scheme.profile.activation
-        scale, zero = limits.quant(activation)
-        parameters = [
-            self._shared(np.asarray(scale, np.float32)),
-            self._shared(np.asarray(zero, np.uint8 if activation == "u8" else np.int8)),
-        ]
-        codes, values = name + "_q", name if name in self.ends else name + "_d"
-        self.nodes.append(onnx.helper.make_node("QuantizeLinear", [carrier, *parameters], [codes]))
-        self.nodes.append(onnx.helper.make_node("DequantizeLinear", [codes, *parameters], [values]))
-        self.codes_of[name] = values
+    def _node(self, node: Any) -> None:
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        copy.name = ""
+        for at, name in enumerate(copy.input):
+            copy.input[at] = self.codes_of.get(name, name)
+        made = [name for name in node.output if name in self.scheme.ranges]
+        for at, name in enumerate(copy.output):
+            if name in made and name in self.ends:
+                copy.output[at] = name + "_f"  # the graph's output keeps its name: the last node makes it
+        carriers = {name: name + "_f" if name in self.ends else name for name in made}
+        group = self._group(node)
+        known = self.layers.get(node.name)
+        if known is not None:
+            self._weights(*known, node, copy, group)
+        if made and node.op_type in CUTS and not self._keep_float(node, copy) and self._codes_cut(node):
+            carriers[made[0]] = copy.input[0]
+        else:
+            group.append(Piece((copy,), tuple(copy.output), copy.name))
+        for name, carrier in carriers.items():
+            self._quantize(name, carrier, group)
 
-    def _weights(self, at: int, layer: Layer, node: Any, copy: Any) -> None:
-        """Replace a layer's weights (and an int8 layer's bias) by codes and what unfolds them."""
+    def _group(self, node: Any) -> list[Piece]:
+        """Open the group of a node; a Relu or Clip carries on the group of what it alone reads."""
+        source = node.input[0] if node.op_type in CUTS else ""
+        alone = source not in self.codes_of and source not in self.ends and len(self.readers.get(source, ())) == 1
+        group = self.groups.pop(source, []) if alone else []
+        self.groups[node.output[0]] = group
+        return group
+
+    def _quantize(self, name: str, carrier: str, group: list[Piece]) -> None:
+        limits = self.scheme.ranges.get(name)
+        if limits is not None:
+            self.codes_of[name] = name if name in self.ends else name + "_d"
+            group.append(self.store.quantized(carrier, self.codes_of[name], limits))
+
+    def _codes_cut(self, node: Any) -> bool:
+        """Return whether the codes' own range cuts where this Relu or Clip does, so that it need not be written."""
+        limits = self.scheme.ranges[node.output[0]]
+        return self.compact and limits.lo == 0 and self._cuts_above(node, limits)
+
+    def _cuts_above(self, node: Any, limits: Range) -> bool:
+        if node.op_type == "Relu":
+            return True
+        low, high = (self.values.get(name) for name in (*node.input, "", "")[1:3])
+        return (
+            high is not None
+            and float(high.reshape(())) >= limits.hi
+            and low is not None
+            and float(low.reshape(())) == 0
+        )
+
+    def _weights(self, at: int, layer: Layer, node: Any, copy: Any, group: list[Piece]) -> None:
+        """Replace a layer's weights and bias by codes and what unfolds them."""
         copy.name = node_name(at)
         weight = self.values[layer.weight]
+        slot = list(node.input).index(layer.weight)
         feed = self.scheme.ranges.get(node.input[0])
         int8 = layer.compute == "int8" and feed is not None and copy.input[0] != node.input[0]
-        if layer.bits == 32 or (not int8 and layer.count < MIN_PACKED):
-            return
-        bias = self.values.get(node.input[2]) if len(node.input) > 2 else None
-        if len(node.input) > 2 and node.input[2] and bias is None and int8:
+        given = len(node.input) > 2 and slot == 1 and bool(node.input[2])
+        bias = self.values.get(node.input[2]) if given else None
+        if given and bias is None and int8:
             return  # a computed bias cannot become int32
-        bias = self.scheme.biases.get(node.name, bias)
         codes = self._codes(layer, weight)
-        input_scale = feed.quant(self.scheme.profile.activation)[0] if feed is not None and int8 else 1.0
-        if int8 and bias is not None:
-            codes = _room_for_bias(codes, weight, bias, input_scale, self.scheme.profile.weight_bits)
         if self.scheme.correct_bias and layer.op in ("Conv", "Gemm") and node.input[0] in self.seen:
             bias = corrected_bias(layer, weight, codes, bias, self.seen[node.input[0]].mean)
-        if int8:
-            copy.input[1] = self._int8(codes, zero_point=layer.op != "Conv")
+        bias = self.scheme.biases.get(node.name, bias)
+        if bias is not None:
+            bias = np.broadcast_to(bias.reshape(-1), codes.scales.shape).astype(np.float32)
+        if layer.bits == 32 or (not int8 and layer.count < MIN_PACKED):
+            made = self.store.constant(bias) if node.name in self.scheme.biases and bias is not None else ""
+        elif int8 and feed is not None:
             if bias is not None:
-                self._set_bias(copy, self._int32(bias, codes.scales * np.float32(input_scale)))
+                scale = feed.quant(self.scheme.profile.activation)[0]
+                codes = _room_for_bias(codes, weight, bias, scale, self.scheme.profile.weight_bits)
+            piece, copy.input[slot], made = self.store.int8_weights(codes, bias, feed, zeros=layer.op != "Conv")
+            group.append(piece)
         else:
-            copy.input[1] = self._unfold_to_float(codes)
-            if bias is not None:
-                self._set_bias(copy, self._constant(bias.astype(np.float32)))
+            piece, copy.input[slot], made = self.store.float_weights(codes, bias)
+            group.append(piece)
+        if made:
+            self._set_bias(copy, made)
 
     def _codes(self, layer: Layer, weight: Array) -> Codes:
         bits = layer.bits if layer.bits in self.widths else 8
@@ -135,8 +181,8 @@ class _Emitter:
             return fixed
         return layer_codes(dataclasses.replace(layer, bits=bits), weight, self.scheme.profile.weight_bits)
 
-    def _keep_float(self, node: Any, copy: Any) -> None:
-        """Write the activation behind a float layer between two seams as LeakyRelu with slope 0.
+    def _keep_float(self, node: Any, copy: Any) -> bool:
+        """Write the activation behind a float layer between two seams as LeakyRelu with slope 0; say whether it is one.
 
         onnxruntime (since 1.21) quantizes float weights by itself, with one scale a tensor, where it sees DequantizeLinear
         → Conv → Relu → QuantizeLinear. It does not know LeakyRelu there, and fuses it into the float kernel all the same.
@@ -144,21 +190,15 @@ class _Emitter:
         maker = self.makers.get(node.input[0])
         layer = self.layers.get(maker.name) if maker is not None else None
         limits = self.scheme.ranges[node.output[0]]
-        if (
-            maker is None
-            or layer is None
-            or layer[1].compute == "int8"
-            or maker.input[0] not in self.codes_of
-            or limits.lo < 0
-        ):
-            return
-        upper = self.values.get(node.input[2]) if node.op_type == "Clip" and len(node.input) > 2 else None
-        if node.op_type == "Clip" and (upper is None or float(upper.reshape(())) < limits.hi):
-            return
+        if maker is None or layer is None or layer[1].compute == "int8" or maker.input[0] not in self.codes_of:
+            return False
+        if limits.lo < 0 or not self._cuts_above(node, limits):
+            return True
         copy.op_type = "LeakyRelu"
         del copy.input[1:]
         del copy.attribute[:]
         copy.attribute.append(onnx.helper.make_attribute("alpha", 0.0))
+        return True
 
     def _set_bias(self, node: Any, name: str) -> None:
         if len(node.input) > 2:
@@ -166,94 +206,30 @@ class _Emitter:
         else:
             node.input.append(name)
 
-    def _stored(self, codes: Codes) -> str:
-        if codes.bits <= 4:
-            name = self._name("w")
-            packed = TensorProto(name=name, data_type=TensorProto.INT4, dims=codes.values.shape)
-            packed.raw_data = pack4(codes.values)
-            self.constants[name] = packed
-            return name
-        return self._constant(codes.values)
-
-    def _int8(self, codes: Codes, *, zero_point: bool) -> str:
-        """Unfold to int8 codes; onnxruntime's rule for Gemm and MatMul wants the zero points written out."""
-        stored = self._stored(codes)
-        if codes.bits <= 4:
-            stored = self._make("Cast", [stored], to=TensorProto.INT8)
-        inputs = [stored, self._constant(codes.scales)]
-        if zero_point:
-            inputs.append(self._shared(np.zeros(codes.scales.size, np.int8)))
-        return self._make("DequantizeLinear", inputs, axis=codes.axis)
-
-    def _unfold_to_float(self, codes: Codes) -> str:
-        shape = [1] * codes.values.ndim
-        shape[codes.axis] = -1
-        scales = self._constant(codes.scales.reshape(shape))
-        return self._make("Mul", [self._make("Cast", [self._stored(codes)], to=TensorProto.FLOAT), scales])
-
-    def _int32(self, bias: Array, scales: Array) -> str:
-        limit = float(np.iinfo(np.int32).max)
-        whole = np.clip(np.rint(bias.astype(np.float64) / scales), -limit, limit).astype(np.int32)
-        return self._make(
-            "DequantizeLinear", [self._constant(whole), self._constant(scales.astype(np.float32))], axis=0
-        )
-
-    def _make(self, kind: str, inputs: list[str], **facts: object) -> str:
-        name = self._name("t")
-        self.nodes.append(onnx.helper.make_node(kind, inputs, [name], **facts))
-        return name
-
-    def _constant(self, value: Array) -> str:
-        name = self._name("w")
-        self.constants[name] = graph.tensor(name, value)
-        return name
-
-    def _shared(self, value: Array) -> str:
-        """Store a small constant once, however many nodes read it."""
-        key = (value.dtype.name, value.shape, value.tobytes())
-        if key not in self.shared:
-            self.shared[key] = self._constant(value)
-        return self.shared[key]
-
-    def _name(self, letter: str) -> str:
-        self.fresh += 1
-        return f"skerry.{letter}{self.fresh}"
-
-    def _store_constants(self) -> None:
-        self.model.graph.initializer.extend(self.constants.values())
-
-    def _shorten(self) -> None:
-        """Give every inner tensor the shortest free name."""
-        body = self.model.graph
-        keep = {item.name for item in (*body.input, *body.output)}
-        if any(attribute.g.node or attribute.graphs for node in body.node for attribute in node.attribute):
-            return  # names inside If and Loop bodies refer to the outside
-        short: dict[str, str] = {name: name for name in keep} | {"": ""}
-
-        def renamed(name: str) -> str:
-            if name not in short:
-                candidate = _letters(len(short))
-                while candidate in keep:
-                    candidate += "_"
-                short[name] = candidate
-            return short[name]
-
-        for item in body.initializer:
-            item.name = renamed(item.name)
-        for node in body.node:
-            for names in (node.input, node.output):
-                for at, name in enumerate(names):
-                    names[at] = renamed(name)
+    def _fold(self, front: list[Any]) -> None:
+        """Fold what unfolds weights and what quantizes into functions, then whole layers made of those."""
+        folder = Folder(self.model.opset_import, letters)
+        groups = list(self.groups.values())
+        small = iter(folder.fold([piece for group in groups for piece in group if len(piece.nodes) > 1]))
+        groups = [[next(small) if len(piece.nodes) > 1 else piece for piece in group] for group in groups]
+        pieces = folder.fold(_joined(groups, self.ends))
+        graph.replace(self.model.graph.node, [*front, *(node for piece in pieces for node in piece.nodes)])
+        if folder.functions:
+            self.model.functions.extend(folder.functions)
+            self.model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
 
 
-def _letters(number: int) -> str:
-    alphabet = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    text = ""
-    number += 1
-    while number:
-        number, digit = divmod(number - 1, len(alphabet))
-        text = alphabet[digit] + text
-    return text
+def _joined(groups: list[list[Piece]], ends: set[str]) -> list[Piece]:
+    """Return each group as one piece; its outputs are what others read of it."""
+    whole = [
+        Piece(tuple(n for piece in group for n in piece.nodes), (), "".join(p.name for p in group)) for group in groups
+    ]
+    read = ends.union(*(piece.inputs for piece in whole))
+    return [
+        dataclasses.replace(piece, outputs=tuple(name for node in piece.nodes for name in node.output if name in read))
+        for piece in whole
+        if piece.nodes
+    ]
 
 
 def layer_codes(layer: Layer, weight: Array, weight_bits: int) -> Codes:
@@ -270,13 +246,13 @@ def _encode(raw: bytes, shape: tuple[int, ...], axis: int, bits: float, range_bi
 
 def _room_for_bias(codes: Codes, weight: Array, bias: Array, input_scale: float, weight_bits: int) -> Codes:
     """Raise the scale of channels whose bias would overflow int32: nearly dead channels have tiny scales."""
-    from compress.weights import encode_with
-
-    needed = np.abs(bias.astype(np.float64)).reshape(-1) / (input_scale * BIAS_LIMIT)
-    if bias.size != codes.scales.size or not (codes.scales < needed).any():
+    needed = np.abs(bias.astype(np.float64)) / (input_scale * BIAS_LIMIT)
+    if not (codes.scales < needed).any():
         return codes
-    scales = np.maximum(codes.scales, needed).astype(np.float32)
-    return encode_with(weight, codes.axis, codes.bits, scales, weight_bits)
+    scales = np.maximum(codes.scales, needed * (1 + 2**-10)).astype(np.float32)  # rounding to 16 bits must not undo it
+    raised = encode_with(weight, codes.axis, codes.bits, scales, weight_bits)
+    keep = np.moveaxis(np.zeros(raised.values.shape, bool), codes.axis, -1) | (codes.scales >= needed)
+    return dataclasses.replace(raised, values=np.where(np.moveaxis(keep, -1, codes.axis), codes.values, raised.values))
 
 
 def corrected_bias(layer: Layer, weight: Array, codes: Codes, bias: Array | None, mean: Array) -> Array | None:

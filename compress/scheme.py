@@ -5,8 +5,10 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
+import numpy as np
+
 from compress.graph import Array
-from compress.weights import Codes
+from compress.weights import Codes, half
 from skills.profile import Profile
 
 Compute = Literal["int8", "float"]
@@ -29,8 +31,8 @@ class Range:
         return Range(min(self.lo, other.lo), max(self.hi, other.hi))
 
     def quant(self, activation: Literal["u8", "s8"]) -> tuple[float, int]:
-        """Return scale and zero point for 256 levels."""
-        scale = max((self.hi - self.lo) / 255, 1e-12)
+        """Return scale and zero point for 256 levels; the scale is one that 16 bits hold, where they reach."""
+        scale = float(half(np.asarray(max((self.hi - self.lo) / 255, 1e-12), np.float32)))
         zero = round(-self.lo / scale)
         return scale, zero - (128 if activation == "s8" else 0)
 

@@ -20,8 +20,8 @@ import numpy as np
 from compress import graph
 from compress.graph import Array
 from compress.measure import Runner, answers
+from compress.packing import unpack4
 from compress.quiet import muted
-from compress.weights import unpack4
 from skills.errors import FormatError, MissingExtra, SkerryError
 from skills.ort import Port
 

@@ -10,6 +10,7 @@ TERNARY = 1.6  # bits a weight: three values, five of them in a byte
 CANDIDATES = 32
 LIMITS = {8: (-127, 127), 7: (-63, 63), 4: (-8, 7), 3: (-4, 3), 2: (-2, 1), TERNARY: (-1, 1)}
 LEAST_SHRINK = {8: 0.85, 7: 0.85, 4: 0.45, 3: 0.35, 2: 0.25, TERNARY: 0.2}  # how far a channel may be clipped
+HALF_LEAST, HALF_MOST = 2.0**-20, 65504.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -29,6 +30,18 @@ class Codes:
 def limits(bits: float, range_bits: int = 8) -> tuple[int, int]:
     """Return the least and largest code. 8-bit codes are kept symmetric; 7 bits of range keep 16-bit sums whole."""
     return LIMITS[range_bits if bits == 8 else bits]
+
+
+def half(values: Array) -> Array:
+    """Return positive float32 `values` rounded to what 16 bits hold, or as they are where those do not reach.
+
+    The least of them become 2**-20, where 16 bits still have five of precision, as long as that is nothing beside the
+    largest: a channel with a scale a thousand times smaller than another's says nothing in 8-bit activations.
+    """
+    most = float(values.max(initial=0.0))
+    if most > HALF_MOST or (values.min(initial=1.0) < HALF_LEAST and most < 1024 * HALF_LEAST):
+        return values
+    return np.maximum(values, HALF_LEAST).astype(np.float16).astype(np.float32)
 
 
 def encode(weight: Array, axis: int, bits: float, range_bits: int = 8) -> Codes:
@@ -53,28 +66,11 @@ def encode(weight: Array, axis: int, bits: float, range_bits: int = 8) -> Codes:
 
 
 def encode_with(weight: Array, axis: int, bits: float, scales: Array, range_bits: int = 8) -> Codes:
-    """Return codes for `weight` with these scales, rounded to nearest."""
+    """Return codes for `weight`, rounded to nearest with these scales, themselves rounded first to what is stored."""
     low, high = limits(bits, range_bits)
+    scales = half(scales.astype(np.float32))
     values = np.clip(np.rint(weight / _along(scales, axis, weight.ndim)), low, high).astype(np.int8)
-    return Codes(values, scales.astype(np.float32), axis, bits)
-
-
-def pack4(values: Array) -> bytes:
-    """Pack codes of -8..7 two a byte as ONNX's INT4 stores them: row-major, the first in the low half, zero-padded."""
-    flat = np.ascontiguousarray(values).reshape(-1)
-    if flat.size and not -8 <= int(flat.min()) <= int(flat.max()) <= 7:
-        raise ValueError(f"4-bit codes must lie in -8..7, found {flat.min()}..{flat.max()}")
-    nibbles = np.zeros(flat.size + flat.size % 2, np.uint8)
-    nibbles[: flat.size] = flat.astype(np.int8).view(np.uint8) & 0x0F
-    return (nibbles[0::2] | (nibbles[1::2] << 4)).astype(np.uint8).tobytes()
-
-
-def unpack4(data: bytes, shape: tuple[int, ...]) -> Array:
-    """Return the codes that `pack4` packed."""
-    raw = np.frombuffer(data, np.uint8)
-    nibbles = np.stack([raw & 0x0F, raw >> 4], axis=1).reshape(-1)
-    count = int(np.prod(shape, dtype=np.int64))
-    return ((nibbles[:count] ^ 8).astype(np.int8) - 8).reshape(shape)
+    return Codes(values, scales, axis, bits)
 
 
 def _along(scales: Array, axis: int, ndim: int) -> Array:

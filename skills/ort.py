@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from skills.errors import FormatError, MissingExtra, NotFound
 from skills.isa import isa
+from skills.macros import call_names, expanded
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -205,7 +206,10 @@ def audit(model: bytes) -> Audit:
         path = Path(folder, "optimised.onnx")
         _load(model, 1, optimise=True, save_to=path)
         optimised = onnx.load(path)
-    written = onnx.load_model_from_string(model)
+    called = onnx.load_model_from_string(model)
+    written = expanded(called)
+    heavy = [node.name for node in optimised.graph.node if node.op_type in (*INT8_OPS, *FLOAT_OPS)]
+    layers = _inlined_names(heavy, call_names(called))
     makers = {name: node for node in written.graph.node for name in node.output}
     named = {node.name: node for node in written.graph.node if node.name}
     counts: dict[str, int] = {}
@@ -214,11 +218,30 @@ def audit(model: bytes) -> Audit:
         counts[node.op_type] = counts.get(node.op_type, 0) + 1
         if node.op_type not in INT8_OPS and node.op_type not in FLOAT_OPS:
             continue
-        source = _written_as(node, named, makers)
+        source = named.get(layers.get(node.name, "")) or _written_as(node, named, makers)
         name = (source.name or source.output[0]) if source is not None else (node.name or node.output[0])
         int8 = node.op_type in INT8_OPS
         rows.append(AuditRow(name, node.op_type, int8, "" if int8 else _why_float(written, source)))
     return Audit(tuple(rows), dict(sorted(counts.items())))
+
+
+def _inlined_names(nodes: Sequence[str], calls: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Return which call each heavy operator of the optimised graph comes from, where each call of a function has one.
+
+    The runtime names a node from function F `_inlfunc_F_…`, `_inlfunc_F_token_4_…`: the numbers rise in the order of
+    the calls. (The name of the call itself is lost.)
+    """
+    found: dict[str, list[tuple[int, str]]] = {}
+    for name in nodes:
+        match = re.match(r"_inlfunc_([A-Za-z0-9]+?)(?:_token_(\d+))?_", name)
+        if match is not None and match[1] in calls:
+            found.setdefault(match[1], []).append((int(match[2] or -1), name))
+    return {
+        name: layer
+        for function, numbered in found.items()
+        if len(numbered) == len(calls[function])
+        for (_, name), layer in zip(sorted(numbered), calls[function], strict=True)
+    }
 
 
 def _written_as(node: Any, named: Mapping[str, Any], makers: Mapping[str, Any]) -> Any:

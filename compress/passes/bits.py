@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from compress.emit import INT4_RUNTIME, MIN_PACKED, emit, widths
+from compress.emit import MIN_PACKED, emit, widths
 from compress.measure import answers, points, soft_drop
+from compress.packing import INT4_RUNTIME
 from compress.passes.bias import distance
 from compress.pipeline import Bench, Pass, State
 from compress.scheme import Layer, Scheme

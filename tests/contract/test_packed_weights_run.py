@@ -12,12 +12,14 @@ from compress import profiles
 from compress.emit import emit
 from compress.passes.canonicalise import canonicalise
 from compress.scheme import Layer, Range, Scheme
-from compress.weights import encode
+from compress.weights import TERNARY, encode
 from skills import ort
 
 INPUT, OUTPUT = Range(-1.0, 3.0), Range(0.0, 6.0)
+UNFOLDING = {"Cast", "Mul", "Div", "Mod", "Split", "Squeeze", "BitShift"}
+WIDTHS = (8, 4, 3, 2, TERNARY)
 CASES = [
-    (compute, bits, profile) for compute in ("int8", "float") for bits in (4, 8) for profile in ("x86-vnni", "x86-avx2")
+    (compute, bits, profile) for compute in ("int8", "float") for bits in WIDTHS for profile in ("x86-vnni", "x86-avx2")
 ]
 
 
@@ -67,7 +69,7 @@ def convolved(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray
 
 
 @pytest.mark.parametrize(("compute", "bits", "profile"), CASES)
-def test_a_packed_convolution_computes_what_its_codes_say(compute: str, bits: int, profile: str) -> None:
+def test_a_packed_convolution_computes_what_its_codes_say(compute: str, bits: float, profile: str) -> None:
     model, values = conv_model()
     target = profiles.find(profile)
     layer = Layer("conv", "Conv", "w", 0, (8, 4, 3, 3), 1, compute, bits)  # type: ignore[arg-type]
@@ -75,7 +77,8 @@ def test_a_packed_convolution_computes_what_its_codes_say(compute: str, bits: in
     file = emit(model, Scheme((layer,), ranges, target), {}).SerializeToString()
     x = np.random.default_rng(5).uniform(-1.2, 3.2, (3, 4, 6, 6)).astype(np.float32)
     weight = encode(values["w"], 0, bits, target.weight_bits if compute == "int8" else 8).restore()
-    want = np.maximum(convolved(rounded(x, INPUT) if ranges else x, weight, values["b"]), 0)
+    bias = values["b"].astype(np.float16).astype(np.float32)  # as stored
+    want = np.maximum(convolved(rounded(x, INPUT) if ranges else x, weight, bias), 0)
     got = ort.session(file).run({"x": x})["y"]
     if ranges:  # one step of the output's codes is lost to the order of additions
         assert np.abs(got - rounded(want, OUTPUT)).max() <= OUTPUT.quant("u8")[0] * 1.01
@@ -83,8 +86,8 @@ def test_a_packed_convolution_computes_what_its_codes_say(compute: str, bits: in
         assert np.allclose(got, want, atol=1e-4)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_a_packed_gemm_answers_in_float_from_its_codes(bits: int) -> None:
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_a_packed_gemm_answers_in_float_from_its_codes(bits: float) -> None:
     model, values = gemm_model()
     layer = Layer("gemm", "Gemm", "w", 0, (9, 31), 1, "int8", bits)
     file = emit(model, Scheme((layer,), {"x": INPUT}, profiles.find("x86-vnni")), {}).SerializeToString()
@@ -94,22 +97,23 @@ def test_a_packed_gemm_answers_in_float_from_its_codes(bits: int) -> None:
     assert ort.audit(file).counts["QGemm"] == 1
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_packed_int8_layers_fold_into_the_int8_kernel_at_load(bits: int) -> None:
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_packed_int8_layers_fold_into_the_int8_kernel_at_load(bits: float) -> None:
     model, _ = conv_model()
     layer = Layer("conv", "Conv", "w", 0, (8, 4, 3, 3), 1, "int8", bits)
     file = emit(model, Scheme((layer,), {"x": INPUT, "y": OUTPUT}, profiles.find("x86-vnni")), {}).SerializeToString()
     audit = ort.audit(file)
     assert audit.counts["QLinearConv"] == 1
-    assert "Cast" not in audit.counts
+    assert not UNFOLDING & audit.counts.keys()
     assert not audit.stayed_float
 
 
-def test_packed_float_layers_leave_nothing_to_unfold_at_run_time() -> None:
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_packed_float_layers_leave_nothing_to_unfold_at_run_time(bits: float) -> None:
     model, _ = conv_model()
-    layer = Layer("conv", "Conv", "w", 0, (8, 4, 3, 3), 1, "float", 4)
+    layer = Layer("conv", "Conv", "w", 0, (8, 4, 3, 3), 1, "float", bits)
     counts = ort.audit(emit(model, Scheme((layer,), {}, profiles.find("x86-vnni")), {}).SerializeToString()).counts
-    assert not {"Cast", "Mul", "DequantizeLinear"} & counts.keys()
+    assert not (UNFOLDING | {"DequantizeLinear"}) & counts.keys()
 
 
 def test_four_bits_halve_the_file_of_eight() -> None:

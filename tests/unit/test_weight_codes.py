@@ -4,9 +4,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from compress.weights import encode, limits, pack4, unpack4
+from compress.packing import pack, pack4, padding, unpack, unpack4
+from compress.weights import TERNARY, encode, half, limits
 
 CODES4 = arrays(np.int8, array_shapes(max_dims=4, max_side=9), elements=st.integers(-8, 7))
+SHAPES = array_shapes(min_dims=1, max_dims=4, min_side=0, max_side=9)
+NARROW = (3, 2, TERNARY)
 WEIGHTS = arrays(np.float32, array_shapes(min_dims=2, max_dims=4, max_side=6), elements=st.floats(-4, 4, width=32))
 
 
@@ -33,8 +36,51 @@ def test_a_code_that_four_bits_cannot_hold_is_refused() -> None:
         pack4(np.array([0, 8], np.int8))
 
 
-@given(WEIGHTS, st.sampled_from([(4, 8), (8, 8), (8, 7)]))
-def test_codes_stay_inside_their_range_and_scales_are_positive(weight: np.ndarray, width: tuple[int, int]) -> None:
+@st.composite
+def narrow_codes(draw: st.DrawFn) -> tuple[float, np.ndarray]:
+    bits = draw(st.sampled_from(NARROW))
+    return bits, draw(arrays(np.int8, SHAPES, elements=st.integers(*limits(bits))))
+
+
+@given(narrow_codes())
+def test_codes_written_as_digits_come_back_as_they_were(case: tuple[float, np.ndarray]) -> None:
+    bits, codes = case
+    back = unpack(pack(codes, bits), bits, codes.shape)
+    assert back.dtype == np.int8
+    assert (back == codes).all()
+
+
+@given(narrow_codes())
+def test_digits_take_no_more_than_their_bits_and_one_round_of_filling(case: tuple[float, np.ndarray]) -> None:
+    bits, codes = case
+    taken = sum(plane.nbytes for plane in pack(codes, bits))
+    assert taken * 8 == pytest.approx((codes.size + padding(codes.size, bits)) * bits)
+    assert padding(codes.size, bits) < 8
+
+
+@pytest.mark.parametrize("bits", NARROW)
+def test_a_code_outside_a_narrow_width_is_refused(bits: float) -> None:
+    _, high = limits(bits)
+    with pytest.raises(ValueError, match=f"found 0..{high + 1}"):
+        pack(np.array([0, high + 1], np.int8), bits)
+
+
+@pytest.mark.parametrize("scale", [1e-7, 1e-3, 1.0, 1e5])
+def test_codes_are_made_for_the_scales_that_are_stored(scale: float) -> None:
+    weight = (np.random.default_rng(0).standard_normal((4, 9)) * scale * 127).astype(np.float32)
+    codes = encode(weight, 0, 8)
+    again = np.clip(np.rint(weight / codes.scales[:, None]), -127, 127)
+    assert (again == codes.values).all()
+    exact = (codes.scales.astype(np.float16).astype(np.float32) == codes.scales).all()
+    assert exact == (scale in (1e-3, 1.0))  # what 16 bits cannot hold stays in 32
+
+
+def test_a_nearly_dead_channel_does_not_force_its_neighbours_into_32_bits() -> None:
+    assert half(np.array([1e-9, 0.01], np.float32)).tolist() == [2**-20, np.float16(0.01)]
+
+
+@given(WEIGHTS, st.sampled_from([(4, 8), (8, 8), (8, 7), (3, 8), (2, 8), (TERNARY, 8)]))
+def test_codes_stay_inside_their_range_and_scales_are_positive(weight: np.ndarray, width: tuple[float, int]) -> None:
     codes = encode(weight, 0, *width)
     low, high = limits(*width)
     assert low <= codes.values.min()
