@@ -71,7 +71,8 @@ def test_codes_are_made_for_the_scales_that_are_stored(scale: float) -> None:
     codes = encode(weight, 0, 8)
     again = np.clip(np.rint(weight / codes.scales[:, None]), -127, 127)
     assert (again == codes.values).all()
-    exact = (codes.scales.astype(np.float16).astype(np.float32) == codes.scales).all()
+    with np.errstate(over="ignore"):
+        exact = (codes.scales.astype(np.float16).astype(np.float32) == codes.scales).all()
     assert exact == (scale in (1e-3, 1.0))  # what 16 bits cannot hold stays in 32
 
 
