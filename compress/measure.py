@@ -93,7 +93,8 @@ def drop(metric: Metric, part: Part, original: Array, output: Array) -> Drop:
     """Return how much worse than `original` the answers `output` to the same samples are, with a paired 95 % interval.
 
     Marks of single samples, bounded and without groups: `paired_drop`. All else, so whole-set metrics, unbounded ones, and
-    samples in groups, by `resampled`, and never narrower than a bounded metric without any change would be.
+    samples in groups, by `resampled`; there a bounded metric's interval is never narrower than `paired_drop` makes it, of
+    the same marks or, for a whole-set metric, of marks that did not change.
     """
     before, after = metric.marks(original, part, original), metric.marks(output, part, original)
     if not metric.bounded:
@@ -143,7 +144,9 @@ def resampled(metric: Metric, before: Marks, after: Marks, groups: Array | None)
         by_unit = np.split(np.argsort(member, kind="stable"), np.cumsum(np.bincount(member))[:-1])
         pairs = []
         for _ in range(RESAMPLES if metric.name in METRICS else OWN_RESAMPLES):
-            rows = np.concatenate([by_unit[unit] for unit in order.integers(0, units, units)])
+            rows = order.integers(0, units, units)
+            if groups is not None:
+                rows = np.concatenate([by_unit[unit] for unit in rows])
             pairs.append([metric.value(tuple(column[rows] for column in marks)) for marks in (before, after)])
         values = _points(metric, *np.array(pairs).T)
     lo, hi = (float(value) for value in np.percentile(values, (2.5, 97.5)))

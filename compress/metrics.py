@@ -157,7 +157,7 @@ def _shipped(name: str) -> Metric:
         case "macro_f1":
             return Metric(name, lambda out, part, _: (_y(part), out.argmax(axis=1)), macro_f1)
         case "roc_auc":
-            return Metric(name, lambda out, part, _: (_y(part), _risk(out, part)), roc_auc)
+            return Metric(name, lambda out, part, _: (_y(part), _rank(out, part)), roc_auc)
         case "mse":
             return Metric(
                 name,
@@ -212,26 +212,28 @@ def macro_f1(y: Array, answer: Array) -> float:
     return float((2 * right[both > 0] / both[both > 0]).mean())
 
 
-def roc_auc(y: Array, score: Array) -> float:
-    """Return the share of pairs (a 1, a 0) in which the 1 has the higher score, ties counted half; 0.5 without both kinds.
+def roc_auc(y: Array, rank: Array) -> float:
+    """Return the share of pairs (a 1, a 0) in which the 1 ranks higher, ties counted half; 0.5 without both kinds.
 
-    Source: Mann and Whitney 1947; Hanley and McNeil 1982.
+    `rank` holds whole numbers from 0 in the order of the scores, equal for equal scores. Source: Hanley and McNeil 1982.
     """
-    ones, zeros = score[y == 1], np.sort(score[y == 0])
-    if not len(ones) or not len(zeros):
-        return 0.5
-    below = np.searchsorted(zeros, ones, "left") + np.searchsorted(zeros, ones, "right")
-    return float(below.mean() / 2 / len(zeros))
+    size = int(rank.max()) + 1
+    ones, zeros = np.bincount(rank[y == 1], minlength=size), np.bincount(rank[y == 0], minlength=size)
+    pairs = float(ones.sum()) * float(zeros.sum())
+    below = np.cumsum(zeros) - zeros / 2
+    return float((ones * below).sum() / pairs) if pairs else 0.5
 
 
-def _risk(outputs: Array, part: Part) -> Array:
-    """Return a score a sample: the output itself, the second of two against the first, or the reconstruction's error."""
+def _rank(outputs: Array, part: Part) -> Array:
+    """Rank samples by the output itself, the second of two against the first, or the error of a reconstruction."""
     flat = outputs.reshape(len(outputs), -1).astype(np.float64)
     if flat.shape[1] == 1:
-        return np.asarray(flat[:, 0])
-    if flat.shape[1] == 2:
-        return np.asarray(flat[:, 1] - flat[:, 0])
-    return np.asarray(((flat - part.x.reshape(flat.shape)) ** 2).mean(axis=1))
+        score = flat[:, 0]
+    elif flat.shape[1] == 2:
+        score = flat[:, 1] - flat[:, 0]
+    else:
+        score = ((flat - part.x.reshape(flat.shape)) ** 2).mean(axis=1)
+    return np.asarray(np.unique(score, return_inverse=True)[1])
 
 
 def _errors(outputs: Array, part: Part) -> tuple[Array, Array]:

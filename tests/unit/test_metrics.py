@@ -53,8 +53,8 @@ def test_macro_f1_is_the_mean_of_each_class_harmonic_mean(pairs: list[tuple[int,
 def test_roc_auc_is_the_share_of_pairs_in_the_right_order(pairs: list[tuple[bool, int]]) -> None:
     ones, zeros = [s for y, s in pairs if y], [s for y, s in pairs if not y]
     wins = [(a > b) + (a == b) / 2 for a in ones for b in zeros]
-    y, score = np.array(pairs, float).T
-    assert roc_auc(y, score) == pytest.approx(np.mean(wins) if wins else 0.5)
+    y, rank = np.array(pairs, int).T
+    assert roc_auc(y, rank) == pytest.approx(np.mean(wins) if wins else 0.5)
 
 
 def test_an_autoencoder_is_judged_by_its_error_as_the_anomaly_score() -> None:
