@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from html import escape
 from importlib import resources
 
+from compress.lineage import Lineage
+from compress.recipe import Recipe
 from compress.report import LayerRow, Report
 from skills.units import readable
 
@@ -25,7 +27,7 @@ COLOURS = {
 }  # fmt: skip
 
 
-def page(report: Report) -> str:
+def page(report: Report, recipe: Recipe | None = None, lineage: Lineage | None = None) -> str:
     """Return the whole page; it needs no network and follows the reader's light or dark setting."""
     sections = [_head(report), _tiles(report), _warnings(report), _table(report)]
     if report.details.layers:
@@ -104,9 +106,11 @@ def _bits(layers: Sequence[LayerRow]) -> str:
     for layer in layers:
         wide = least + max(0.0, free - 30) * layer.weights / total
         tall = height * min(layer.bits, 8) / 8
-        title = f"{layer.name}: {layer.op}, {layer.weights:,} weights in {layer.bits:g} bits, computes in {layer.compute}"
-        if layer.harm is not None:
-            title += f"; 4 bits alone move the answers by {layer.harm:.3g}"
+        title = (
+            f"{layer.name}: {layer.op}, {layer.weights:,} weights in {layer.bits:g} bits, computes in {layer.compute}"
+        )
+        if 4 in layer.harm:
+            title += f"; 4 bits alone move the answers by {layer.harm[4]:.3g}"
         bars.append(
             f'<rect x="{x:.1f}" y="{150 - tall:.1f}" width="{wide:.1f}" height="{tall:.1f}" rx="2" '
             f'fill="{COLOURS[layer.bits]}" opacity="{1 if layer.compute == "int8" else 0.55}"><title>{escape(title)}</title></rect>'

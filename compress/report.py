@@ -7,6 +7,9 @@ from typing import Annotated, Literal
 from skills.errors import NotReached
 from skills.wire import Doc, Limits, to_plain
 
+DataLevel = Literal["none", "unlabelled", "calibration", "training"]
+"""No data at all; inputs without labels; labelled inputs too few to train on; training data."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Baseline:
@@ -46,23 +49,64 @@ class LayerRow:
     bytes_after: int
     kernel: str = ""
     reason: str = ""
-    harm: float | None = None  # distance to the original's answers when this layer alone is stored in 4 bits
+    harm: Mapping[float, float] = dataclasses.field(default_factory=dict)
+    """Width -> distance to the original's answers (KL, see `measure.divergence`) with this layer alone stored so."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Point:
+    """A model that was measured on the report part: one trade of size for accuracy. Sizes in bytes, drops as in `Report`."""
+
+    name: str
+    bytes_file: int
+    bytes_package: int
+    drop: float
+    drop_ci95: tuple[float, float]
+    drop_select: float | None = None
+    latency_ms_p50: float | None = None
+    chosen: bool = False
+    file: str = ""  # inside the result folder; empty where the file was not kept
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Moment:
+    """What was the best so far, so many minutes after the start."""
+
+    minutes: float
+    ratio_file: float
+    drop_select: float | None
+    what: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Details:
-    """What `report.json` has no key for: it is shown in `report.html` and kept in `recipe.yaml` and `lineage.json`."""
+    """What `report.json` has no key for: it is shown in `report.html` and kept in `recipe.yaml` and `lineage.json`.
+
+    `pieces_before` and `pieces_after` are `pieces.pieces` of the two files; `kernels` counts the optimised graph's operators.
+    """
 
     model: str
     model_file: Literal["model.onnx", "model.tflite"]
     max_drop: float
-    goal: str
+    goal: Literal["size", "latency", "both"]
     seed: int
     layers: tuple[LayerRow, ...]
-    kernels: Mapping[str, int]  # operators of the optimised graph, counted
+    kernels: Mapping[str, int]
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     samples: Mapping[str, int]  # split -> how many
+    data_level: DataLevel = "calibration"
+    unit: str = "percentage points"  # of drops; of an unbounded metric: per cent of its value before
+    pareto: tuple[Point, ...] = ()
+    trail: tuple[Moment, ...] = ()
+    time_budget: float | None = None  # seconds
+    pieces_before: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    pieces_after: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    bytes_plain: int | None = None  # the same network as a plain int8 file
+    weights: tuple[int, int] | None = None  # trained numbers before and after
+    macs: tuple[int, int] | None = None  # multiplications for one input, before and after
+    samples_for_proof: int | None = None  # None: none would prove it
+    least_runtime: str = ""  # as "onnxruntime 1.23"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -104,39 +148,3 @@ class Report:
                 f"the best model found loses {self.drop:.2f} points of {self.metric_name}, "
                 f"the budget is {self.details.max_drop:g}: it is written, and marked as not reached"
             )
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class RecipeLayer:
-    """What was done to one layer."""
-
-    name: str
-    compute: Literal["int8", "float"]
-    bits: float
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Recipe:
-    """`recipe.yaml`: what compression did, in the order in which it did it."""
-
-    device: str
-    max_drop: float
-    goal: str
-    seed: int
-    passes: tuple[str, ...]
-    correct_bias: bool
-    layers: tuple[RecipeLayer, ...]
-    format: Literal["recipe/v1"] = "recipe/v1"
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Lineage:
-    """`lineage.json`: from what, with what and how `model_sha256` was made."""
-
-    model_sha256: str
-    parents: Mapping[str, str]  # what went in -> its sha256
-    tools: Mapping[str, str]
-    seed: int
-    device: str
-    splits: Mapping[str, int]
-    format: Literal["lineage/v1"] = "lineage/v1"

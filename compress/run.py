@@ -15,6 +15,7 @@ from compress.data import Splits
 from compress.emit import emit, node_name
 from compress.graph import Array
 from compress.html import page
+from compress.lineage import lineage, parents
 from compress.measure import Drop, Runner
 from compress.metrics import Metric
 from compress.passes.bias import BIAS
@@ -24,15 +25,17 @@ from compress.passes.guard import GUARD
 from compress.passes.place import PLACE
 from compress.passes.ranges import RANGES
 from compress.passes.strip import strip
+from compress.pieces import pieces
 from compress.pipeline import CHECK_SAMPLES, Bench, Pass, State, apply
-from compress.report import Baseline, Details, LayerRow, Lineage, Recipe, RecipeLayer, Report, Result
+from compress.recipe import Recipe, RecipeLayer
+from compress.report import Baseline, Details, LayerRow, Report, Result
 from compress.scheme import Scheme
 from compress.splits import split
 from skills import ort, zstd
 from skills.errors import SkerryError, UsageError
 from skills.files import sha256_hex
 from skills.profile import Profile
-from skills.wire import encode_json, encode_yaml
+from skills.wire import encode_json
 
 PASSES: tuple[Pass, ...] = (CANONICALISE, RANGES, PLACE, GUARD, BIAS, BITS)
 PACKAGE_LEVEL = 19
@@ -101,7 +104,7 @@ def run(
     say("timing it against the original", 0.95, _best(original, emitted))
     report = _report(original, emitted, profile, splits, max_drop, goal, seed, warnings, time.monotonic() - start)
     say("done", 1.0, _best(original, emitted))
-    folder.write_folder(out, _files(report, emitted, original, profile, samples, passes))
+    folder.write_folder(out, _files(report, emitted, original, profile, samples, splits, passes))
     return report
 
 
@@ -146,7 +149,8 @@ _NO_BENCH: Any = None
 
 def _warnings(original: Original, splits: Splits) -> tuple[str, ...]:
     found = []
-    right = original.metric.of(original.report, splits.report, original.report)  # a user's metric that fails does so here
+    # A user's own metric that fails does so here, before anything is searched.
+    right = original.metric.of(original.report, splits.report, original.report)
     if original.metric.name == "top1":
         chance = 1 / original.report.shape[1]
         noise = CHANCE_ERRORS * (chance * (1 - chance) / len(splits.report)) ** 0.5
@@ -256,7 +260,7 @@ def _best(original: Original, emitted: Emitted) -> str:
 
 
 def _report(
-    original: Original, emitted: Emitted, profile: Profile, splits: Splits, max_drop: float, goal: str, seed: int,
+    original: Original, emitted: Emitted, profile: Profile, splits: Splits, max_drop: float, goal: Goal, seed: int,
     warnings: tuple[str, ...], seconds: float,
 ) -> Report:  # fmt: skip
     began = time.monotonic()
@@ -285,6 +289,11 @@ def _report(
         original.source.name, "model.tflite" if profile.runtime == "litert" else "model.onnx", max_drop, goal, seed,
         _rows(emitted), emitted.audit.counts if emitted.audit else {}, emitted.state.notes, warnings,
         {name: len(part) for name, part in splits.parts().items()},
+        data_level="training" if splits.train is not None else "calibration" if splits.report.y is not None else "unlabelled",
+        unit=original.metric.unit,
+        pieces_before=pieces(original.stripped),
+        pieces_after=pieces(emitted.file) if profile.runtime == "onnxruntime" else {},
+        samples_for_proof=measure.samples_for_proof(drop, max_drop),
     )  # fmt: skip
     return Report(
         original.metric.name, measure.verdict(drop, max_drop), round(drop.points, 4), (round(drop.lo, 4), round(drop.hi, 4)),
@@ -316,40 +325,38 @@ def _rows(emitted: Emitted) -> tuple[LayerRow, ...]:
         rows.append(
             LayerRow(
                 layer.node, layer.op, layer.compute, layer.bits, layer.count, 4 * layer.count, layer.stored_bytes,
-                row.kernel if row else "", row.reason if row else "", emitted.state.harm.get(layer.node),
+                row.kernel if row else "", row.reason if row else "",
+                {4: emitted.state.harm[layer.node]} if layer.node in emitted.state.harm else {},
             )
         )  # fmt: skip
     return tuple(rows)
 
 
 def _files(
-    report: Report, emitted: Emitted, original: Original, profile: Profile, samples: data.Data, passes: Sequence[Pass]
+    report: Report,
+    emitted: Emitted,
+    original: Original,
+    profile: Profile,
+    samples: data.Data,
+    splits: Splits,
+    passes: Sequence[Pass],
 ) -> Mapping[str, bytes]:
     import json
 
     details = report.details
     scheme = emitted.state.scheme
     layers = scheme.layers if scheme is not None else ()
+    inputs = parents(samples, model=original.source.sha256)
     recipe = Recipe(
-        profile.name, details.max_drop, details.goal, details.seed, tuple(step.name for step in passes),
-        scheme is not None and scheme.correct_bias, tuple(RecipeLayer(item.node, item.compute, item.bits) for item in layers),
+        profile, details.max_drop, details.goal, details.seed, tuple(step.name for step in passes),
+        tuple(RecipeLayer(item.node, item.compute, item.bits) for item in layers),
+        metric=report.metric_name, preprocessing=samples.preprocessing, least_runtime=details.least_runtime, inputs=inputs,
     )  # fmt: skip
-    parents = {"model": original.source.sha256}
-    for name, array in data.present(samples).items():
-        parents[f"data.{name}"] = sha256_hex(np.ascontiguousarray(array).tobytes())
-    lineage = Lineage(sha256_hex(emitted.file), parents, _tools(), details.seed, profile.name, details.samples)
+    trace = lineage(sha256_hex(emitted.file), inputs, splits, details.seed, profile.name)
     return {
         details.model_file: emitted.file,
-        "report.html": page(report).encode(),
-        "recipe.yaml": encode_yaml(recipe, "What `skerry compress` did.").encode(),
-        "lineage.json": encode_json(lineage),
+        "report.html": page(report, recipe, trace).encode(),
+        "recipe.yaml": recipe.encode(),
+        "lineage.json": encode_json(trace),
         "report.json": (json.dumps(report.to_json(), indent=1, allow_nan=False) + "\n").encode(),
     }
-
-
-def _tools() -> dict[str, str]:
-    import onnx
-
-    import skills
-
-    return ort.versions() | {"onnx": onnx.__version__, "skerry": getattr(skills, "__version__", "")}

@@ -14,7 +14,7 @@ from compress import graph, profiles
 from compress.passes.canonicalise import canonicalise
 from compress.passes.strip import strip
 from compress.pipeline import Bench, Pass, State
-from compress.report import Recipe
+from compress.recipe import Recipe
 from compress.run import PASSES, check_audit, run
 from compress.scheme import Layer, Scheme
 from skills import ort

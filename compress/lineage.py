@@ -1,0 +1,65 @@
+"""`lineage.json`: from what, with what and how a compressed model was made."""
+
+import dataclasses
+import platform
+import sys
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+
+from compress.data import Data, Splits, present
+from skills import ort
+from skills.files import sha256_hex
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Lineage:
+    """`parents` are hashes of all that went in; `rows` those of which of the data's rows each split has."""
+
+    model_sha256: str
+    parents: Mapping[str, str]  # model, teacher, recipe, profile, data.x, data.y, … -> sha256
+    tools: Mapping[str, str]
+    seed: int
+    device: str
+    splits: Mapping[str, int]  # split -> how many samples
+    rows: Mapping[str, str] = dataclasses.field(default_factory=dict)  # split -> sha256, see `Splits.hashes`
+    format: Literal["lineage/v1"] = "lineage/v1"
+
+
+def lineage(model_sha256: str, parents: Mapping[str, str], splits: Splits | None, seed: int, device: str) -> Lineage:
+    """Return the lineage of the model with this hash; `splits` is None where there was no data."""
+    counts = {} if splits is None else {name: len(part) for name, part in splits.parts().items()}
+    rows = {} if splits is None else splits.hashes()
+    return Lineage(model_sha256, parents, tools(), seed, device, counts, rows)
+
+
+def parents(data: Data, **files: str | None) -> dict[str, str]:
+    """Return the hashes of what went in: `files` by name (those that are None are left out), and each array of the data.
+
+    An array's hash is that of its dtype and shape as NumPy writes them, a zero byte, and its values row by row.
+    """
+    found = {name: digest for name, digest in files.items() if digest is not None}
+    if not data.synthetic:
+        for name, array in present(data).items():
+            head = f"{array.dtype.str} {array.shape}".encode() + b"\0"
+            found[f"data.{name}"] = sha256_hex(head + np.ascontiguousarray(array).tobytes())
+    return found
+
+
+def tools() -> dict[str, str]:
+    """Return the versions of everything that had a hand in it, those of packages only if they were really imported."""
+    import onnx
+
+    import skills
+
+    known = ort.versions() | {
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "onnx": onnx.__version__,
+        "skerry": getattr(skills, "__version__", ""),
+    }
+    for name in ("torch", "ai_edge_litert", "PIL"):
+        if name in sys.modules:
+            known[name] = str(getattr(sys.modules[name], "__version__", ""))
+    return known
