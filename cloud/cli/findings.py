@@ -24,7 +24,7 @@ VERDICTS = {
 def compressed(report: "Report") -> Group:
     """Return before and after, with the interval of what was lost."""
     before, after = report.baseline, report.result
-    name = {"top1": "accuracy", "agreement": "agreement", "cosine": "similarity"}[report.metric_name]
+    name = {"top1": "accuracy", "agreement": "agreement", "cosine": "similarity"}.get(report.metric_name, report.metric_name)
     made = table("", "before", "after", "", right=("before", "after"))
     made.add_row(
         "file",
