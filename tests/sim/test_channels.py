@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import helper, numpy_helper
 
 from compress import channels, graph
 from compress.channels import Group
@@ -131,3 +134,131 @@ def test_a_removed_branch_leaves_its_shortcut(small_net: Callable[[str], Any]) -
             item.CopyFrom(graph.tensor(item.name, 0 * graph.array(item)))
     for want, got in zip(answers(silent, net.x[:4]), answers(smaller, net.x[:4]), strict=True):
         assert np.abs(want - got).max() <= CLOSE
+
+
+class Drawn:
+    """A random graph of layers with one thing in common: whatever comes out, the file is valid."""
+
+    def __init__(self, seed: int) -> None:
+        self.chance = np.random.default_rng(seed)
+        self.nodes: list[Any] = []
+        self.stored: list[Any] = []
+        self.open = [("x", 4)]  # name and number of channels; every picture is 8x8
+
+    def constant(self, value: Any, kind: Any = np.float32) -> str:
+        name = f"k{len(self.stored)}"
+        self.stored.append(numpy_helper.from_array(np.asarray(value, kind), name))
+        return name
+
+    def add(self, op: str, inputs: list[str], outputs: int = 1, **facts: Any) -> list[str]:
+        names = [f"t{len(self.nodes)}_{at}" for at in range(outputs)]
+        self.nodes.append(helper.make_node(op, inputs, names, f"n{len(self.nodes)}", **facts))
+        return names
+
+    def conv(self, source: str, ins: int, outs: int, size: int = 1, groups: int = 1) -> str:
+        stored = [self.random(outs, ins // groups, size, size), self.random(outs)]
+        return self.add("Conv", [source, *stored], pads=[size // 2] * 4, group=groups)[0]
+
+    def random(self, *sizes: int) -> str:
+        return self.constant(self.chance.standard_normal(sizes) / max(np.prod(sizes[1:]), 1) ** 0.5)
+
+    def step(self, kind: str) -> None:
+        name, count = self.open[self.chance.integers(len(self.open))]
+        self.open.append(STEPS[kind](self, name, count))
+
+    def partner(self) -> tuple[str, int]:
+        return self.open[self.chance.integers(len(self.open))]
+
+    def some_conv(self, name: str, count: int) -> tuple[str, int]:
+        outs = int(self.chance.integers(2, 7))
+        return self.conv(name, count, outs, 3), outs
+
+    def turned(self, name: str, count: int) -> tuple[str, int]:
+        return self.add("ConvTranspose", [name, self.random(count, 3, 1, 1)])[0], 3
+
+    def norm(self, name: str, count: int) -> tuple[str, int]:
+        stored = [self.constant(0.5 + self.chance.random(count)) for _ in range(4)]
+        return self.add("BatchNormalization", [name, *stored])[0], count
+
+    def act(self, name: str, count: int) -> tuple[str, int]:
+        return self.add(str(self.chance.choice(["Relu", "Sigmoid", "HardSwish", "Cos"])), [name])[0], count
+
+    def scale(self, name: str, count: int) -> tuple[str, int]:
+        return self.add(str(self.chance.choice(["Mul", "Sub", "PRelu"])), [name, self.random(1, count, 1, 1)])[0], count
+
+    def meet(self, name: str, count: int) -> tuple[str, int]:
+        other, wide = self.partner()
+        return self.add("Mul", [name, other if wide == count else self.conv(other, wide, count)])[0], count
+
+    def concat(self, name: str, count: int) -> tuple[str, int]:
+        other, wide = self.partner()
+        return self.add("Concat", [name, other, self.random(2, 1, 8, 8)], axis=1)[0], count + wide + 1
+
+    def split(self, name: str, count: int) -> tuple[str, int]:
+        if count < 2:
+            return name, count
+        first = int(self.chance.integers(1, count))
+        made, rest = self.add("Split", [name, self.constant([first, count - first], np.int64)], 2, axis=1)
+        self.open.append((made, first))
+        return rest, count - first
+
+    def slice(self, name: str, count: int) -> tuple[str, int]:
+        if count < 3:
+            return name, count
+        return self.add("Slice", [name, *(self.constant([at], np.int64) for at in (1, -1, 1))])[0], count - 2
+
+    def excite(self, name: str, count: int) -> tuple[str, int]:
+        pooled = self.add("ReduceMean", [name, self.constant([2, 3], np.int64)], keepdims=1)[0]
+        gate = self.add("Sigmoid", [self.conv(self.conv(pooled, count, 3), 3, count)])[0]
+        return self.add("Mul", [name, gate])[0], count
+
+    def around(self, name: str, count: int) -> tuple[str, int]:
+        last = self.add("Transpose", [name], perm=[0, 2, 3, 1])[0]
+        made = self.add("MatMul", [last, self.random(count, 5)])[0]
+        return self.add("Transpose", [made], perm=[0, 3, 1, 2])[0], 5
+
+    def shuffle(self, name: str, count: int) -> tuple[str, int]:
+        wide = self.add("Reshape", [name, self.constant([0, 1, count, 64], np.int64)])[0]
+        return self.add("Reshape", [wide, self.constant([0, count, 8, 8], np.int64)])[0], count
+
+    def pad(self, name: str, count: int) -> tuple[str, int]:
+        return self.add("Pad", [name, self.constant([0, 1, 0, 0, 0, 2, 0, 0], np.int64)])[0], count + 3
+
+    def finished(self) -> Any:
+        ends = []
+        for name, count in self.open[-2:]:
+            made = self.add("Gemm", [self.add("Flatten", [name])[0], self.random(count * 64, 3)])[0]
+            ends.append(helper.make_tensor_value_info(made, 1, ["n", 3]))
+        inputs = [helper.make_tensor_value_info("x", 1, ["n", 4, 8, 8])]
+        body = helper.make_graph(self.nodes, "drawn", inputs, ends, self.stored)
+        model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+        graph.drop_dead(model)
+        return model
+
+
+STEPS: dict[str, Callable[[Drawn, str, int], tuple[str, int]]] = {
+    "conv": Drawn.some_conv,
+    "depthwise": lambda drawn, name, count: (drawn.conv(name, count, 2 * count, 3, count), 2 * count),
+    "grouped": lambda drawn, name, count: (drawn.conv(name, count, 6, 3, 1 + (count % 2 == 0)), 6),
+    "add": lambda drawn, name, count: (drawn.add("Add", [name, drawn.conv(name, count, count)])[0], count),
+    "softmax": lambda drawn, name, count: (drawn.add("Softmax", [name], axis=1)[0], count),
+    "unknown": lambda drawn, name, count: (drawn.add("LpNormalization", [name], axis=1)[0], count),
+    **{name: getattr(Drawn, name) for name in (
+        "turned", "norm", "act", "scale", "meet", "concat", "split", "slice", "pad", "excite", "around", "shuffle",
+    )},
+}  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(kinds=st.lists(st.sampled_from(sorted(STEPS)), min_size=3, max_size=9), seed=st.integers(0, 1000))
+def test_removing_a_unit_of_any_graph_equals_setting_its_weights_to_zero(kinds: list[str], seed: int) -> None:
+    drawn = Drawn(seed)
+    for kind in ("conv", *kinds):
+        drawn.step(kind)
+    model = drawn.finished()
+    x = drawn.chance.standard_normal((2, 4, 8, 8)).astype(np.float32)
+    for number, group in enumerate(channels.groups(model)):
+        try:
+            check_removal(model, number, [int(drawn.chance.integers(group.size))], x)
+        except ValueError as error:  # the last channel of something
+            assert "no channel is left" in str(error)
