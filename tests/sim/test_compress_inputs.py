@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from compress import data, model
+from compress import compress, data, model
 from compress.images import ImageFolder, Preprocessing
 from skills import ort
 from skills.errors import FormatError, NotFound, SkerryError, UsageError
@@ -453,3 +453,44 @@ def test_a_factory_that_raises_is_named(tmp_path: Path) -> None:
     (tmp_path / "g.py").write_text("1 / 0\n")
     with pytest.raises(FormatError, match=r"g.py cannot be imported: ZeroDivisionError"):
         model.load(f"{tmp_path / 'g.py'}:make", None, np.zeros((20, 1), np.float32))
+
+
+def test_a_folder_of_images_is_compressed_on(small_net: Callable[[str], Any], tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_bytes(small_net("plain").model.SerializeToString())
+    at = tmp_path / "d"
+    at.mkdir()
+    (at / "data.yaml").write_text("size: [12, 12]\ncolour: L\nmean: [0.5]\nstd: [0.25]\n")
+    for name, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (40, 14, 12), np.uint8)):
+        Image.fromarray(pixels).save(at / f"{name}.png")
+    report = compress(tmp_path / "m.onnx", at, tmp_path / "out", device="x86-avx2", max_drop=50)
+    assert report.metric_name == "agreement"
+    assert report.n_report == 24
+
+
+def test_the_verdict_is_about_the_metric_that_was_asked_for(small_net: Callable[[str], Any], tmp_path: Path) -> None:
+    def half_right(outputs: Any, y: Any) -> Any:
+        return (1 + (outputs.argmax(axis=1) == y)) / 2
+
+    net = small_net("plain")
+    (tmp_path / "m.onnx").write_bytes(net.model.SerializeToString())
+    given = {**net.data, "metric": half_right, "groups": np.arange(1000) // 10}
+    report = compress(tmp_path / "m.onnx", given, tmp_path / "out", device="x86-avx2", max_drop=50)
+    assert report.metric_name == "half_right"
+    assert report.baseline.metric > 0.9
+    assert report.n_report == 600
+
+
+def test_a_metric_that_fails_ends_the_run_before_the_search(small_net: Callable[[str], Any], tmp_path: Path) -> None:
+    net = small_net("plain")
+    (tmp_path / "m.onnx").write_bytes(net.model.SerializeToString())
+
+    def broken(outputs: Any, y: Any) -> Any:
+        raise RuntimeError("no annotations")
+
+    stages: list[str] = []
+    with pytest.raises(FormatError, match="the metric broken raised RuntimeError: no annotations"):
+        compress(
+            tmp_path / "m.onnx", {**net.data, "metric": broken}, tmp_path / "out",
+            progress=lambda stage, *_: stages.append(stage),
+        )  # fmt: skip
+    assert stages == ["reading the model and the data"]
