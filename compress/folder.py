@@ -1,6 +1,11 @@
-"""The result folder: it appears whole under its name, or not at all."""
+"""The result folder: it appears whole under its name, or not at all; and what a run keeps beside it until then.
+
+While a run goes on, `.OUT.work/` holds the best so far in `best/` and the answers of passes in a `Cache`. A run that ends
+well removes it; one that is interrupted leaves it, and the next one with `resume` finds there what it need not do again.
+"""
 
 import contextlib
+import hashlib
 import os
 import shutil
 import tempfile
@@ -8,9 +13,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from skills.errors import UsageError
-from skills.files import fsync_directory, storage_errors
+from skills.files import fsync_directory, sha256_hex, storage_errors, write_atomic
 
 MARK = "report.json"  # a folder with this file is an earlier result and may be replaced
+CACHE_BYTES = 4 << 30
+HASH_BYTES = 32  # in front of each value: what a failing disk changed counts as not there
 
 
 def check_out(out: Path) -> None:
@@ -35,8 +42,67 @@ def best_folder(out: Path) -> Path:
     return workdir(out) / "best"
 
 
+def forget(out: Path) -> None:
+    """Remove what a run kept beside `out`: it ended well, or begins anew."""
+    shutil.rmtree(workdir(out), ignore_errors=True)
+
+
+class Cache:
+    """Bytes by key, on the disk: what a pass made of what it was given. A key says all that the value depends on.
+
+    Values are written atomically, so that death at any moment leaves each one whole or absent. All together take at
+    most `most` bytes: the values that were neither written nor read for the longest time go first, and one that is
+    larger than that alone is not kept. One process at a time uses a folder.
+    """
+
+    def __init__(self, folder: Path, most: int = CACHE_BYTES) -> None:
+        self.folder, self.most = folder, most
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for stray in folder.glob(".*.tmp"):  # of a process that died while it wrote
+                stray.unlink(missing_ok=True)
+
+    def get(self, key: str) -> bytes | None:
+        """Return the value, or None where there is none that is whole."""
+        path = self._path(key)
+        try:
+            raw = path.read_bytes()
+            if hashlib.sha256(raw[HASH_BYTES:]).digest() != raw[:HASH_BYTES]:
+                path.unlink()
+                return None
+            os.utime(path)
+        except OSError:
+            return None
+        return raw[HASH_BYTES:]
+
+    def put(self, key: str, value: bytes) -> None:
+        """Keep a value.
+
+        Raises:
+            StorageError: the disk is full or refuses; the earlier value of this key, if any, is still there.
+        """
+        if HASH_BYTES + len(value) > self.most:
+            return
+        write_atomic(self._path(key), hashlib.sha256(value).digest() + value)
+        with storage_errors(self.folder):
+            self._shrink()
+
+    def _path(self, key: str) -> Path:
+        return self.folder / sha256_hex(key.encode())
+
+    def _shrink(self) -> None:
+        known = sorted(((path.stat(), path) for path in self.folder.iterdir()), key=lambda pair: pair[0].st_mtime_ns)
+        total = sum(facts.st_size for facts, _ in known)
+        for facts, path in known:
+            if total <= self.most:
+                break
+            path.unlink()
+            total -= facts.st_size
+
+
 def write_folder(out: Path, files: Mapping[str, bytes]) -> None:
-    """Write `files` into the folder `out`, replacing an earlier result.
+    """Write `files` (name, which may be nested as in `pareto/3.onnx`, -> content) into the folder `out`, replacing an
+    earlier result.
 
     Raises:
         StorageError: the disk is full or refuses; `out` is as it was.
@@ -45,12 +111,18 @@ def write_folder(out: Path, files: Mapping[str, bytes]) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         # 1. Everything is written beside OUT. A crash leaves a hidden .partial folder that nobody reads.
         with _partial(out) as temporary:
+            folders = {temporary}
             for name, data in files.items():
-                with (temporary / name).open("wb") as file:
+                path = temporary / name
+                if path.parent not in folders:
+                    path.parent.mkdir(parents=True)
+                folders.update(above for above in path.parents if above.is_relative_to(temporary))
+                with path.open("wb") as file:
                     file.write(data)
                     file.flush()
                     os.fsync(file.fileno())
-            fsync_directory(temporary)
+            for folder in folders:
+                fsync_directory(folder)
             # 2. An earlier result moves aside. A crash here leaves it, whole, under the .old name.
             old = temporary.with_suffix(".old")
             if out.exists():
