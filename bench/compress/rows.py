@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compress import data
-from compress.data import Splits
+from compress import data, splits
+from compress.splits import Splits
 
 Array = NDArray[Any]
-CALIBRATION_ONLY = 512 + 2000  # what `compress` calibrates on and selects with: nothing is left to train on
 SEED = 0
 
 
@@ -53,17 +52,13 @@ class Prepared:
     splits: Splits
     x: Array
     y: Array
-    groups: Array | None
     key: str
 
 
-def cifar(load: Any, train: int) -> dict[str, Array]:
-    """Return the 5,000 test images and the first `train` of the shuffled 30,000 training images."""
-    x, y = load.cifar("test5000")
-    first, more = load.cifar("train10000"), load.cifar("train_more20000")
-    x_train, y_train = np.concatenate([first[0], more[0]]), np.concatenate([first[1], more[1]])
-    rows = np.random.default_rng(SEED).permutation(len(x_train))[:train]
-    return {"x": x, "y": y, "x_train": x_train[rows], "y_train": y_train[rows]}
+def cifar(load: Any) -> dict[str, Array]:
+    """Return the 5,000 test images and the 30,000 training images."""
+    (x, y), first, more = load.cifar("test5000"), load.cifar("train10000"), load.cifar("train_more20000")
+    return {"x": x, "y": y, "x_train": np.concatenate([first[0], more[0]]), "y_train": np.concatenate([first[1], more[1]])}
 
 
 def plain(x: Array, y: Array) -> dict[str, Array]:
@@ -88,15 +83,15 @@ def rows() -> tuple[Row, ...]:
     resnet56 = ("cifar10jpeg/resnet56_cifar10jpeg.onnx", "resnet56", "cifar10jpeg/resnet56_cifar10jpeg.pth")
     return (
         Row(
-            "resnet56", "ResNet-56, CIFAR", *resnet56, lambda load: cifar(load, 30_000), "30,000 images",
+            "resnet56", "ResNet-56, CIFAR", *resnet56, cifar, "30,000 images",
             Wanted((16, 20, 3.5), (12, 16, 2.5)), trains=True,
         ),
         Row(
-            "resnet20-taught", "ResNet-20, CIFAR, ResNet-56 as teacher", *resnet20, lambda load: cifar(load, 30_000),
+            "resnet20-taught", "ResNet-20, CIFAR, ResNet-56 as teacher", *resnet20, cifar,
             "30,000 images", Wanted((12, 16, 3), (9, 12, 2.3)), teacher=resnet56[0], trains=True,
         ),
         Row(
-            "resnet20", "ResNet-20, CIFAR", *resnet20, lambda load: cifar(load, CALIBRATION_ONLY), "none, calibration only",
+            "resnet20", "ResNet-20, CIFAR", *resnet20, lambda load: plain(*load.cifar("test5000")), "none, calibration only",
             Wanted((6.5, 8, 2), (5, 6.5, 1.9)),
         ),
         Row(
@@ -132,25 +127,18 @@ def loader(reference: Path) -> Any:
 def prepare(row: Row, load: Any, work: Path) -> Prepared:
     """Write a row's data under `work`, once for each content, and return it cut as `compress` cuts it."""
     arrays = row.arrays(load)
-    splits = data.split(data.load(arrays), SEED)
-    used = {part.source: np.concatenate([splits.calibrate.rows, splits.select.rows]) for part in (splits.calibrate,)}
-    parts = {"calibrate": splits.calibrate, "select": splits.select}
-    held = {f"{name}_{key}": value for name, part in parts.items() for key, value in (("x", part.x), ("y", part.y))}
-    if row.trains:
-        rest = np.setdiff1d(np.arange(len(arrays["x_train"])), used["x_train"])
-        held |= {"train_x": arrays["x_train"][rest], "train_y": arrays["y_train"][rest]}
-    key = digest(arrays | {name: part.rows for name, part in parts.items()})
+    cut = splits.split(data.load(arrays), SEED)
+    for_others = {name: part for name, part in cut.parts().items() if name != "report"}
+    held = {f"{name}_{key}": value for name, part in for_others.items() for key, value in (("x", part.x), ("y", part.y))}
+    key = digest(arrays | dict(cut.hashes()))
     folder = work / "data" / key
     folder.mkdir(parents=True, exist_ok=True)
-    given, cut = folder / "given.npz", folder / f"parts{'-train' if row.trains else ''}.npz"
-    for path, content in ((given, arrays), (cut, held)):
-        if not path.is_file():
-            with path.with_suffix(".part").open("wb") as file:
+    for name, content in (("given", arrays), ("parts", held)):
+        if not (folder / f"{name}.npz").is_file():
+            with (folder / f"{name}.part").open("wb") as file:
                 np.savez(file, **content)
-            path.with_suffix(".part").rename(path)
-    groups = arrays.get("groups")
-    groups = None if groups is None else groups[splits.report.rows]
-    return Prepared(given, cut, splits, arrays["x"], arrays["y"], groups, key)
+            (folder / f"{name}.part").rename(folder / f"{name}.npz")
+    return Prepared(folder / "given.npz", folder / "parts.npz", cut, arrays["x"], arrays["y"], key)
 
 
 def digest(content: Mapping[str, Any]) -> str:

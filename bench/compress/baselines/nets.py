@@ -5,10 +5,12 @@ import torch
 from torch import nn
 
 
-def conv_bn(inside, outside, kernel, stride=1, groups=1, *, pad=None, bias=False):
+KERAS_EPSILON = 1e-3
+
+
+def conv_bn(inside, outside, kernel, stride=1):
     """Return a convolution and its batch norm."""
-    pad = kernel // 2 if pad is None else pad
-    return nn.Conv2d(inside, outside, kernel, stride, pad, groups=groups, bias=bias), nn.BatchNorm2d(outside)
+    return nn.Conv2d(inside, outside, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(outside)
 
 
 class Block(nn.Module):
@@ -55,8 +57,8 @@ class Separable(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.dw, self.bn1 = conv_bn(64, 64, 3, groups=64, bias=True)
-        self.pw, self.bn2 = conv_bn(64, 64, 1, bias=True)
+        self.dw, self.bn1 = nn.Conv2d(64, 64, 3, padding=1, groups=64), nn.BatchNorm2d(64, KERAS_EPSILON)
+        self.pw, self.bn2 = nn.Conv2d(64, 64, 1), nn.BatchNorm2d(64, KERAS_EPSILON)
 
     def forward(self, x):
         return torch.relu(self.bn2(self.pw(torch.relu(self.bn1(self.dw(x))))))
@@ -67,7 +69,7 @@ class KeywordNet(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv, self.bn = nn.Conv2d(1, 64, (10, 4), 2), nn.BatchNorm2d(64)
+        self.conv, self.bn = nn.Conv2d(1, 64, (10, 4), 2), nn.BatchNorm2d(64, KERAS_EPSILON)
         self.blocks = nn.Sequential(*(Separable() for _ in range(4)))
         self.fc = nn.Linear(64, 12)
 
