@@ -166,11 +166,11 @@ class _Emitter:
             if bias is not None:
                 scale = feed.quant(self.scheme.profile.activation)[0]
                 codes = _room_for_bias(codes, weight, bias, scale, self.scheme.profile.weight_bits)
-            piece, copy.input[slot], made = self.store.int8_weights(codes, bias, feed, zeros=layer.op != "Conv")
-            group.append(piece)
+            pieces, copy.input[slot], made = self.store.int8_weights(codes, bias, feed, zeros=layer.op != "Conv")
+            group.extend(pieces)
         else:
-            piece, copy.input[slot], made = self.store.float_weights(codes, bias)
-            group.append(piece)
+            pieces, copy.input[slot], made = self.store.float_weights(codes, bias)
+            group.extend(pieces)
         if made:
             self._set_bias(copy, made)
 

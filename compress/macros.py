@@ -11,7 +11,9 @@ from typing import Any
 import onnx
 
 DOMAIN = "_"
-FRAME = 3  # bytes of a tag and a length around a message
+FRAME = 2  # bytes of a tag and a length around a node
+SHORT = 3  # bytes of a tensor's name with its own tag and length, once it is shortened
+CALL = 12  # bytes of a call beside its tensors: operator, domain, the layer's name
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,14 +47,14 @@ class Folder:
                 alike.setdefault(key, []).append(at)
         answer = list(pieces)
         for places in alike.values():
-            name = self.letters(len(self.functions))
-            calls = [_call(pieces[at], name) for at in places]
-            function = self._function(pieces[places[0]], name)
-            before = sum(node.ByteSize() + FRAME for at in places for node in pieces[at].nodes)
-            if before > sum(call.ByteSize() + FRAME for call in calls) + function.ByteSize() + FRAME:
+            first, name = pieces[places[0]], self.letters(len(self.functions))
+            function = self._function(first, name)
+            flat = sum(node.ByteSize() for node in self._body(first)) + FRAME * len(first.nodes)
+            call = CALL + SHORT * (len(first.inputs) + len(first.outputs))
+            if len(places) * flat > len(places) * call + function.ByteSize() + FRAME:
                 self.functions.append(function)
-                for at, call in zip(places, calls, strict=True):
-                    answer[at] = dataclasses.replace(pieces[at], nodes=(call,))
+                for at in places:
+                    answer[at] = dataclasses.replace(pieces[at], nodes=(_call(pieces[at], name),))
         return answer
 
     def _body(self, piece: Piece) -> list[Any]:

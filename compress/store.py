@@ -3,8 +3,9 @@
 Plain: each layer has int8 codes, float scales and int32 biases of its own. LiteRT's lowering reads that, and runtimes
 too old for anything else.
 
-Compact: codes of one width and shape lie one behind the other, and all scales, biases and parameters of activations
-in one row of 16-bit floats that is split once. What can be computed is not stored: the int32 bias is the float one
+Compact: codes of one width and shape lie one behind the other, and all scales and biases in one row of 16-bit floats
+that is split once. Scales of activations stay single: splitting those too saves 6 bytes each and makes loading half as
+slow again. What can be computed is not stored: the int32 bias is the float one
 divided by the product of two scales, rounded, in float32 as NumPy would.
 """
 
@@ -23,6 +24,7 @@ from compress.scheme import Range
 from compress.weights import Codes
 
 Activation = Literal["u8", "s8"]
+Unfolded = tuple[list[Piece], str, str]  # the nodes, the name of the weights, the name of the bias
 ZERO = {"u8": np.uint8, "s8": np.int8}
 
 
@@ -35,14 +37,14 @@ class Store(Protocol):
     def quantized(self, carrier: str, values: str, limits: Range) -> Piece:
         """Return what rounds the tensor `carrier` to 8-bit codes and back to the tensor `values`."""
 
-    def int8_weights(self, codes: Codes, bias: Array | None, feed: Range, *, zeros: bool) -> tuple[Piece, str, str]:
+    def int8_weights(self, codes: Codes, bias: Array | None, feed: Range, *, zeros: bool) -> Unfolded:
         """Return what unfolds an int8 layer's weights and bias, and the names of both ("" without bias).
 
         `feed` is the range of the layer's input. With `zeros`, zero points are written out, as the runtime's rule for
         Gemm and MatMul wants them.
         """
 
-    def float_weights(self, codes: Codes, bias: Array | None) -> tuple[Piece, str, str]:
+    def float_weights(self, codes: Codes, bias: Array | None) -> Unfolded:
         """Return what unfolds the weights and bias of a layer that computes in float, and their names."""
 
     def finish(self) -> tuple[list[Any], list[Any]]:
@@ -87,9 +89,17 @@ class _Writer:
         nodes, self.nodes = tuple(self.nodes), []
         return nodes
 
-    def round_trip(self, carrier: str, values: str, parameters: list[str]) -> None:
+    def quantized(self, carrier: str, values: str, limits: Range) -> Piece:
+        parameters = [
+            self.scale(limits),
+            self.once(np.asarray(limits.quant(self.activation)[1], ZERO[self.activation])),
+        ]
         codes = self.make("QuantizeLinear", [carrier, *parameters])
         self.nodes.append(onnx.helper.make_node("DequantizeLinear", [codes, *parameters], [values]))
+        return Piece(self.taken(), (values,))
+
+    def scale(self, limits: Range) -> str:
+        return self.once(np.asarray(limits.quant(self.activation)[0], np.float32))
 
     def to_float(self, stored: str, scales: str, codes: Codes) -> str:
         return self.make("Mul", [self.make("Cast", [stored], to=TensorProto.FLOAT), scales])
@@ -98,26 +108,20 @@ class _Writer:
 class Plain(_Writer):
     """Eight bits, each layer with constants of its own."""
 
-    def quantized(self, carrier: str, values: str, limits: Range) -> Piece:
-        scale, zero = limits.quant(self.activation)
-        scale_name = self.once(np.asarray(scale, np.float32))
-        self.round_trip(carrier, values, [scale_name, self.once(np.asarray(zero, ZERO[self.activation]))])
-        return Piece(self.taken(), (values,))
-
-    def int8_weights(self, codes: Codes, bias: Array | None, feed: Range, *, zeros: bool) -> tuple[Piece, str, str]:
+    def int8_weights(self, codes: Codes, bias: Array | None, feed: Range, *, zeros: bool) -> Unfolded:
         inputs = [self.constant(codes.values), self.constant(codes.scales)]
         if zeros:
             inputs.append(self.once(np.zeros(codes.scales.size, np.int8)))
         weight = self.make("DequantizeLinear", inputs, axis=codes.axis)
         if bias is None:
-            return Piece(self.taken(), (weight,)), weight, ""
+            return [Piece(self.taken(), (weight,))], weight, ""
         whole, scales = whole_bias(bias, codes.scales, feed.quant(self.activation)[0])
         made = self.make("DequantizeLinear", [self.constant(whole), self.constant(scales)], axis=0)
-        return Piece(self.taken(), (weight, made)), weight, made
+        return [Piece(self.taken(), (weight, made))], weight, made
 
-    def float_weights(self, codes: Codes, bias: Array | None) -> tuple[Piece, str, str]:
+    def float_weights(self, codes: Codes, bias: Array | None) -> Unfolded:
         weight = self.to_float(self.constant(codes.values), self.constant(along(codes.scales, codes)), codes)
-        return Piece(self.taken(), (weight,)), weight, "" if bias is None else self.constant(bias)
+        return [Piece(self.taken(), (weight,))], weight, "" if bias is None else self.constant(bias)
 
     def finish(self) -> tuple[list[Any], list[Any]]:
         return [], list(self.constants.values())
@@ -130,36 +134,28 @@ class Compact(_Writer):
         super().__init__(activation)
         self.codes: dict[tuple[float, tuple[int, ...]], list[tuple[str, Array]]] = {}
         self.rows: dict[str, list[tuple[str, Array]]] = {"float16": [], "float32": []}
-        self.parameters: dict[tuple[float, int], str] = {}
 
-    def quantized(self, carrier: str, values: str, limits: Range) -> Piece:
-        scale, zero = self.many("Split", [self._parameters(limits)], 2, num_outputs=2)
-        kind = TensorProto.UINT8 if self.activation == "u8" else TensorProto.INT8
-        zero = self.make("Cast", [self.make("Squeeze", [zero])], to=kind)
-        self.round_trip(carrier, values, [self.make("Squeeze", [scale]), zero])
-        return Piece(self.taken(), (values,))
-
-    def int8_weights(self, codes: Codes, bias: Array | None, feed: Range, *, zeros: bool) -> tuple[Piece, str, str]:
+    def int8_weights(self, codes: Codes, bias: Array | None, feed: Range, *, zeros: bool) -> Unfolded:
         scales, floats = self._scales(codes, bias)
         inputs = [self._codes(codes), scales]
         if zeros:
             inputs.append(self.make("Cast", [self.make("Sub", [scales, scales])], to=TensorProto.INT8))
         weight = self.make("DequantizeLinear", inputs, axis=codes.axis)
+        pieces = [Piece(self.taken(), (weight, scales, floats) if floats else (weight,))]
         if bias is None:
-            return Piece(self.taken(), (weight,)), weight, ""
-        scale, _ = self.many("Split", [self._parameters(feed)], 2, num_outputs=2)
-        joint = self.make("Mul", [scales, scale])
+            return pieces, weight, ""
+        joint = self.make("Mul", [scales, self.scale(feed)])
         whole = self.make("Cast", [self.make("Round", [self.make("Div", [floats, joint])])], to=TensorProto.INT32)
         made = self.make("DequantizeLinear", [whole, joint], axis=0)
-        return Piece(self.taken(), (weight, made)), weight, made
+        return [*pieces, Piece(self.taken(), (made,))], weight, made
 
-    def float_weights(self, codes: Codes, bias: Array | None) -> tuple[Piece, str, str]:
+    def float_weights(self, codes: Codes, bias: Array | None) -> Unfolded:
         scales, floats = self._scales(codes, bias)
         shape = along(codes.scales, codes).shape
         if codes.axis != codes.values.ndim - 1:
             scales = self.make("Reshape", [scales, self.once(np.asarray([-1, *shape[codes.axis + 1 :]], np.int64))])
         weight = self.to_float(self._codes(codes), scales, codes)
-        return Piece(self.taken(), (weight, floats) if floats else (weight,)), weight, floats
+        return [Piece(self.taken(), (weight, floats) if floats else (weight,))], weight, floats
 
     def finish(self) -> tuple[list[Any], list[Any]]:
         for bits in sorted({bits for bits, _ in self.codes}, reverse=True):
@@ -175,13 +171,6 @@ class Compact(_Writer):
                 row = self.make("Cast", [row], to=TensorProto.FLOAT) if kind == "float16" else row
                 self._split(row, [name for name, _ in named], [values.size for _, values in named])
         return list(self.taken()), list(self.constants.values())
-
-    def _parameters(self, limits: Range) -> str:
-        """Return the name of [scale, zero point] of a range, stored once for all that share it."""
-        scale, zero = limits.quant(self.activation)
-        if (scale, zero) not in self.parameters:
-            self.parameters[scale, zero] = self._row(np.asarray([scale, zero], np.float32), exact=1)
-        return self.parameters[scale, zero]
 
     def _scales(self, codes: Codes, bias: Array | None) -> tuple[str, str]:
         if bias is None:

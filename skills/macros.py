@@ -1,5 +1,6 @@
 """Model-local functions of an ONNX graph, written out again as the nodes that they stand for. Needs no onnx."""
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ def expanded(model: Any) -> Any:
     flat.CopyFrom(model)
     del flat.functions[:]
     del flat.graph.node[:]
-    flat.graph.node.extend(_nodes(model.graph.node, known, {}))
+    flat.graph.node.extend(_nodes(model.graph.node, known, {}, itertools.count()))
     domains = {node.domain for node in flat.graph.node} | {""}
     opsets = [item for item in model.opset_import if item.domain in domains]
     del flat.opset_import[:]
@@ -25,8 +26,10 @@ def expanded(model: Any) -> Any:
     return flat
 
 
-def _nodes(nodes: Any, known: Mapping[tuple[str, str], Any], names: Mapping[str, str], name: str = "") -> Iterator[Any]:
-    """Yield the nodes with tensors renamed by `names`; a tensor that it lacks is inside a call, known by what it makes."""
+def _nodes(
+    nodes: Any, known: Mapping[tuple[str, str], Any], names: Mapping[str, str], calls: Iterator[int], name: str = ""
+) -> Iterator[Any]:
+    """Yield the nodes, their tensors renamed by `names`; what is inside a call is named by the call's number."""
     for node in nodes:
         copy = type(node)()
         copy.CopyFrom(node)
@@ -39,12 +42,13 @@ def _nodes(nodes: Any, known: Mapping[tuple[str, str], Any], names: Mapping[str,
         if function is None:
             yield copy
             continue
+        number = next(calls)
         inner = dict(zip(function.input, copy.input, strict=False)) | dict(
             zip(function.output, copy.output, strict=False)
         )
         for made in (tensor for item in function.node for tensor in item.output):
-            inner.setdefault(made, f"{copy.output[0]}/{made}")
-        yield from _nodes(function.node, known, inner, copy.name)
+            inner.setdefault(made, f"{made}/{number}")
+        yield from _nodes(function.node, known, inner, calls, copy.name)
 
 
 def call_names(model: Any) -> dict[str, list[str]]:
