@@ -110,6 +110,9 @@ class _Emitter:
             carriers[made[0]] = copy.input[0]
         else:
             group.append(Piece((copy,), tuple(copy.output), copy.name))
+        if known is not None and known[1].compute == "float" and made and copy.input[0] != node.input[0]:
+            carriers[made[0]] = made[0] + "_k"
+            group.append(Piece((_no_quantizing(carriers[made[0]], copy.output[0], 1.0),), (carriers[made[0]],)))
         for name, carrier in carriers.items():
             self._quantize(name, carrier, group)
 
@@ -182,22 +185,14 @@ class _Emitter:
         return layer_codes(dataclasses.replace(layer, bits=bits), weight, self.scheme.profile.weight_bits)
 
     def _keep_float(self, node: Any, copy: Any) -> bool:
-        """Write the activation behind a float layer between two seams as LeakyRelu with slope 0; say whether it is one.
-
-        onnxruntime (since 1.21) quantizes float weights by itself, with one scale a tensor, where it sees DequantizeLinear
-        → Conv → Relu → QuantizeLinear. It does not know LeakyRelu there, and fuses it into the float kernel all the same.
-        """
+        """Where a Relu or Clip stands between a float layer and codes, write it as `_no_quantizing`; say whether it does."""
         maker = self.makers.get(node.input[0])
         layer = self.layers.get(maker.name) if maker is not None else None
         limits = self.scheme.ranges[node.output[0]]
         if maker is None or layer is None or layer[1].compute == "int8" or maker.input[0] not in self.codes_of:
             return False
-        if limits.lo < 0 or not self._cuts_above(node, limits):
-            return True
-        copy.op_type = "LeakyRelu"
-        del copy.input[1:]
-        del copy.attribute[:]
-        copy.attribute.append(onnx.helper.make_attribute("alpha", 0.0))
+        if limits.lo == 0 and self._cuts_above(node, limits):
+            copy.CopyFrom(_no_quantizing(copy.output[0], copy.input[0], 0.0))
         return True
 
     def _set_bias(self, node: Any, name: str) -> None:
@@ -217,6 +212,15 @@ class _Emitter:
         if folder.functions:
             self.model.functions.extend(folder.functions)
             self.model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
+
+
+def _no_quantizing(made: str, source: str, slope: float) -> Any:
+    """Return a LeakyRelu, which with slope 0 is a Relu and with slope 1 nothing.
+
+    onnxruntime (since 1.21) quantizes float weights by itself, with one scale a tensor, where it sees DequantizeLinear
+    → Conv → Relu → QuantizeLinear. It does not know LeakyRelu there, and fuses it into the float kernel all the same.
+    """
+    return onnx.helper.make_node("LeakyRelu", [source], [made], alpha=slope)
 
 
 def _joined(groups: list[list[Piece]], ends: set[str]) -> list[Piece]:
