@@ -37,6 +37,11 @@ def read_model(model: Path | bytes) -> tuple[bytes | Path, Any]:
 
 
 def _lowered(model: Path | bytes, graph: Any) -> tuple[bytes | Path, Any]:
+    if graph.functions:  # a cut may lie inside one, and what one hides must not pass for computing
+        from onnx import inliner
+
+        graph = inliner.inline_local_functions(graph)
+        model = graph.SerializeToString()
     opset = max((item.version for item in graph.opset_import if item.domain in ("", "ai.onnx")), default=1)
     if opset <= ort.MAX_OPSET and graph.ir_version <= ort.MAX_IR:
         return model, graph

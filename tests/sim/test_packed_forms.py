@@ -9,6 +9,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
+from cloud.split.inputs import read_model
 from compress import profiles
 from compress.emit import emit, layer_codes, least_runtime, widths
 from compress.passes.canonicalise import canonicalise
@@ -102,6 +103,16 @@ def test_a_packed_net_says_the_same_with_its_functions_written_out(case, small_n
     onnx.checker.check_model(flat)
     answers = [ort.session(model.SerializeToString()).run({"x": one.x})["logits"] for model in (packed, flat)]
     assert (answers[0] == answers[1]).all()
+
+
+def test_a_packed_net_is_split_with_its_functions_written_out(case, small_net) -> None:
+    one = case(small_net, "residual")
+    packed = emit(one.model, in_width(one.scheme, 2), one.seen)
+    assert "QuantizeLinear" not in {node.op_type for node in packed.graph.node}
+    written, graph = read_model(packed.SerializeToString())
+    # The planner knows by this operator that the quantized input is still the input.
+    assert "QuantizeLinear" in {node.op_type for node in graph.graph.node}
+    assert onnx.load_model_from_string(written) == graph
 
 
 def test_the_audit_names_each_layer_of_a_net_whose_layers_became_calls(case, small_net) -> None:
