@@ -14,6 +14,7 @@ import onnx
 
 from compress import graph
 from compress.graph import Array
+from compress.passes.fold import fold_constants
 from compress.passes.strip import strip
 from compress.pipeline import Bench, Pass, State
 from skills import ort
@@ -121,6 +122,28 @@ def _set(model: Any, values: dict[str, Array], node: Any, at: int, value: Array)
         node.input.append(name)
 
 
+def _pad_in_conv(model: Any) -> None:
+    """A Conv can add the zeros of the Pad before it itself."""
+    values, makers, readers = graph.arrays(model), graph.producers(model), graph.consumers(model)
+    for node in model.graph.node:
+        pad = makers.get(node.input[0]) if node.op_type == "Conv" else None
+        if pad is None or pad.op_type != "Pad" or len(pad.input) > 3 or len(readers[pad.output[0]]) > 1:
+            continue
+        facts, more = graph.attributes(node), values.get(pad.input[1])
+        value = values.get(pad.input[2], np.ones(1)) if len(pad.input) > 2 and pad.input[2] else np.zeros(1)
+        zeros = graph.attributes(pad).get("mode", b"constant") == b"constant" and not value.any()
+        if more is None or not zeros or more.min() < 0 or facts.get("auto_pad", b"NOTSET") != b"NOTSET":
+            continue
+        before, after = more[: len(more) // 2], more[len(more) // 2 :]
+        if before[:2].any() or after[:2].any():
+            continue
+        own = facts.get("pads") or [0] * (len(more) - 4)
+        rest = [item for item in node.attribute if item.name != "pads"]
+        sums = [int(a + b) for a, b in zip(own, (*before[2:], *after[2:]), strict=True)]
+        graph.replace(node.attribute, [*rest, onnx.helper.make_attribute("pads", sums)])
+        node.input[0] = pad.input[0]
+
+
 def _mean_to_pool(model: Any) -> None:
     """ReduceMean over all pixels (what newer exporters write) has no int8 kernel; GlobalAveragePool has."""
     values, sizes = graph.arrays(model), graph.shapes(model)
@@ -214,7 +237,8 @@ def _name_nodes(model: Any) -> None:
 
 
 REWRITINGS: tuple[Callable[[Any], None], ...] = (
-    _remove_nothing, _fold_batch_norm, _mean_to_pool, _whole_pool, _matmul_to_gemm, _fold_batch_norm, _plain_gemm,
+    fold_constants, _remove_nothing, _fold_batch_norm, _pad_in_conv, _mean_to_pool, _whole_pool, _matmul_to_gemm,
+    _fold_batch_norm, _plain_gemm,
 )  # fmt: skip
 
 
