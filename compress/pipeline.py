@@ -6,6 +6,7 @@ model that came in.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -63,6 +64,8 @@ class Bench:
     say: Callable[[float, str], None]  # share of this pass done, the best so far in words
     threads: int = 1
     timing_rounds: int = 40
+    seed: int = 0
+    left: Callable[[], float] = lambda: math.inf  # seconds until the time budget is spent
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,0 +1,384 @@
+"""Train a student to answer as its teacher does, with rounded weights where a scheme asks for them.
+
+Distillation (Hinton et al. 2015, arXiv 1503.02531) with learned step sizes (LSQ, Esser et al. 2020, arXiv 1902.08153),
+one a channel. While it trains, every convolution is followed by a batch normalisation that restores the mean and spread
+which the original had there, so that what pruning and rounding shift is set right from the first step; it is folded
+into weights, scales and biases in the end, so nothing of it is left in the graph.
+"""
+
+import dataclasses
+import io
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from compress import graph
+from compress.graph import Array
+from compress.scheme import Layer
+from compress.to_torch import Twin
+from compress.views import Views
+from compress.weights import Codes, encode, half, limits
+
+WARM_UP = 30  # steps until the full rate
+SETTLING = 24  # batches over which the normalisation's statistics are taken in the end
+LARGEST_GRADIENT = 5.0
+SCALE_RATE = 0.1  # of the weights' learning rate
+KEPT_EVERY_S = 60.0  # between two checkpoints
+EPS = 1e-5
+LEAST_SCALE = 1e-9
+LEAST_FACTOR = 1e-4  # a channel's normalisation may shrink to this part of what it was; below, its scale would vanish
+
+Tensor = Any
+Spread = tuple[Array, Array]  # mean and standard deviation of each channel
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Settings:
+    """How to train. `labels` is the weight of the true labels beside the teacher's answers."""
+
+    steps: int
+    rate: float = 2e-3
+    batch: int = 128
+    temperature: float = 4.0
+    labels: float = 0.1
+    decay: float = 1e-4
+    threads: int = 2
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Trained:
+    """The graph with trained weights, the codes of the layers that were rounded, and the mean loss of the last steps."""
+
+    model: Any
+    codes: Mapping[str, Codes]
+    loss: float
+    seconds: float
+
+
+class _Round(torch.autograd.Function):  # type: ignore[misc]
+    """Rounding to codes and back whose gradient also reaches the scales."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+        code = weight / scale
+        ctx.save_for_backward(code, scale)
+        ctx.limits = low, high
+        return code.round().clamp_(low, high).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        code, scale = ctx.saved_tensors
+        low, high = ctx.limits
+        inside = (code >= low) & (code <= high)
+        by_scale = torch.where(inside, code.round() - code, code.clamp(low, high)).mul_(grad)
+        for axis, size in enumerate(scale.shape):
+            if size == 1:
+                by_scale = by_scale.sum(axis, keepdim=True)
+        return grad * inside, by_scale / (code.numel() / scale.numel() * max(1, high)) ** 0.5, None, None
+
+
+class _Rounding:
+    """The learned scales of one layer, as a transform of its weight."""
+
+    def __init__(self, layer: Layer, weight: Array) -> None:
+        self.layer = layer
+        self.low, self.high = limits(layer.bits)
+        shape = [1] * weight.ndim
+        shape[layer.axis] = -1
+        start = encode(weight, layer.axis, layer.bits).scales.astype(np.float32)
+        self.scale = torch.nn.Parameter(torch.from_numpy(start.reshape(shape).copy()))
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        return _Round.apply(weight, self.scale.clamp_min(LEAST_SCALE), self.low, self.high)
+
+    def codes(self, weight: Array, factor: Array) -> Codes:
+        """Return the codes of the trained weight; `factor`, positive, is what a norm behind the layer multiplies by."""
+        scale = np.maximum(self.scale.detach().cpu().numpy(), LEAST_SCALE)
+        values = np.clip(np.rint(weight / scale), self.low, self.high).astype(np.int8)
+        return Codes(values, half(scale.reshape(-1) * factor), self.layer.axis, self.layer.bits)
+
+
+class _Norm(torch.nn.Module):  # type: ignore[misc]
+    """Batch normalisation behind one layer, starting at the original's mean and spread."""
+
+    def __init__(self, spread: Spread) -> None:
+        super().__init__()
+        mean, deviation = (torch.from_numpy(np.asarray(part, np.float32)) for part in spread)
+        self.gain, self.shift = torch.nn.Parameter(deviation.clamp_min(EPS)), torch.nn.Parameter(mean.clone())
+        self.register_buffer("mean", mean.clone())
+        self.register_buffer("var", (deviation**2).clone())
+        self.momentum = 0.1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.batch_norm(
+            x, self.mean, self.var, self.gain.abs(), self.shift, self.training, self.momentum, EPS
+        )
+
+    def fold(self) -> tuple[Array, Array]:
+        """Return factor (positive) and offset per channel: the norm computes `factor * x + offset`."""
+        factor = (self.gain.abs() / (self.var + EPS).sqrt()).detach()
+        factor = factor.clamp_min(LEAST_FACTOR * float(factor.max()))
+        return factor.cpu().numpy(), (self.shift - self.mean * factor).detach().cpu().numpy()
+
+
+class Student:
+    """A twin made ready to train: `rounded` layers see their weights as codes, convolutions are normalised."""
+
+    def __init__(self, model: Any, rounded: Sequence[Layer], spreads: Mapping[str, Spread]) -> None:
+        self.source = _with_biases(model, spreads)
+        self.twin = Twin(self.source)
+        values = graph.arrays(self.source)
+        self.rounding = {layer.weight: _Rounding(layer, values[layer.weight]) for layer in rounded}
+        makers = graph.producers(self.source)
+        self.norms = {
+            name: _Norm(spread)
+            for name, spread in spreads.items()
+            if name in makers and name not in graph.outputs(model)
+        }
+        self.twin.on_weight.update(self.rounding)
+        self.twin.on_tensor.update(self.norms)
+        self.makers = makers
+
+    def modules(self) -> torch.nn.ModuleList:
+        """Return everything that has parameters or statistics."""
+        own = torch.nn.Module()
+        for at, rounding in enumerate(self.rounding.values()):
+            own.register_parameter(f"scale{at}", rounding.scale)
+        return torch.nn.ModuleList([self.twin, *self.norms.values(), own])
+
+    def groups(self, settings: Settings) -> list[dict[str, Any]]:
+        """Return the optimizer's groups: weights decay, scales learn slower, vectors do not decay."""
+        flat = [p for p in self.twin.parameters() if p.ndim > 1]
+        rest = [p for p in self.twin.parameters() if p.ndim <= 1] + [
+            p for n in self.norms.values() for p in n.parameters()
+        ]
+        scales = [rounding.scale for rounding in self.rounding.values()]
+        rows = [
+            (flat, settings.rate, settings.decay),
+            (rest, settings.rate, 0.0),
+            (scales, settings.rate * SCALE_RATE, 0.0),
+        ]
+        return [{"params": p, "lr": rate, "base": rate, "weight_decay": decay} for p, rate, decay in rows if p]
+
+    def finish(self) -> tuple[Any, dict[str, Codes]]:
+        """Return the graph with the norms folded in, and the codes of the rounded layers by node."""
+        model = self.twin.to_onnx()
+        values = graph.arrays(model)
+        factors: dict[str, Array] = {}
+        for name, norm in self.norms.items():
+            weight, bias = self.makers[name].input[1:3]
+            factors[weight], offset = norm.fold()
+            values[bias] = values[bias] * factors[weight] + offset
+        codes: dict[str, Codes] = {}
+        for name, rounding in self.rounding.items():
+            codes[rounding.layer.node] = rounding.codes(values[name], factors.get(name, np.ones(1, np.float32)))
+        for name, factor in factors.items():
+            axis = 1 if self.transposed(name) else 0
+            values[name] = values[name] * _along(factor, axis, values[name].ndim)
+        for item in model.graph.initializer:
+            if item.name in self.twin.weights:
+                item.CopyFrom(graph.tensor(item.name, values[item.name].astype(np.float32)))
+        return model, codes
+
+    def transposed(self, weight: str) -> bool:
+        """Return whether a weight belongs to a transposed convolution, whose output channels lie on axis 1."""
+        return any(node.op_type == "ConvTranspose" and node.input[1] == weight for node in self.source.graph.node)
+
+
+@dataclasses.dataclass(slots=True)
+class Checkpoint:
+    """Where a run's state is kept, so that an interrupted one goes on: two functions, and when they were last used."""
+
+    load: Callable[[], bytes | None]
+    save: Callable[[bytes], None]
+
+
+def fit(
+    student: Student,
+    views: Views,
+    labels: Array | None,
+    settings: Settings,
+    say: Callable[[float], None] = lambda _share: None,
+    checkpoint: Checkpoint | None = None,
+) -> Trained:
+    """Train for `settings.steps` steps of one cosine of the learning rate, then settle the statistics and fold them.
+
+    `labels` are class numbers of the rows of `views`, used on the unmoved view and beside the teacher on the others.
+    The same arguments give the same weights on the same machine.
+    """
+    began = time.monotonic()
+    torch.manual_seed(settings.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    before = torch.get_num_threads()
+    torch.set_num_threads(settings.threads)
+    try:
+        modules = student.modules().to(device)
+        optimizer = torch.optim.AdamW(student.groups(settings))
+        start, loss = 0, 0.0
+        saved = checkpoint.load() if checkpoint else None
+        if saved is not None:
+            state = torch.load(io.BytesIO(saved), map_location=device, weights_only=True)
+            modules.load_state_dict(state["modules"])
+            optimizer.load_state_dict(state["optimizer"])
+            start, loss = int(state["step"]), float(state["loss"])
+        batches = _Batches(views, labels, settings, device)
+        modules.train()
+        last = time.monotonic()
+        for step in range(start, settings.steps):
+            x, target, truth = batches.at(step)
+            for group in optimizer.param_groups:
+                group["lr"] = group["base"] * rate(step, settings.steps)
+            with torch.autocast(device.type, torch.bfloat16, enabled=half_precision(device.type)):
+                answer = student.twin(x)
+            found = distance(answer.float(), target, truth, settings)
+            optimizer.zero_grad(set_to_none=True)
+            found.backward()
+            torch.nn.utils.clip_grad_norm_(modules.parameters(), LARGEST_GRADIENT)
+            optimizer.step()
+            loss = found.item() if step == 0 else 0.98 * loss + 0.02 * found.item()
+            say((step + 1) / settings.steps)
+            if checkpoint is not None and time.monotonic() - last > KEPT_EVERY_S:
+                last = time.monotonic()
+                checkpoint.save(_state(modules, optimizer, step + 1, loss))
+        _settle(student, batches, settings.steps)
+        modules.to("cpu")
+        model, codes = student.finish()
+    finally:
+        torch.set_num_threads(before)
+    return Trained(model, codes, loss, time.monotonic() - began)
+
+
+def half_precision(device: str) -> bool:
+    """Return whether training computes in bfloat16: where the machine multiplies it natively, 2 to 3 times as fast."""
+    return device == "cuda" or bool(torch.cpu._is_avx512_bf16_supported())  # noqa: SLF001 - there is no public question
+
+
+def rate(step: int, steps: int) -> float:
+    """Return the share of the full learning rate at a step: a short warm-up, then half a cosine down to 0. Pure."""
+    return min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + float(np.cos(np.pi * step / max(1, steps))))
+
+
+def distance(answer: Tensor, target: Tensor, truth: Tensor | None, settings: Settings) -> Tensor:
+    """Return the loss: cross-entropy against the teacher's softened classes and the labels, or the squared error.
+
+    Where the output is no row of class scores, the squared error is taken relative to the spread of the teacher's answers.
+    """
+    if answer.ndim != 2 or answer.shape[1] < 2:
+        return ((answer - target) ** 2).mean() / target.var().clamp_min(1e-12)
+    heat = settings.temperature
+    said, wanted = _scores(answer), _scores(target)
+    loss = functional.kl_div(
+        functional.log_softmax(said / heat, 1), functional.softmax(wanted / heat, 1), reduction="batchmean"
+    )
+    loss = loss * heat * heat
+    if truth is None:
+        return loss
+    return (1 - settings.labels) * loss + settings.labels * functional.cross_entropy(said, truth)
+
+
+def spreads(model: Any, x: Array, batch: int = 64) -> dict[str, Spread]:
+    """Return mean and standard deviation of each channel behind every convolution of a float model, over inputs `x`."""
+    twin = Twin(model).eval()
+    weights = set(graph.arrays(model))
+    names = [
+        node.output[0]
+        for node in model.graph.node
+        if node.op_type in ("Conv", "ConvTranspose")
+        and node.input[1] in weights
+        and len(graph.consumers(model).get(node.input[1], ())) == 1
+        and node.output[0] not in graph.outputs(model)
+    ]
+    sums: dict[str, list[Array]] = {}
+    with torch.no_grad():
+        for at in range(0, len(x), batch):
+            part = torch.from_numpy(np.ascontiguousarray(x[at : at + batch]))
+            for name, single in twin.run({twin.inputs[0]: part}, names).items():
+                value = single.double()
+                over = [axis for axis in range(value.ndim) if axis != 1]
+                count = value.numel() / value.shape[1]
+                row = [np.asarray(count), value.sum(over).numpy(), (value**2).sum(over).numpy()]
+                sums[name] = [a + b for a, b in zip(sums[name], row, strict=True)] if name in sums else row
+    found = {}
+    for name, (count, first, second) in sums.items():
+        mean = first / count
+        found[name] = (mean, np.sqrt(np.maximum(second / count - mean**2, 0.0)))
+    return found
+
+
+class _Batches:
+    """The batch of every step: rows in an order that depends on seed and epoch alone, each epoch the next view."""
+
+    def __init__(self, views: Views, labels: Array | None, settings: Settings, device: Any) -> None:
+        self.views, self.labels, self.settings, self.device = views, labels, settings, device
+        self.size = min(settings.batch, len(views.x))
+        self.each = max(1, len(views.x) // self.size)
+        self.epoch, self.order = -1, np.empty(0, np.int64)
+
+    def at(self, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        epoch, place = divmod(step, self.each)
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.order = np.random.default_rng([self.settings.seed, epoch]).permutation(len(self.views.x))
+        rows = self.order[place * self.size : (place + 1) * self.size]
+        view = epoch % self.views.count
+        x = torch.from_numpy(np.ascontiguousarray(self.views.inputs(view, rows))).to(self.device)
+        if x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        target = torch.from_numpy(self.views.answers(view)[rows]).to(self.device)
+        truth = None if self.labels is None else torch.from_numpy(self.labels[rows]).to(self.device)
+        return x, target, truth
+
+
+def _settle(student: Student, batches: _Batches, steps: int) -> None:
+    """Take the normalisations' statistics anew, averaged over batches with the final weights."""
+    norms = list(student.norms.values())
+    with torch.no_grad():
+        for at in range(SETTLING if norms else 0):
+            for norm in norms:
+                norm.momentum = 1 / (at + 1)
+            student.twin(batches.at(steps + at)[0])
+    for norm in norms:
+        norm.eval()
+
+
+def _state(modules: Any, optimizer: Any, step: int, loss: float) -> bytes:
+    buffer = io.BytesIO()
+    state = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "loss": loss}
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def _scores(values: Tensor) -> Tensor:
+    """Return log-odds: a graph that ends in Softmax gives probabilities already."""
+    if float(values.detach().min()) >= 0 and bool((values.detach().sum(1) - 1).abs().max() < 0.02):
+        return values.clamp_min(1e-9).log()
+    return values
+
+
+def _with_biases(model: Any, spreads: Mapping[str, Spread]) -> Any:
+    """Return the graph with a bias at every convolution that is normalised, for the fold to go into."""
+    changed = graph.copy(model)
+    values = graph.arrays(model)
+    for node in changed.graph.node:
+        if node.op_type not in ("Conv", "ConvTranspose") or node.output[0] not in spreads:
+            continue
+        if len(node.input) > 2 and node.input[2] in values and len(graph.consumers(model)[node.input[2]]) == 1:
+            continue
+        name = f"{node.output[0]}.bias"
+        width = len(spreads[node.output[0]][0])
+        old = values.get(node.input[2]) if len(node.input) > 2 else None
+        changed.graph.initializer.append(graph.tensor(name, np.zeros(width, np.float32) if old is None else old))
+        del node.input[2:]
+        node.input.append(name)
+    return changed
+
+
+def _along(factor: Array, axis: int, ndim: int) -> Array:
+    shape = [1] * ndim
+    shape[axis] = -1
+    return factor.reshape(shape)
