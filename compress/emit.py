@@ -18,7 +18,7 @@ import onnx
 from compress import graph
 from compress.graph import Array
 from compress.macros import DOMAIN, Folder, Piece
-from compress.packing import DIGITS_RUNTIME, INT4_RUNTIME
+from compress.packing import DIGITS_RUNTIME
 from compress.scheme import Layer, Range, Scheme
 from compress.statistics import Statistics
 from compress.store import Compact, Plain, Store
@@ -26,7 +26,8 @@ from compress.trim import letters, shorten, trim
 from compress.weights import Codes, encode, encode_with
 from skills.profile import Profile
 
-PACKED_OPSET = 21  # the first with INT4
+COMPACT_OPSET = 18  # the first whose Split takes the number of parts
+COMPACT_RUNTIME = (1, 18)  # the first that was tried; the least opset of `compress` needs it
 BIAS_LIMIT = float(1 << 30)  # a bias may take half of the int32 accumulator
 MIN_PACKED = 64  # fewer weights than this are stored as they came: the extra nodes would weigh more
 CUTS = ("Relu", "Clip")
@@ -44,18 +45,23 @@ def node_name(at: int) -> str:
 
 def widths(model: Any, profile: Profile) -> tuple[float, ...]:
     """Return the widths, largest first, in which this graph may store weights for the least runtime of the profile."""
-    return tuple(sorted((b for b in profile.stored_bits if b == 8 or _compact(model, profile)), reverse=True))
+    packed = _compact(model, profile) and _least(profile) >= DIGITS_RUNTIME
+    return tuple(sorted((bits for bits in profile.stored_bits if bits == 8 or packed), reverse=True))
 
 
 def least_runtime(scheme: Scheme) -> tuple[int, int]:
     """Return the least onnxruntime that loads what `emit` writes for this scheme into int8 kernels."""
-    stored = {layer.bits for layer in scheme.layers}
-    return max(INT4_RUNTIME if 4 in stored else DIGITS_RUNTIME, DIGITS_RUNTIME)
+    return DIGITS_RUNTIME if any(layer.bits < 8 for layer in scheme.layers) else COMPACT_RUNTIME
 
 
 def _compact(model: Any, profile: Profile) -> bool:
-    least = tuple(int(part) for part in profile.runtime_min.split("."))
-    return profile.runtime == "onnxruntime" and graph.opset(model) >= PACKED_OPSET and least >= INT4_RUNTIME
+    return (
+        profile.runtime == "onnxruntime" and graph.opset(model) >= COMPACT_OPSET and _least(profile) >= COMPACT_RUNTIME
+    )
+
+
+def _least(profile: Profile) -> tuple[int, ...]:
+    return tuple(int(part) for part in profile.runtime_min.split("."))
 
 
 class _Emitter:

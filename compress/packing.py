@@ -1,7 +1,8 @@
 """Codes of 4, 3, 2 and 1.6 bits as bytes, and the operators that unfold them again when the model is loaded.
 
-Four bits are ONNX's own INT4. Narrower codes are digits: a byte holds four in base 4, eight in base 2, or five in base
-3, the first one lowest, and `byte / powers % base` in uint8 brings them back. Three bits are two planes: what remains
+Codes are digits: a byte holds two in base 16, four in base 4, eight in base 2 or five in base 3, the first one lowest,
+and `byte / powers % base` in uint8 brings them back. (ONNX's own INT4 takes as many bytes, and a runtime two versions
+newer.) Three bits are two planes: what remains
 of a code when negative ones are turned over, -1 → 0 … -4 → 3, and whether it was turned. Trained weights gather around
 zero, so zstd makes a sixth less of that than of the upper and lower bits as they are (ResNet-56: 266 kB, 304 kB, and
 295 kB for eight codes in three bytes), nearly what it makes of a code per byte.
@@ -15,33 +16,16 @@ from onnx import TensorProto
 from compress.graph import Array
 from compress.weights import TERNARY, limits
 
-DIGITS = {4: 4, 3: 5, 2: 8}  # base -> how many digits a byte holds
-PLANES: dict[float, tuple[int, ...]] = {3: (4, 2), 2: (4,), TERNARY: (3,)}  # bits -> base of each plane
-INT4_RUNTIME = (1, 23)  # 1.20 to 1.22 have no Cast from INT4 (tried); 1.23 to 1.31 fold it
-DIGITS_RUNTIME = (1, 22)  # before 1.22 there is no Div for uint8 (tried)
+DIGITS = {16: 2, 4: 4, 3: 5, 2: 8}  # base -> how many digits a byte holds
+PLANES: dict[float, tuple[int, ...]] = {4: (16,), 3: (4, 2), 2: (4,), TERNARY: (3,)}  # bits -> base of each plane
+DIGITS_RUNTIME = (1, 21)  # the first onnxruntime with Div for uint8 (tried: 1.18 to 1.31)
 
 Make = Callable[..., str]  # (operator, inputs, **attributes) -> name of the result
 Constant = Callable[[Array], str]
 
 
-def pack4(values: Array) -> bytes:
-    """Pack codes of -8..7 two a byte as ONNX's INT4 stores them: row-major, the first in the low half, zero-padded."""
-    flat = _checked(values, 4)
-    nibbles = np.zeros(flat.size + flat.size % 2, np.uint8)
-    nibbles[: flat.size] = flat.astype(np.int8).view(np.uint8) & 0x0F
-    return (nibbles[0::2] | (nibbles[1::2] << 4)).astype(np.uint8).tobytes()
-
-
-def unpack4(data: bytes, shape: tuple[int, ...]) -> Array:
-    """Return the codes that `pack4` packed."""
-    raw = np.frombuffer(data, np.uint8)
-    nibbles = np.stack([raw & 0x0F, raw >> 4], axis=1).reshape(-1)
-    count = int(np.prod(shape, dtype=np.int64))
-    return ((nibbles[:count] ^ 8).astype(np.int8) - 8).reshape(shape)
-
-
 def pack(values: Array, bits: float) -> tuple[Array, ...]:
-    """Return the planes of codes of 3, 2 or 1.6 bits, each uint8 [bytes]; the last bytes are filled up with code 0."""
+    """Return the planes of codes of 4, 3, 2 or 1.6 bits, each uint8 [bytes]; the last bytes are filled up with code 0."""
     flat = np.pad(_checked(values, bits).astype(np.int64), (0, padding(values.size, bits)))
     if bits == 3:
         return _digits(flat ^ (flat >> 63), 4), _digits(flat < 0, 2)

@@ -19,7 +19,7 @@ from onnx import TensorProto
 from compress import graph
 from compress.graph import Array
 from compress.macros import Piece
-from compress.packing import PLANES, pack, pack4, padding, unfold
+from compress.packing import PLANES, pack, padding, unfold
 from compress.scheme import Range
 from compress.weights import Codes
 
@@ -164,7 +164,8 @@ class Compact(_Writer):
                 self._digits(bits, groups)
             else:
                 for named in groups.values():
-                    self._whole(bits, np.concatenate([values for _, values in named]), [name for name, _ in named])
+                    stored = self.constant(np.concatenate([values for _, values in named]))
+                    self._split(stored, [name for name, _ in named], None)
         for kind, named in self.rows.items():
             if named:
                 row = self.constant(np.concatenate([values for _, values in named]).astype(kind))
@@ -192,15 +193,6 @@ class Compact(_Writer):
         name = self.name()
         self.codes.setdefault((codes.bits, codes.values.shape), []).append((name, codes.values))
         return name
-
-    def _whole(self, bits: float, values: Array, names: list[str]) -> None:
-        """Store codes of 8 or 4 bits."""
-        stored = self.constant(values if bits == 8 else np.zeros(0, np.int8))
-        if bits == 4:
-            packed = TensorProto(name=stored, data_type=TensorProto.INT4, dims=values.shape, raw_data=pack4(values))
-            self.constants[stored] = packed
-            stored = self.make("Cast", [stored], to=TensorProto.INT8)
-        self._split(stored, names, None)
 
     def _digits(self, bits: float, groups: Mapping[tuple[int, ...], list[tuple[str, Array]]]) -> None:
         """Store codes of all shapes as one row of digits."""

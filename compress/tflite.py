@@ -20,13 +20,11 @@ import numpy as np
 from compress import graph
 from compress.graph import Array
 from compress.measure import Runner, answers
-from compress.packing import unpack4
 from compress.quiet import muted
 from skills.errors import FormatError, MissingExtra, SkerryError
 from skills.ort import Port
 
 LEAST_AGREEMENT = 0.95  # share of equal top answers between LiteRT and onnxruntime on the same codes
-INT4 = 22
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -173,7 +171,7 @@ class _Lowering:
 
     def _node(self, node: Any) -> None:
         kind = node.op_type
-        if kind in ("QuantizeLinear", "DequantizeLinear", "Cast"):
+        if kind in ("QuantizeLinear", "DequantizeLinear"):
             return  # read from the operators that they belong to
         if kind in ("Relu", "Clip") and node.input[0] not in self.codes:
             return  # the codes' own range cuts there
@@ -329,9 +327,7 @@ class _Lowering:
         unfold = self.makers.get(node.input[1])
         if unfold is None or unfold.op_type != "DequantizeLinear":
             raise FormatError(f"the weights of {node.op_type} '{node.name}' are float, LiteRT in int8 cannot mix them")
-        inner = self.makers.get(unfold.input[0])
-        stored = inner.input[0] if inner is not None and inner.op_type == "Cast" else unfold.input[0]
-        return self._value(stored), self._value(unfold.input[1]).reshape(-1)
+        return self._value(unfold.input[0]), self._value(unfold.input[1]).reshape(-1)
 
     def _weight_tensors(self, node: Any, weight: Array, scales: Array, axis: int, input_scale: float) -> list[int]:
         channels = weight.shape[axis]
@@ -344,10 +340,7 @@ class _Lowering:
         return [index, self._tensor(f"b{at}", (channels,), self.s.TensorType.INT32, bias, joint, np.zeros(channels))]
 
     def _value(self, name: str) -> Array:
-        item = self.values[name]
-        if item.data_type == INT4:
-            return unpack4(item.raw_data, tuple(item.dims))
-        return np.asarray(graph.array(item))
+        return graph.array(self.values[name])
 
     # --- layout
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from compress.emit import MIN_PACKED, emit, widths
 from compress.measure import answers, points, soft_drop
-from compress.packing import INT4_RUNTIME
+from compress.packing import DIGITS_RUNTIME
 from compress.passes.bias import distance
 from compress.pipeline import Bench, Pass, State
 from compress.scheme import Layer, Scheme
@@ -80,7 +80,7 @@ def _run(state: State, bench: Bench) -> State:
     k = most_that_pass(len(ranked), fits)
     note = f"{k} of {len(able)} layers are stored in 4 bits, the others in 8; {looks} whole models were tried."
     if k:
-        note += f" 4-bit weights need onnxruntime {'.'.join(map(str, INT4_RUNTIME))} or newer."
+        note += f" Weights of less than 8 bits need onnxruntime {'.'.join(map(str, DIGITS_RUNTIME))} or newer."
     chosen = scheme.with_bits(dict.fromkeys(ranked[:k], 4))
     return dataclasses.replace(state, scheme=chosen, notes=(*state.notes, note), harm=harm)
 

@@ -197,7 +197,7 @@ def test_a_profile_of_an_older_runtime_keeps_every_layer_in_8_bits(
     net = small_net("plain")
     (tmp_path / "model.onnx").write_bytes(net.model.SerializeToString())
     (tmp_path / "old.yaml").write_text(
-        "name: old\nruntime: onnxruntime\narch: x86_64\nruntime_min: '1.22'\nweight_bits: 7\n"
+        "name: old\nruntime: onnxruntime\narch: x86_64\nruntime_min: '1.20'\nweight_bits: 7\n"
     )
     report = run(tmp_path / "model.onnx", net.data, tmp_path / "out", device=str(tmp_path / "old.yaml"), max_drop=3.0)
     assert {row.bits for row in report.details.layers} == {8}

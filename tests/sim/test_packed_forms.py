@@ -23,7 +23,7 @@ from skills.macros import expanded
 
 WIDTHS = (8, 4, 3, 2, TERNARY)
 KINDS = ("plain", "residual", "depthwise")
-OLD = dataclasses.replace(profiles.find("x86-vnni"), runtime_min="1.20")  # gets int8 codes, each layer for itself
+OLD = dataclasses.replace(profiles.find("x86-vnni"), runtime_min="1.17")  # gets int8 codes, each layer for itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +168,12 @@ def test_a_runtime_too_old_for_packed_weights_gets_eight_bits(case, small_net) -
     assert {item.data_type for item in old.graph.initializer} <= {1, 2, 3, 6, 7}
 
 
+def test_a_runtime_without_division_of_bytes_gets_eight_bits(case, small_net) -> None:
+    one = case(small_net, "plain")
+    assert widths(one.model, dataclasses.replace(OLD, runtime_min="1.20")) == (8,)
+    assert widths(one.model, dataclasses.replace(OLD, runtime_min="1.21")) == WIDTHS
+
+
 def test_litert_gets_plain_int8(case, small_net) -> None:
     one = case(small_net, "plain", "arm64-litert")
     assert widths(one.model, one.scheme.profile) == (8,)
@@ -175,7 +181,7 @@ def test_litert_gets_plain_int8(case, small_net) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "least"), [(8, (1, 22)), (4, (1, 23)), (3, (1, 22)), (2, (1, 22)), (TERNARY, (1, 22))]
+    ("bits", "least"), [(8, (1, 18)), (4, (1, 21)), (3, (1, 21)), (2, (1, 21)), (TERNARY, (1, 21))]
 )
 def test_the_least_runtime_of_a_scheme_is_known(bits: float, least: tuple[int, int]) -> None:
     layer = Layer("c", "Conv", "w", 0, (4, 4, 3, 3), bits=bits)
