@@ -19,7 +19,7 @@ from compress import graph
 from compress.graph import Array
 from compress.macros import DOMAIN, Folder, Piece
 from compress.packing import DIGITS_RUNTIME
-from compress.scheme import Layer, Range, Scheme
+from compress.scheme import HEAVY, Layer, Range, Scheme
 from compress.statistics import Statistics
 from compress.store import Compact, Plain, Store
 from compress.trim import letters, shorten, trim
@@ -71,7 +71,9 @@ class _Emitter:
         self.ends = graph.outputs(model)
         self.makers = graph.producers(model)
         self.model = graph.copy(model)
-        self.layers = {layer.node: (at, layer) for at, layer in enumerate(scheme.layers)}
+        self.layers: dict[str, list[tuple[int, Layer]]] = {}  # a node with two weights has two
+        for at, layer in enumerate(scheme.layers):
+            self.layers.setdefault(layer.node, []).append((at, layer))
         self.readers = graph.consumers(model)
         self.groups: dict[str, list[Piece]] = {}  # tensor -> the pieces that make it: a layer and what belongs to it
         self.codes_of: dict[str, str] = {}  # activation tensor -> its dequantized form
@@ -109,14 +111,19 @@ class _Emitter:
                 copy.output[at] = name + "_f"  # the graph's output keeps its name: the last node makes it
         carriers = {name: name + "_f" if name in self.ends else name for name in made}
         group = self._group(node)
-        known = self.layers.get(node.name)
-        if known is not None:
-            self._weights(*known, node, copy, group)
+        known = self.layers.get(node.name, [])
+        for at, layer in known:
+            copy.name = copy.name or node_name(at)
+            self._weights(layer, node, copy, group)
         if made and node.op_type in CUTS and not self._keep_float(node, copy) and self._codes_cut(node):
             carriers[made[0]] = copy.input[0]
         else:
             group.append(Piece((copy,), tuple(copy.output), copy.name))
-        if known is not None and known[1].compute == "float" and made and copy.input[0] != node.input[0]:
+        if (
+            any(layer.compute == "float" and layer.op in HEAVY for _, layer in known)
+            and made
+            and copy.input[0] != node.input[0]
+        ):
             carriers[made[0]] = made[0] + "_k"
             group.append(Piece((_no_quantizing(carriers[made[0]], copy.output[0], 1.0),), (carriers[made[0]],)))
         for name, carrier in carriers.items():
@@ -152,21 +159,21 @@ class _Emitter:
             and float(low.reshape(())) == 0
         )
 
-    def _weights(self, at: int, layer: Layer, node: Any, copy: Any, group: list[Piece]) -> None:
+    def _weights(self, layer: Layer, node: Any, copy: Any, group: list[Piece]) -> None:
         """Replace a layer's weights and bias by codes and what unfolds them."""
-        copy.name = node_name(at)
         weight = self.values[layer.weight]
         slot = list(node.input).index(layer.weight)
         feed = self.scheme.ranges.get(node.input[0])
         int8 = layer.compute == "int8" and feed is not None and copy.input[0] != node.input[0]
-        given = len(node.input) > 2 and slot == 1 and bool(node.input[2])
+        given = layer.op in HEAVY and len(node.input) > 2 and bool(node.input[2])
         bias = self.values.get(node.input[2]) if given else None
         if given and bias is None and int8:
             return  # a computed bias cannot become int32
         codes = self._codes(layer, weight)
         if self.scheme.correct_bias and layer.op in ("Conv", "Gemm") and node.input[0] in self.seen:
             bias = corrected_bias(layer, weight, codes, bias, self.seen[node.input[0]].mean)
-        bias = self.scheme.biases.get(node.name, bias)
+        if layer.op in HEAVY and layer.op != "MatMul":
+            bias = self.scheme.biases.get(node.name, bias)
         if bias is not None:
             bias = np.broadcast_to(bias.reshape(-1), codes.scales.shape).astype(np.float32)
         if layer.bits == 32 or (not int8 and layer.count < MIN_PACKED):
@@ -186,16 +193,16 @@ class _Emitter:
     def _codes(self, layer: Layer, weight: Array) -> Codes:
         bits = layer.bits if layer.bits in self.widths else 8
         fixed = self.scheme.codes.get(layer.node)
-        if fixed is not None and fixed.bits == bits:
+        if fixed is not None and fixed.bits == bits and fixed.values.shape == weight.shape:
             return fixed
         return layer_codes(dataclasses.replace(layer, bits=bits), weight, self.scheme.profile.weight_bits)
 
     def _keep_float(self, node: Any, copy: Any) -> bool:
         """Where a Relu or Clip stands between a float layer and codes, write it as `_no_quantizing`; say whether it does."""
         maker = self.makers.get(node.input[0])
-        layer = self.layers.get(maker.name) if maker is not None else None
+        known = self.layers.get(maker.name, []) if maker is not None else []
         limits = self.scheme.ranges[node.output[0]]
-        if maker is None or layer is None or layer[1].compute == "int8" or maker.input[0] not in self.codes_of:
+        if maker is None or maker.input[0] not in self.codes_of or all(layer.compute == "int8" for _, layer in known):
             return False
         if limits.lo == 0 and self._cuts_above(node, limits):
             copy.CopyFrom(_no_quantizing(copy.output[0], copy.input[0], 0.0))

@@ -31,6 +31,8 @@ MOVES = (
     "Pad",
 )  # codes keep their scale
 LIGHT = (*MOVES, "Add", "GlobalAveragePool", "Concat")
+TABLES = {"Gather": (0,), "LSTM": (1, 2), "GRU": (1, 2), "RNN": (1, 2)}  # stored in few bits, computed in float: inputs
+LONG_ROW = 32  # a scale for each row of an embedding pays from here on; below, one for each column
 FLOAT_RESULT = ("Gemm", "MatMul")  # may answer in float at no cost
 
 
@@ -45,28 +47,43 @@ def place(model: Any, seen: Statistics, profile: Profile, *, depthwise: Compute,
 
 
 def _compute(layer: Layer, profile: Profile, depthwise: Compute, others: Compute) -> Compute:
-    if layer.op in profile.keep_float or layer.op == "ConvTranspose":
+    if layer.op in profile.keep_float or layer.op == "ConvTranspose" or layer.op in TABLES:
         return "float"
     return depthwise if layer.depthwise else others
 
 
 def find_layers(model: Any) -> list[Layer]:
-    """Return the operators with trained weights, in the order in which they run."""
+    """Return the operators with trained weights, in the order in which they run; one with two of them stands twice."""
     values, readers = graph.arrays(model), graph.consumers(model)
     found = []
     for node in model.graph.node:
-        weight = values.get(node.input[1]) if node.op_type in HEAVY and len(node.input) > 1 else None
-        if weight is None or weight.dtype.name != "float32" or weight.ndim < 2 or len(readers[node.input[1]]) != 1:
-            continue
-        facts = graph.attributes(node)
-        if node.op_type == "Gemm" and not facts.get("transB", 0):
-            continue
-        axis = {"Conv": 0, "Gemm": 0, "ConvTranspose": 1}.get(node.op_type, weight.ndim - 1)
-        groups = int(facts.get("group", 1))
-        if node.op_type == "ConvTranspose" and groups != 1:
-            continue
-        found.append(Layer(node.name, node.op_type, node.input[1], axis, tuple(weight.shape), groups))
+        for at in TABLES.get(node.op_type, (1,) if node.op_type in HEAVY else ()):
+            name = node.input[at] if len(node.input) > at else ""
+            weight = values.get(name)
+            if weight is None or weight.dtype.name != "float32" or weight.ndim < 2 or len(readers[name]) != 1:
+                continue
+            facts = graph.attributes(node)
+            groups = int(facts.get("group", 1))
+            if (node.op_type == "Gemm" and not facts.get("transB", 0)) or (
+                node.op_type == "ConvTranspose" and groups != 1
+            ):
+                continue
+            found.append(
+                Layer(node.name, node.op_type, name, _channels(node.op_type, weight), tuple(weight.shape), groups)
+            )
     return found
+
+
+def _channels(op: str, weight: Array) -> int:
+    """Return the axis along which each place has a scale of its own."""
+    match op:
+        case "Conv" | "Gemm":
+            return 0
+        case "ConvTranspose" | "LSTM" | "GRU" | "RNN":
+            return 1
+        case "Gather" if weight[0].size >= LONG_ROW:
+            return 0
+    return weight.ndim - 1
 
 
 class _Region:

@@ -13,7 +13,7 @@ from cloud.split.inputs import read_model
 from compress import profiles
 from compress.emit import emit, layer_codes, least_runtime, widths
 from compress.passes.canonicalise import canonicalise
-from compress.passes.place import place
+from compress.passes.place import find_layers, place
 from compress.passes.ranges import activations
 from compress.scheme import Layer, Scheme
 from compress.statistics import Statistics, observe
@@ -207,3 +207,48 @@ def test_weights_whose_scales_16_bits_cannot_hold_are_exact_all_the_same() -> No
     x = np.random.default_rng(1).uniform(0, 255e6, (5, 16)).astype(np.float32)
     want = x @ encode(weight, 0, 4).restore().T
     assert np.allclose(ort.session(file).run({"x": x})["y"], want, rtol=1e-4, atol=1e-5)
+
+
+def reader() -> tuple[Any, dict[str, np.ndarray]]:
+    """A net that reads words: an embedding, an LSTM, a GRU and a wide MatMul."""
+    chance = np.random.default_rng(2)
+    shapes = {
+        "table": (50, 32), "lw": (1, 64, 32), "lr": (1, 64, 16), "gw": (1, 36, 16), "gr": (1, 36, 12), "m": (12, 40)
+    }  # fmt: skip
+    values = {name: (chance.standard_normal(shape) * 0.3).astype(np.float32) for name, shape in shapes.items()}
+    nodes = [
+        helper.make_node("Gather", ["table", "words"], ["e"], "gather"),
+        helper.make_node("LSTM", ["e", "lw", "lr"], ["", "h"], "lstm", hidden_size=16),
+        helper.make_node("GRU", ["h", "gw", "gr"], ["g"], "gru", hidden_size=12),
+        helper.make_node("MatMul", ["g", "m"], ["y"], "matmul"),
+    ]
+    body = helper.make_graph(
+        nodes, "g", [helper.make_tensor_value_info("words", 7, [9, "n"])],
+        [helper.make_tensor_value_info("y", 1, [1, 1, "n", 40])],
+        [numpy_helper.from_array(value, name) for name, value in values.items()],
+    )  # fmt: skip
+    return canonicalise(helper.make_model(body, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)), values
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_tables_and_recurrent_weights_are_stored_in_few_bits_and_folded_to_float(bits: float) -> None:
+    model, values = reader()
+    layers = tuple(dataclasses.replace(layer, compute="float", bits=bits) for layer in find_layers(model))
+    assert [layer.weight for layer in layers] == list(values)
+    restored = reader()[0]
+    for item in restored.graph.initializer:
+        layer = next(layer for layer in layers if layer.weight == item.name)
+        codes = encode(values[item.name], layer.axis, bits)
+        item.CopyFrom(numpy_helper.from_array(codes.restore(), item.name))
+    file = emit(model, Scheme(layers, {}, profiles.find("x86-vnni")), {}).SerializeToString()
+    words = np.random.default_rng(3).integers(0, 50, (9, 4))
+    got, want = (ort.session(data).run({"words": words})["y"] for data in (file, restored.SerializeToString()))
+    assert (got == want).all()
+    assert not {"Cast", "Mul", "Div", "Mod", "Split"} & ort.audit(file).counts.keys()
+    assert len(file) < sum(value.nbytes for value in values.values()) * (bits + 5) / 32
+
+
+def test_each_kind_of_weights_has_scales_along_its_own_axis() -> None:
+    model, _ = reader()
+    axes = {layer.weight: layer.axis for layer in find_layers(model)}
+    assert axes == {"table": 0, "lw": 1, "lr": 1, "gw": 1, "gr": 1, "m": 1}
