@@ -61,6 +61,8 @@ def compress(
     try:
         from compress.run import run
     except ImportError as error:
+        if (error.name or "compress").partition(".")[0] in ("compress", "skills"):
+            raise
         raise MissingExtra(f"compression needs {error.name}: pip install 'skerry[compress]'") from None
     asked: dict[str, Any] = {
         "time_budget": time_budget, "teacher": teacher, "recipe": recipe, "resume": resume, "metric": metric,

@@ -1,203 +1,247 @@
 """`report.html`: one page, self-contained, for the person who decides whether to ship the model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from importlib import resources
 
+from compress import charts, layer_chart, words
 from compress.lineage import Lineage
 from compress.recipe import Recipe
 from compress.report import LayerRow, Report
-from skills.units import readable
+from compress.svg import key, piece_colour, width_colour
+from skills.units import duration, readable
 
 SHOWN = 3  # names of layers before "and … more"
-VERDICTS = {
-    "proven": ("", "Proven", "even the worse end of the 95 % interval is inside the budget."),
-    "within_budget_unproven": (
-        " unproven", "Within the budget, not proven",
-        "the measured drop is inside the budget; with this many samples the interval reaches beyond it.",
-    ),
-    "not_reached": (" missed", "Not reached", "the best model found loses more than the budget allows."),
-}  # fmt: skip
-METRICS = {
-    "top1": "Right answers", "agreement": "Same answer as the original", "cosine": "Likeness to the original's output"
-}  # fmt: skip
-COLOURS = {
-    1.6: "color-mix(in srgb, var(--sea) 40%, var(--deep))", 2: "color-mix(in srgb, var(--sea) 55%, var(--deep))",
-    3: "color-mix(in srgb, var(--sea) 75%, var(--deep))", 4: "var(--sea)", 8: "var(--sand)", 32: "var(--soft)",
-}  # fmt: skip
+OPEN = 12  # tables with more rows are folded
+KINDS = {"proven": "", "within_budget_unproven": " unproven", "not_reached": " missed"}
 
 
 def page(report: Report, recipe: Recipe | None = None, lineage: Lineage | None = None) -> str:
     """Return the whole page; it needs no network and follows the reader's light or dark setting."""
-    sections = [_head(report), _tiles(report), _warnings(report), _table(report)]
-    if report.details.layers:
-        sections += [_bits(report.details.layers), _bytes(report), _audit(report)]
-    sections.append(_notes(report))
+    details = report.details
+    sections = [_head(report), _warnings(report), _table(report)]
+    if details.pareto:
+        sections.append(_tradeoff(report))
+    if len(details.trail) > 1:
+        sections.append(_progress(report))
+    if details.pieces_after:
+        sections.append(_pieces(report))
+    if details.layers:
+        sections.append(_layers(report))
+    if details.layers or details.kernels:
+        sections.append(_audit(report))
+    sections.append(_story(report))
+    if recipe is not None or lineage is not None:
+        sections.append(_origin(recipe, lineage))
     style = (resources.files("compress") / "report.css").read_text()
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{escape(report.details.model)}: compressed</title><style>{style}</style></head><body><main>"
+        f"<title>{escape(details.model)}: compressed</title><style>{style}</style></head><body><main>"
         f"{''.join(sections)}</main></body></html>\n"
     )
 
 
+def _section(title: str, *parts: str, kind: str = "") -> str:
+    return f'<section class="{kind}"><h2>{title}</h2>{"".join(parts)}</section>'
+
+
+def _cells(row: Sequence[str], tag: str = "td") -> str:
+    return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in row) + "</tr>"
+
+
+def _rows(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
+    """Return a table; its cells are HTML already."""
+    body = "".join(_cells(row) for row in rows)
+    return f'<div class="wide"><table class="{kind}">{_cells(head, "th")}{body}</table></div>'
+
+
+def _folded(summary: str, inner: str, *, open_: bool) -> str:
+    return f"<details{' open' if open_ else ''}><summary>{summary}</summary>{inner}</details>"
+
+
 def _head(report: Report) -> str:
-    kind, word, sense = VERDICTS[report.verdict]
-    low, high = report.drop_ci95
-    return (
-        f"<h1>{escape(report.details.model)}</h1>"
-        f'<p class="soft">compressed for <b>{escape(report.device)}</b>, at most {report.details.max_drop:g} points of drop, '
-        f"in {report.seconds:.0f} s</p>"
-        f'<p><span class="verdict{kind}">{word}</span>&ensp;{_points(report.drop)} (95 % interval {low:+.2f} to {high:+.2f}, '
-        f"{report.n_report:,} samples set aside for this): {sense}</p>"
-    )
-
-
-def _points(drop: float) -> str:
-    return f"{drop:.2f} points lost" if drop >= 0 else f"{-drop:.2f} points won"
-
-
-def _tiles(report: Report) -> str:
+    details = report.details
+    word = words.VERDICTS[report.verdict][0]
+    level = words.LEVELS[details.data_level]
     tiles = (
         (f"{report.ratio_file:.1f}×", "smaller file"),
-        (f"{report.ratio_package:.1f}×", "smaller on the wire (zstd)"),
-        (f"{report.speedup:.2f}×", "as fast, one thread"),
-        (f"{report.result.metric:.2%}", METRICS[report.metric_name].lower()),
+        (f"{report.ratio_package:.1f}×", "smaller package (zstd)"),
+        (f"{report.speedup:.2f}×", f"as fast, {_threads(report)}"),
+        (words.metric_value(report, report.result.metric), escape(words.metric_words(report))),
     )
+    boxes = "".join(f'<div class="tile"><b>{value}</b><span>{said}</span></div>' for value, said in tiles)
     return (
-        '<div class="tiles">'
-        + "".join(f'<div class="tile"><b>{a}</b><span>{b}</span></div>' for a, b in tiles)
-        + "</div>"
+        f'<header><p class="soft">compressed for {escape(report.device)}, at most {escape(words.points(report, details.max_drop))} '
+        f"of drop, in {duration(report.seconds)}</p>"
+        f'<h1>{escape(details.model)} <span class="verdict{KINDS[report.verdict]}">{word}</span></h1>'
+        f'<p class="lead">{escape(words.headline(report))}</p><p>{escape(words.meaning(report))}'
+        f'{" " + escape(level) if level else ""}</p></header><div class="tiles">{boxes}</div>'
     )
+
+
+def _threads(report: Report) -> str:
+    return "one thread" if report.threads == 1 else f"{report.threads} threads"
 
 
 def _warnings(report: Report) -> str:
     if not report.details.warnings:
         return ""
-    items = "".join(f"<li>{escape(line)}</li>" for line in report.details.warnings)
-    return f'<section class="warn"><h2>Please read</h2><ul>{items}</ul></section>'
+    items = "".join(f"<li>{escape(said)}</li>" for said in report.details.warnings)
+    return _section("Please read", f"<ul>{items}</ul>", kind="warn")
 
 
 def _table(report: Report) -> str:
-    before, after = report.baseline, report.result
-    rows = (
-        (METRICS[report.metric_name], f"{before.metric:.2%}", f"{after.metric:.2%}", f"{-report.drop + 0.0:+.2f} points"),
-        ("File", readable(before.bytes_file), readable(after.bytes_file), f"{report.ratio_file:.1f}× smaller"),
-        ("Package (zstd 19)", readable(before.bytes_package), readable(after.bytes_package), f"{report.ratio_package:.1f}× smaller than the file before"),
-        ("Time, middle", _ms(before.latency_ms_p50), _ms(after.latency_ms_p50), f"{report.speedup:.2f}×"),
-        ("Time, 9 of 10", _ms(before.latency_ms_p90), _ms(after.latency_ms_p90), f"{before.latency_ms_p90 / after.latency_ms_p90:.2f}×"),
-        ("Load", _ms(before.load_ms), _ms(after.load_ms), ""),
-    )  # fmt: skip
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return (
-        '<section><h2>Before and after</h2><div class="wide"><table><tr><th></th><th>before</th><th>after</th><th></th></tr>'
-        f'{body}</table></div><p class="soft" style="margin-top:10px">Timed side by side on the real runtime, {report.threads} thread, '
-        f"batch {report.batch}. What was given had {readable(before.bytes_input)}; metadata and dead weights are not counted.</p></section>"
-    )
-
-
-def _bits(layers: Sequence[LayerRow]) -> str:
-    """Draw one bar a layer: as high as its stored bits, as wide as its share of the weights (with a least width)."""
-    width, height, gap = 900.0, 130.0, 2.0
-    least = min(10.0, (width / len(layers)) * 0.6)
-    free = width - len(layers) * (least + gap)
-    total = sum(layer.weights for layer in layers) or 1
-    bars, x = [], 30.0
-    for layer in layers:
-        wide = least + max(0.0, free - 30) * layer.weights / total
-        tall = height * min(layer.bits, 8) / 8
-        title = (
-            f"{layer.name}: {layer.op}, {layer.weights:,} weights in {layer.bits:g} bits, computes in {layer.compute}"
-        )
-        if 4 in layer.harm:
-            title += f"; 4 bits alone move the answers by {layer.harm[4]:.3g}"
-        bars.append(
-            f'<rect x="{x:.1f}" y="{150 - tall:.1f}" width="{wide:.1f}" height="{tall:.1f}" rx="2" '
-            f'fill="{COLOURS[layer.bits]}" opacity="{1 if layer.compute == "int8" else 0.55}"><title>{escape(title)}</title></rect>'
-        )
-        x += wide + gap
-    lines = "".join(
-        f'<line x1="28" x2="{width}" y1="{150 - height * b / 8}" y2="{150 - height * b / 8}" stroke="var(--line)"/>'
-        f'<text class="soft" x="2" y="{154 - height * b / 8}">{b}</text>'
-        for b in (0, 4, 8)
-    )
-    keys = "".join(
-        f'<i class="key" style="background:{COLOURS[b]}"></i>{b:g} bits: {sum(la.bits == b for la in layers)} layers'
-        for b in COLOURS
-        if any(la.bits == b for la in layers)
-    )
-    return (
-        '<section><h2>Stored bits, layer by layer</h2><p class="soft">Width: the layer\'s share of all weights. Pale: computes in '
-        f'float. Point at a bar for its name.{keys}</p><svg viewBox="0 0 900 160" role="img" aria-label="stored bits of each layer">'
-        f"{lines}{''.join(bars)}</svg></section>"
-    )
-
-
-def _bytes(report: Report) -> str:
-    layers = report.details.layers
-    before, after = report.baseline.bytes_file, report.result.bytes_file
-    rest_before = max(0, before - sum(la.bytes_before for la in layers))
-    rest_after = max(0, after - sum(la.bytes_after for la in layers))
-    split_after = {bits: sum(la.bytes_after for la in layers if la.bits == bits) for bits in COLOURS}
-
-    def row(y: int, label: str, parts: Sequence[tuple[int, str, str]]) -> str:
-        x, drawn = 70.0, []
-        for size, colour, title in parts:
-            wide = 720 * size / before
-            drawn.append(
-                f'<rect x="{x:.1f}" y="{y}" width="{max(wide, 0.5 if size else 0):.1f}" height="26" rx="2" fill="{colour}"><title>{title}</title></rect>'
-            )
-            x += wide
-        return f'<text x="2" y="{y + 17}">{label}</text>{"".join(drawn)}<text x="{x + 8:.1f}" y="{y + 17}">{readable(sum(p[0] for p in parts))}</text>'
-
-    top = row(
-        6,
-        "before",
+    before, after, details = report.baseline, report.result, report.details
+    rows = [
         (
-            (before - rest_before, "var(--soft)", f"weights in float: {readable(before - rest_before)}"),
-            (rest_before, "var(--deep)", f"graph, biases: {readable(rest_before)}"),
+            escape(words.metric_words(report).capitalize()),
+            words.metric_value(report, before.metric), words.metric_value(report, after.metric), words.lost(report),
+        ),
+        ("File", readable(before.bytes_file), readable(after.bytes_file), f"{report.ratio_file:.1f}× smaller"),
+    ]  # fmt: skip
+    if details.bytes_plain:
+        plain = f"{before.bytes_file / details.bytes_plain:.1f}× smaller"
+        rows.append(("The same as plain int8", "", readable(details.bytes_plain), plain))
+    rows.append(
+        ("Package (zstd 19)", readable(before.bytes_package), readable(after.bytes_package), f"{report.ratio_package:.1f}× smaller than the file before")
+    )  # fmt: skip
+    for name, pair in (("Weights", details.weights), ("Multiplications for one input", details.macs)):
+        if pair:
+            left = "all kept" if pair[1] == pair[0] else f"{pair[1] / max(1, pair[0]):.0%} kept"
+            rows.append((name, f"{pair[0]:,}", f"{pair[1]:,}", left))
+    slower = before.latency_ms_p90 / max(after.latency_ms_p90, 1e-9)
+    rows += [
+        ("Time, middle", _ms(before.latency_ms_p50), _ms(after.latency_ms_p50), f"{report.speedup:.2f}×"),
+        ("Time, 9 of 10", _ms(before.latency_ms_p90), _ms(after.latency_ms_p90), f"{slower:.2f}×"),
+        ("Load", _ms(before.load_ms), _ms(after.load_ms), ""),
+    ]
+    needs = f" It needs {escape(details.least_runtime)} or newer." if details.least_runtime else ""
+    return _section(
+        "Before and after",
+        _rows(("", "before", "after", ""), rows),
+        f'<p class="soft below">Timed side by side on the real runtime, {_threads(report)}, batch {report.batch}. What was given '
+        f"had {readable(before.bytes_input)}; metadata and dead weights are not counted.{needs}</p>",
+    )
+
+
+def _tradeoff(report: Report) -> str:
+    points, details = report.details.pareto, report.details
+    rows = [
+        (
+            f"<b>{at}</b>" if point.chosen else str(at),
+            f"<b>{escape(point.name)}</b> (this result)" if point.chosen else escape(point.name),
+            readable(point.bytes_file), readable(point.bytes_package), f"{point.drop:+.2f}",
+            f"{point.drop_ci95[0]:+.2f} … {point.drop_ci95[1]:+.2f}",
+            "" if point.latency_ms_p50 is None else _ms(point.latency_ms_p50),
+            f"<code>{escape(point.file)}</code>" if point.file else "",
+        )
+        for at, point in enumerate(points, 1)
+    ]  # fmt: skip
+    head = ("", "model", "file", "package", "drop", "95 % interval", "time", "kept as")
+    kept = any(point.file for point in points)
+    timed = any(point.latency_ms_p50 is not None for point in points)
+    columns = [at for at in range(len(head)) if (at != 6 or timed) and (at != 7 or kept)]
+    return _section(
+        "Smaller against better",
+        '<p class="soft">Every model that no other one beats in both. The bars are 95 % intervals on the report part.</p>',
+        charts.tradeoff(points, details.max_drop, details.unit),
+        _rows([head[at] for at in columns], [[row[at] for at in columns] for row in rows], "second"),
+    )
+
+
+def _progress(report: Report) -> str:
+    trail, details = report.details.trail, report.details
+    budget = None if details.time_budget is None else details.time_budget / 60
+    last = trail[-1]
+    steps = [
+        (f"{moment.minutes:.1f} min", f"{moment.ratio_file:.1f}×",
+         "" if moment.drop_select is None else f"{moment.drop_select:+.2f}", escape(moment.what))
+        for moment in trail
+    ]  # fmt: skip
+    return _section(
+        "What the time bought",
+        f'<p class="soft">The best so far. The last gain came after {duration(60 * last.minutes)} of '
+        f"{duration(report.seconds)}: {escape(last.what)}.</p>",
+        charts.progress(trail, report.seconds / 60, budget),
+        _folded(
+            "Step by step",
+            _rows(("after", "file", "drop on select", "what it was"), steps, "last"),
+            open_=len(steps) <= OPEN,
         ),
     )
-    low = row(
-        44, "after",
-        [(size, COLOURS[bits], f"weights in {bits:g} bits: {readable(size)}") for bits, size in split_after.items()]
-        + [(rest_after, "var(--deep)", f"graph, scales of activations, biases: {readable(rest_after)}")],
-    )  # fmt: skip
-    biggest = sorted(layers, key=lambda la: la.bytes_after, reverse=True)[:5]
-    rows = "".join(
-        f"<tr><td><code>{escape(la.name)}</code></td><td>{readable(la.bytes_before)}</td><td>{readable(la.bytes_after)}</td><td>{la.bits:g} bits</td></tr>"
-        for la in biggest
+
+
+def _pieces(report: Report) -> str:
+    before, after = report.details.pieces_before, report.details.pieces_after
+    rows = [(name, parts) for name, parts in (("before", before), ("after", after)) if parts]
+    names = sorted(dict.fromkeys((*before, *after)), key=_piece_order)
+    keys = "".join(key(piece_colour(name), name) for name in names)
+    table = [(escape(name), *(readable(parts[name]) if name in parts else "" for _, parts in rows)) for name in names]
+    return _section(
+        "Where the bytes went",
+        f'<p class="keys">{keys}</p>',
+        charts.stacks(rows),
+        _rows(("", *(name for name, _ in rows)), table, "small"),
     )
-    return (
-        '<section><h2>Where the bytes went</h2><p class="soft"><i class="key" style="background:var(--deep);margin-left:0"></i>graph, '
-        'biases and scales of activations; the other colours are weights</p><svg viewBox="0 0 900 78" role="img" aria-label="bytes before and after">'
-        f'{top}{low}</svg><div class="wide" style="margin-top:14px"><table><tr><th>largest layers now</th><th>before</th><th>after</th><th>stored in</th></tr>{rows}</table></div></section>'
+
+
+def _piece_order(name: str) -> float:
+    """Weights from wide to narrow, then scales, then the graph."""
+    words_of = name.split()
+    return -float(words_of[2]) if words_of[0] == "weights" else float(words_of[0] == "graph")
+
+
+def _layers(report: Report) -> str:
+    layers = report.details.layers
+    widths = sorted({la.bits for la in layers} | {bits for la in layers for bits in la.harm})
+    counts = {bits: sum(la.bits == bits for la in layers) for bits in widths}
+    keys = "".join(
+        key(width_colour(bits), f"{bits:g} bits: {f'{count} layers' if count else 'tried'}")
+        for bits, count in counts.items()
+    )
+    pale = " Pale: computes in float." if any(la.compute != "int8" for la in layers) else ""
+    rows = [
+        (
+            str(at), f"<code>{escape(la.name)}</code>", escape(la.op), f"{la.bits:g}", f"{la.weights:,}",
+            readable(la.bytes_before), readable(la.bytes_after), escape(la.kernel or la.compute), escape(la.reason),
+        )
+        for at, la in enumerate(layers, 1)
+    ]  # fmt: skip
+    head = ("", "layer", "operator", "bits", "weights", "before", "after", "kernel", "in float because")
+    columns = range(9 if any(la.reason for la in layers) else 8)
+    return _section(
+        "Layer by layer",
+        f'<p class="keys">{keys}<span class="soft">{pale} Point at a bar for its layer.</span></p>',
+        layer_chart.layers(layers),
+        _folded(
+            f"All {len(layers)} layers",
+            _rows([head[at] for at in columns], [[row[at] for at in columns] for row in rows], "second third"),
+            open_=len(layers) <= OPEN,
+        ),
     )
 
 
 def _audit(report: Report) -> str:
-    layers = report.details.layers
+    layers, title = report.details.layers, "What the runtime made of it"
     if not report.details.kernels:
-        return "<section><h2>What the runtime made of it</h2><p>LiteRT runs the graph as written: every layer listed as int8 is int8.</p></section>"
+        return _section(title, "<p>LiteRT runs the graph as written: every layer listed as int8 is int8.</p>")
+    kernels = ", ".join(f"{count} {escape(name)}" for name, count in report.details.kernels.items())
     inside = sum(la.compute == "int8" for la in layers)
+    return _section(
+        title,
+        f"<p>{inside} of {len(layers)} layers run in int8 kernels, read back from the graph that onnxruntime really runs.</p>",
+        _in_float(layers),
+        f'<p class="soft below">All operators: {kernels}</p>',
+    )
+
+
+def _in_float(layers: Sequence[LayerRow]) -> str:
     groups: dict[tuple[str, str, str], list[str]] = {}
     for la in layers:
         if la.compute != "int8":
             groups.setdefault((la.op, la.kernel or "merged with others", la.reason), []).append(la.name)
-    rows = "".join(
-        f"<tr><td>{_some(names)}</td><td>{escape(op)}</td><td>{escape(kernel)}</td><td>{escape(reason)}</td></tr>"
-        for (op, kernel, reason), names in groups.items()
-    )
-    table = (
-        f'<div class="wide"><table><tr><th>in float</th><th>operator</th><th>kernel</th><th>why</th></tr>{rows}</table></div>'
-        if rows
-        else ""
-    )
-    kernels = ", ".join(f"{count} {escape(name)}" for name, count in report.details.kernels.items())
-    return (
-        f"<section><h2>What the runtime made of it</h2><p>{inside} of {len(layers)} layers run in int8 kernels, read back from the graph "
-        f'that onnxruntime really runs.</p>{table}<p class="soft">All operators: {kernels}</p></section>'
-    )
+    rows = [(_some(names), escape(op), escape(kernel), escape(why)) for (op, kernel, why), names in groups.items()]
+    return _rows(("in float", "operator", "kernel", "why"), rows, "words") if rows else ""
 
 
 def _some(names: Sequence[str]) -> str:
@@ -205,11 +249,45 @@ def _some(names: Sequence[str]) -> str:
     return shown if len(names) <= SHOWN else f"{shown} and {len(names) - SHOWN} more"
 
 
-def _notes(report: Report) -> str:
+def _story(report: Report) -> str:
+    items = [escape(said) for said in report.details.notes]
     counts = ", ".join(f"{count:,} to {name}" for name, count in report.details.samples.items())
-    items = "".join(f"<li>{escape(line)}</li>" for line in report.details.notes)
-    return f"<section><h2>How it came about</h2><ul>{items}<li>Samples: {counts}; no sample is in two parts.</li></ul></section>"
+    if counts:
+        items.append(f"Samples: {counts}; no sample is in two parts.")
+    return _section("How it came about", "<ul>" + "".join(f"<li>{said}</li>" for said in items) + "</ul>")
+
+
+def _origin(recipe: Recipe | None, lineage: Lineage | None) -> str:
+    parts = []
+    if recipe is not None:
+        parts.append(_recipe(recipe))
+    if lineage is not None:
+        made = [(f"<code>{lineage.model_sha256[:16]}…</code>", "the model that came out")]
+        made += [(f"<code>{digest[:16]}…</code>", escape(name)) for name, digest in lineage.parents.items()]
+        tools = ", ".join(f"{escape(name)} {escape(version)}" for name, version in lineage.tools.items())
+        parts.append(_folded("From what it was made", _rows(("sha256", "of"), made, "words"), open_=False))
+        parts.append(f'<p class="soft below">Made with {tools}.</p>')
+    return _section("Do it again", *parts)
+
+
+def _recipe(recipe: Recipe) -> str:
+    rows = [("target", f"{escape(recipe.profile.name)}, goal {recipe.goal}, seed {recipe.seed}"),
+            ("passes", escape(" → ".join(recipe.passes)))]  # fmt: skip
+    if recipe.choices:
+        rows.append(("settled on", escape(", ".join(f"{name}: {option}" for name, option in recipe.choices.items()))))
+    if recipe.groups or recipe.branches:
+        kept = f"{len(recipe.groups)} groups of channels made smaller, {sum(len(g.kept) for g in recipe.groups):,} channels kept in them"
+        gone = f"; {len(recipe.branches)} residual branches removed" if recipe.branches else ""
+        rows.append(("shrunk", kept + gone))
+    rows += [
+        ("training", f"{escape(stage.stage)}: {stage.steps:,} steps of {stage.batch}, rate {stage.rate:g}")
+        for stage in recipe.training
+    ]
+    return (
+        "<p><code>skerry compress MODEL --data DATA -o OUT --recipe recipe.yaml</code> gives the same bytes again without a "
+        f"search.</p>{_rows(('', ''), rows, 'words headless')}"
+    )
 
 
 def _ms(value: float) -> str:
-    return f"{value:.3f} ms" if value < 10 else f"{value:.1f} ms"
+    return f"{value:.3f} ms" if value < 1 else f"{value:.2f} ms" if value < 100 else f"{value:.0f} ms"

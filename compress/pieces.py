@@ -6,9 +6,12 @@ from typing import Any
 import onnx
 from onnx import TensorProto
 
+from compress.packing import DIGITS, PLANES
+
 SCALES = "scales and biases"
 GRAPH = "graph"
-DIGITS = {4: 2.0, 5: 1.6, 8: 1.0}  # digits a byte (`packing.DIGITS`) -> bits of one, for planes that stand alone
+WIDTHS = {DIGITS[bases[0]]: bits for bits, bases in PLANES.items() if len(bases) == 1}  # digits a byte -> bits
+STEPS = ("Div", "Mod", "Reshape", "Cast", "Neg")  # of `packing.unfold`, before planes come together
 BYTES = {  # of an element; half a byte for the narrow ones
     TensorProto.FLOAT: 4.0, TensorProto.DOUBLE: 8.0, TensorProto.FLOAT16: 2.0, TensorProto.BFLOAT16: 2.0,
     TensorProto.INT8: 1.0, TensorProto.UINT8: 1.0, TensorProto.INT16: 2.0, TensorProto.INT32: 4.0,
@@ -65,40 +68,15 @@ def _payload(item: Any) -> int:
 
 def _planes(graph: Any) -> dict[str, float]:
     """Return the initializers that are planes of digits, with the width of the codes that they are part of."""
-    sizes = {item.name: item.dims for item in graph.initializer if item.data_type == TensorProto.UINT8}
-    readers: dict[str, list[Any]] = {}
-    makers: dict[str, Any] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-        for name in node.output:
-            makers[name] = node
+    sizes = {item.name: list(item.dims) for item in graph.initializer if item.data_type == TensorProto.UINT8}
+    reader = {name: node for node in graph.node for name in node.input}
     found: dict[str, float] = {}
     for node in graph.node:
-        if node.op_type != "Div" or not all(name in sizes for name in node.input):
-            continue
-        plane, powers = node.input
-        digits = int(sizes[powers][-1]) if sizes[powers] else 0
-        if len(sizes[plane]) == 2 and digits in DIGITS:
-            found[plane] = DIGITS[digits]
-    for upper in [plane for plane, bits in found.items() if bits == 1.0]:
-        for plane in _joined(upper, readers, makers):
-            found[plane] = 3.0
-    return found
-
-
-def _joined(upper: str, readers: Mapping[str, list[Any]], makers: Mapping[str, Any]) -> list[str]:
-    """Return the planes that are added up with this upper one, itself among them."""
-    at = upper
-    while at in readers and readers[at][0].op_type != "Add":
-        at = readers[at][0].output[0]
-    if at not in readers:
-        return [upper]
-    ends, found = list(readers[at][0].input), []
-    while ends:
-        name = ends.pop()
-        if name in makers:
-            ends.append(makers[name].input[0])
-        else:
-            found.append(name)
+        if node.op_type == "Div" and all(name in sizes for name in node.input):
+            plane, powers = node.input
+            last = node
+            while last.op_type in STEPS and last.output[0] in reader:
+                last = reader[last.output[0]]
+            digits = sizes[powers][-1] if sizes[powers] else 0
+            found[plane] = 3.0 if last.op_type == "BitwiseXor" else WIDTHS.get(digits, 8.0)
     return found

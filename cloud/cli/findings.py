@@ -14,17 +14,14 @@ if TYPE_CHECKING:
     from compress.report import Report
     from skills.split import Choice, Link, Plan
 
-VERDICTS = {
-    "proven": ("within the budget, proven", "green"),
-    "within_budget_unproven": ("within the budget; too little data to prove it", "yellow"),
-    "not_reached": ("over the budget", "red"),
-}
+VERDICT_COLOURS = {"proven": "green", "within_budget_unproven": "yellow", "not_reached": "red"}
 
 
 def compressed(report: "Report") -> Group:
     """Return before and after, with the interval of what was lost."""
+    from compress import words
+
     before, after = report.baseline, report.result
-    name = {"top1": "accuracy", "agreement": "agreement", "cosine": "similarity"}.get(report.metric_name, report.metric_name)
     made = table("", "before", "after", "", right=("before", "after"))
     made.add_row(
         "file",
@@ -39,8 +36,13 @@ def compressed(report: "Report") -> Group:
         f"{report.ratio_package:.1f}× smaller than the file before",
     )
     low, high = report.drop_ci95
-    lost = f"{0 - report.drop:+.2f} points, 95 % interval {0 - high:+.2f} … {0 - low:+.2f}, on {report.n_report} inputs"
-    made.add_row(name, f"{before.metric:.2%}", f"{after.metric:.2%}", lost)
+    interval = f"drop {report.drop:+.2f}, 95 % interval {low:+.2f} … {high:+.2f} {report.details.unit}"
+    made.add_row(
+        words.metric_words(report),
+        words.metric_value(report, before.metric),
+        words.metric_value(report, after.metric),
+        f"{interval}, on {report.n_report:,} inputs",
+    )
     quicker = f"{report.speedup:.2f}× faster" if report.speedup >= 1 else f"{1 / report.speedup:.2f}× SLOWER"
     made.add_row(
         "latency p50",
@@ -55,10 +57,13 @@ def compressed(report: "Report") -> Group:
         f"{report.threads} thread, batch {report.batch}, {report.device}",
     )
     made.add_row("load", f"{before.load_ms:.0f} ms", f"{after.load_ms:.0f} ms", "")
-    words, style = VERDICTS[report.verdict]
+    title, sense = words.VERDICTS[report.verdict]
+    level = words.LEVELS[report.details.data_level]
     return Group(
         made,
-        Text(f"verdict: {words}", style),
+        Text(words.headline(report), "bold"),
+        Text(f"{title}: {sense}.{words.proof(report)}", VERDICT_COLOURS[report.verdict]),
+        *([Text(level, "dim")] if level else []),
         *(Text(f"warning: {text}", "yellow") for text in report.details.warnings),
     )
 

@@ -1,0 +1,94 @@
+"""What a report says in words, the same on the page and in the terminal. Pure."""
+
+import math
+
+from compress.report import DataLevel, Report
+from skills.units import readable
+
+METRICS = {
+    "top1": "right answers", "macro_f1": "macro F1", "mse": "squared error", "psnr": "PSNR", "roc_auc": "ROC AUC",
+    "cosine": "likeness to the original's output", "agreement": "same answer as the original",
+}  # fmt: skip
+SHARES = ("top1", "agreement", "cosine")  # read as per cent; other metrics as plain numbers
+VERDICTS = {
+    "proven": ("Proven", "even the worse end of the interval is inside the budget"),
+    "within_budget_unproven": (
+        "Within the budget, not proven", "the drop measured is inside the budget, the interval reaches beyond it",
+    ),
+    "not_reached": ("Not reached", "the best model found loses more than the budget allows"),
+}  # fmt: skip
+LEVELS: dict[DataLevel, str] = {
+    "none": "No data was given: only the weights were compressed, and how much accuracy is kept is not known. The figures tell "
+    "how far the answers to made-up inputs moved.",
+    "unlabelled": "The data has no labels: accuracy here means to answer as the original does.",
+    "calibration": "There was no training data, so nothing was trained; with some (x_train), more can be reached.",
+    "training": "",
+}
+
+
+def metric_words(report: Report) -> str:
+    """Return what was measured; a user's own metric goes by its name."""
+    return METRICS.get(report.metric_name, report.metric_name)
+
+
+def metric_value(report: Report, value: float) -> str:
+    """Return one value of the report's metric."""
+    return f"{value:.2%}" if report.metric_name in SHARES else f"{value:.4g}"
+
+
+def points(report: Report, drop: float) -> str:
+    """Return a drop without its sign, in its unit."""
+    number = f"{abs(drop):.2f}".removesuffix(".00")
+    if report.details.unit != "percentage points":
+        return f"{number} %"
+    return f"{number} point" if number == "1" else f"{number} points"
+
+
+def lost(report: Report) -> str:
+    """Return what became of accuracy: `0.62 points lost`."""
+    if abs(report.drop) < 0.005:
+        return "nothing lost"
+    return f"{points(report, report.drop)} {'lost' if report.drop > 0 else 'won'}"
+
+
+def times(ratio: float) -> str:
+    """Return a speed-up as people say it."""
+    return (
+        f"{ratio:.1f} times as fast" if ratio >= 1.05 else "as fast" if ratio >= 0.98 else f"{ratio:.2f} times as fast"
+    )
+
+
+def headline(report: Report) -> str:
+    """Return in one sentence what came in and what came out."""
+    before, after = report.baseline, report.result
+    return (
+        f"{readable(before.bytes_file)} came in, {readable(after.bytes_file)} came out: {report.ratio_file:.1f} times smaller "
+        f"and {times(report.speedup)}, {lost(report)}."
+    )
+
+
+def meaning(report: Report) -> str:
+    """Return what the verdict rests on and what would make it firmer."""
+    low, high = report.drop_ci95
+    sense = VERDICTS[report.verdict][1]
+    return (
+        f"Measured on {report.n_report:,} samples that no decision was made on, the drop is {report.drop:+.2f} with a 95 % "
+        f"interval from {low:+.2f} to {high:+.2f} {report.details.unit}; the budget is {report.details.max_drop:g}: {sense}."
+        f"{proof(report)}"
+    )
+
+
+def proof(report: Report) -> str:
+    """Return how many samples would prove an unproven drop, as a sentence behind another."""
+    if report.verdict != "within_budget_unproven":
+        return ""
+    needed = report.details.samples_for_proof
+    if needed is None:
+        return " At exactly this drop no number of samples would prove it."
+    return f" With about {_round_up(needed):,} samples that behave like these it would be proven."
+
+
+def _round_up(count: int) -> int:
+    """Return a number of samples with two digits that count."""
+    step = int(10 ** max(0, len(str(count)) - 2))
+    return math.ceil(count / step) * step
