@@ -22,6 +22,8 @@ from compress.svg import (
 )
 from skills.units import readable
 
+PALE = ("weights in 4 bits", "weights in 8 bits", "weights in 32 bits")  # colours that want dark letters
+
 
 def tradeoff(points: Sequence[Point], max_drop: float, unit: str) -> str:
     """Draw size against drop, each point with its interval and number, the chosen one filled, the budget as a line."""
@@ -67,7 +69,8 @@ def _point(at: int, point: Point, x: float, y: Place) -> str:
     title = f"{point.name}: {readable(point.bytes_file)}, drop {point.drop:+.2f} ({low:+.2f} to {high:+.2f})"
     edge = "var(--sea)" if point.chosen else "var(--soft)"
     bar = line(x, y(low), x, y(high), edge, f'stroke-width="{2.5 if point.chosen else 1.5}"')
-    ends = "".join(line(x - 4, y(end), x + 4, y(end), edge) for end in (low, high))
+    inside = [end for end in (low, high) if y(end) not in (y(-math.inf), y(math.inf))]  # one that is cut off has no end
+    ends = "".join(line(x - 4, y(end), x + 4, y(end), edge) for end in inside)
     fill, ink = ("var(--sea)", "inside") if point.chosen else ("var(--paper)", "soft")
     radius = 11 if point.chosen else 9
     return (
@@ -132,7 +135,8 @@ def stacks(rows: Sequence[tuple[str, Mapping[str, int]]]) -> str:
             )
             share = f"{size / sum(parts.values()):.0%}"
             if wide > 46 and whole != largest:
-                drawn.append(text(x + wide / 2, y + 19, share, "inside", "middle"))
+                pale = "inside pale" if name in PALE else "inside"
+                drawn.append(text(x + wide / 2, y + 19, share, pale, "middle"))
             x += wide
         if whole == largest:
             drawn.append(text(x + 8, y + 19, readable(sum(parts.values())), "strong"))

@@ -254,6 +254,8 @@ def _story(report: Report) -> str:
     counts = ", ".join(f"{count:,} to {name}" for name, count in report.details.samples.items())
     if counts:
         items.append(f"Samples: {counts}; no sample is in two parts.")
+    if not items:
+        return ""
     return _section("How it came about", "<ul>" + "".join(f"<li>{said}</li>" for said in items) + "</ul>")
 
 

@@ -71,8 +71,9 @@ def meaning(report: Report) -> str:
     """Return what the verdict rests on and what would make it firmer."""
     low, high = report.drop_ci95
     sense = VERDICTS[report.verdict][1]
+    inputs = "made-up inputs" if report.details.data_level == "none" else "samples that no decision was made on"
     return (
-        f"Measured on {report.n_report:,} samples that no decision was made on, the drop is {report.drop:+.2f} with a 95 % "
+        f"Measured on {report.n_report:,} {inputs}, the drop is {report.drop:+.2f} with a 95 % "
         f"interval from {low:+.2f} to {high:+.2f} {report.details.unit}; the budget is {report.details.max_drop:g}: {sense}."
         f"{proof(report)}"
     )
