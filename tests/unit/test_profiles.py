@@ -48,5 +48,10 @@ def test_a_key_that_nothing_would_act_on_is_refused(key: str) -> None:
         load_profile(f"name: a\nruntime: litert\narch: aarch64\n{key}: 8\n", "p.yaml")
 
 
+def test_a_width_that_nothing_stores_is_refused_with_those_that_exist() -> None:
+    with pytest.raises(FormatError, match=r"line 4.*'stored_bits\[1\]' is 5, expected one of 8, 4, 3, 2, 1.6"):
+        load_profile("name: a\nruntime: onnxruntime\narch: x86_64\nstored_bits: [8, 5]\n", "p.yaml")
+
+
 def test_s8_activations_never_go_to_x86() -> None:
     assert all(profiles.find(name).activation == "u8" for name in profiles.names() if name.startswith("x86"))
