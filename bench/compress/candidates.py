@@ -12,9 +12,14 @@ from typing import Any
 
 import environments
 from environments import Environment, EnvironmentFailed
+from judge import BUDGET, TUNED
 from rows import Prepared, Row, digest
 
 HERE = Path(__file__).parent
+PRUNED = (1.15, 1.3, 1.7, 2.3)  # times fewer multiply-accumulates
+FINE_TUNE_MINUTES = {"resnet56": 4, "resnet20-taught": 2, "imu": 0.1}  # of one core, for each of them
+# Nothing of what is measured here is told to the tools' makers.
+QUIET = {"OMP_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1", "NNCF_CI": "1"}
 STEP_S = 3600  # no single step takes longer
 
 
@@ -28,7 +33,6 @@ class Baseline:
     script: str
     settings: Mapping[str, Any]
     uses: tuple[str, ...] = ()  # further files in baselines/ whose change makes an earlier result worthless
-    trains: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -44,42 +48,60 @@ class Made:
 
 def baselines(row: Row) -> tuple[Baseline, ...]:
     """Return the tools that this row's data allows."""
-    nncf, onnxruntime = environments.NNCF, environments.ONNXRUNTIME
-    quantizer = ("with_onnxruntime.py",)
-    torch = ("nets.py", *quantizer)
-    found = [
-        Baseline("onnxruntime", "onnxruntime static, default", onnxruntime, "with_onnxruntime.py", {"tuned": False}),
-        Baseline("onnxruntime-tuned", "onnxruntime static, tuned", onnxruntime, "with_onnxruntime.py", {"tuned": True}),
-        Baseline("nncf", "NNCF", nncf, "with_nncf.py", {"accuracy_control": False}, quantizer),
-        Baseline("nncf-control", "NNCF, accuracy control", nncf, "with_nncf.py", {"accuracy_control": True, "max_drop": 1.0}, quantizer),
-        Baseline("neural-compressor", "neural-compressor autotune", environments.NEURAL_COMPRESSOR, "with_neural_compressor.py", {"max_drop": 1.0}, torch),
+
+    def with_onnxruntime(name: str, title: str, *, tuned: bool) -> Baseline:
+        return Baseline(name, title, environments.ONNXRUNTIME, "with_onnxruntime.py", {"tuned": tuned})
+
+    def with_nncf(name: str, title: str, *, control: bool) -> Baseline:
+        settings = {"accuracy_control": control, "max_drop": BUDGET}
+        return Baseline(name, title, environments.NNCF, "with_nncf.py", settings, ("with_onnxruntime.py",))
+
+    torch = ("nets.py", "with_onnxruntime.py")
+    autotune = Baseline(
+        "neural-compressor", "neural-compressor autotune", environments.NEURAL_COMPRESSOR, "with_neural_compressor.py",
+        {"max_drop": BUDGET}, torch,
+    )  # fmt: skip
+    pruned = [
+        Baseline(
+            f"torch-pruning-{times:g}", f"torch-pruning {times:g}× + onnxruntime tuned", environments.TORCH_PRUNING,
+            "with_torch_pruning.py", {"speed_up": times, "cpu_minutes": FINE_TUNE_MINUTES[row.name]}, torch,
+        )
+        for times in PRUNED if row.trains
     ]  # fmt: skip
-    for speed_up in (1.3, 1.7, 2.3):
-        minutes = {"resnet56": 5, "resnet20-taught": 3, "imu": 1}.get(row.name, 0)
-        settings = {"speed_up": speed_up, "cpu_minutes": minutes}
-        title = f"torch-pruning {speed_up:g}× + onnxruntime tuned"
-        name = f"torch-pruning-{speed_up:g}"
-        found.append(Baseline(name, title, environments.TORCH_PRUNING, "with_torch_pruning.py", settings, torch, trains=True))
-    return tuple(item for item in found if row.trains or not item.trains)
+    return (
+        with_onnxruntime("onnxruntime", "onnxruntime static, default", tuned=False),
+        with_onnxruntime(TUNED, "onnxruntime static, tuned", tuned=True),
+        with_nncf("nncf", "NNCF", control=False),
+        with_nncf("nncf-control", "NNCF, accuracy control", control=True),
+        autotune,
+        *pruned,
+    )
 
 
-def make(baseline: Baseline, row: Row, prepared: Prepared, reference: Path, work: Path, say: Callable[[str], None]) -> Made:
+def make(
+    baseline: Baseline, row: Row, prepared: Prepared, reference: Path, work: Path, say: Callable[[str], None]
+) -> Made:
     """Return what the tool makes of the row, from an earlier run where nothing has changed since."""
     scripts = [HERE / "baselines" / name for name in (baseline.script, *baseline.uses)]
     given = {"net": row.net, **baseline.settings}
-    inputs = {"model": reference / row.model, "data": prepared.key, "settings": given, "pins": baseline.environment.key}
-    folder = work / "made" / row.name / f"{baseline.name}-{digest(inputs | {path.name: path for path in scripts})}"
+    inputs: dict[str, Any] = {"data": prepared.key, "settings": given, "pins": baseline.environment.key}
+    inputs["model"] = reference / row.model
+    weights = reference / row.weights if row.weights else None
+    inputs |= {path.name: path for path in (*scripts, weights) if path}
+    folder = work / "made" / row.name / f"{baseline.name}-{digest(inputs)}"
     if not any((folder / name).is_file() for name in ("result.json", "failure.json")):
         say(f"{row.name}: {baseline.title}")
-        weights = str(reference / row.weights) if row.weights else None
-        given |= {"model": str(reference / row.model), "data": str(prepared.parts), "weights": weights, "out": str(folder)}
+        paths = {"model": reference / row.model, "weights": weights, "data": prepared.parts, "out": folder}
+        given |= {name: str(path) for name, path in paths.items() if path}
         _run(baseline, given, folder, work)
     return _made(baseline, folder)
 
 
 def earlier(baseline: Baseline, row: Row, work: Path) -> Made | None:
     """Return the newest thing that the tool left for this row, whatever has changed since."""
-    folders = sorted((work / "made" / row.name).glob(f"{baseline.name}-{'?' * 16}/*.json"), key=lambda path: path.stat().st_mtime)
+    folders = sorted(
+        (work / "made" / row.name).glob(f"{baseline.name}-{'?' * 16}/*.json"), key=lambda path: path.stat().st_mtime
+    )
     return _made(baseline, folders[-1].parent) if folders else None
 
 
@@ -102,7 +124,7 @@ def _run(baseline: Baseline, given: Mapping[str, Any], folder: Path, work: Path)
         with (folder / "log.txt").open("w") as log:
             subprocess.run(
                 [str(interpreter), str(script), json.dumps(given)], stdout=log, stderr=subprocess.STDOUT, check=True,
-                timeout=STEP_S, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1"},
+                timeout=STEP_S, cwd=folder, env=os.environ | QUIET,
             )  # fmt: skip
     except EnvironmentFailed as error:
         reason = f"its environment cannot be installed: {error}"
@@ -116,15 +138,18 @@ def _run(baseline: Baseline, given: Mapping[str, Any], folder: Path, work: Path)
     (folder / "failure.json").write_text(json.dumps({"reason": reason}))
 
 
-def ours(row: Row, prepared: Prepared, reference: Path, work: Path, time_budget: str, say: Callable[[str], None]) -> Path:
+def ours(
+    row: Row, prepared: Prepared, reference: Path, work: Path, time_budget: str, say: Callable[[str], None]
+) -> Path:
     """Return the folder that the plain command writes for this row; one that was cut short goes on where it was.
 
     Raises:
         RuntimeError: the command failed.
     """
     packages = HERE.parents[1]
-    sources = {str(path.relative_to(packages)): path for name in ("compress", "skills") for path in (packages / name).rglob("*.py")}
-    inputs = {"model": reference / row.model, "data": prepared.key, "budget": time_budget, **sources}
+    sources = [path for name in ("compress", "skills") for path in (packages / name).rglob("*.py")]
+    inputs: dict[str, Any] = {str(path.relative_to(packages)): path for path in sources}
+    inputs |= {"model": reference / row.model, "data": prepared.key, "budget": time_budget}
     if row.teacher:
         inputs["teacher"] = reference / row.teacher
     folder = work / "ours" / row.name / digest(inputs)
@@ -132,8 +157,9 @@ def ours(row: Row, prepared: Prepared, reference: Path, work: Path, time_budget:
     if not (folder / "done").is_file():
         say(f"{row.name}: skerry compress, {time_budget}")
         folder.mkdir(parents=True, exist_ok=True)
-        command = [str(Path(sys.executable).with_name("skerry")), "compress", str(reference / row.model), "--data", str(prepared.given)]
-        command += ["-o", str(out), "--time-budget", time_budget, "--resume"]
+        skerry = Path(sys.executable).with_name("skerry")
+        command = [str(skerry), "compress", str(reference / row.model), "--data", str(prepared.given), "-o", str(out)]
+        command += ["--max-drop", f"{BUDGET:g}", "--time-budget", time_budget, "--resume"]
         command += ["--teacher", str(reference / row.teacher)] if row.teacher else []
         with (folder / "log.txt").open("a") as log:
             code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
@@ -141,3 +167,9 @@ def ours(row: Row, prepared: Prepared, reference: Path, work: Path, time_budget:
             raise RuntimeError(f"skerry compress ended with {code}, see {folder / 'log.txt'}")
         (folder / "done").touch()
     return out
+
+
+def our_earlier(row: Row, work: Path) -> Path | None:
+    """Return the newest folder that the plain command wrote for this row, whatever has changed since."""
+    done = sorted((work / "ours" / row.name).glob("*/done"), key=lambda path: path.stat().st_mtime)
+    return done[-1].parent / "out" if done else None

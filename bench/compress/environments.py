@@ -57,7 +57,9 @@ def python(environment: Environment, work: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     _run([sys.executable, "-m", "venv", str(folder)])
-    _run([str(interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *environment.requirements])
+    _run(
+        [str(interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *environment.requirements]
+    )
     frozen = _run([str(interpreter), "-m", "pip", "freeze", "--disable-pip-version-check"])
     (folder / "freeze.txt.part").write_text(frozen)
     os.replace(folder / "freeze.txt.part", folder / "freeze.txt")

@@ -1,7 +1,6 @@
 """What a file is worth: its bytes, what it answers on samples that no tool has seen, how long it takes beside the others."""
 
 import dataclasses
-import hashlib
 import json
 import statistics
 import time
@@ -14,22 +13,24 @@ from rows import Array, Prepared, digest
 
 from compress import measure
 from compress.measure import Drop
+from compress.metrics import Metric
 from skills import ort, zstd
 
 PACKAGE_LEVEL = 19
 LOADS = 5
 RACE_S = 40.0  # a race takes about so long, within these numbers of rounds
 ROUNDS = (60, 2000)
+TOP1 = Metric("top1", lambda choices, part, _: ((choices == part.y).astype(np.float64),))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Quality:
-    """A file's size and its right (1) and wrong (0) answers: on the report part, and on all of x."""
+    """A file's size, its first choice for each sample of x, and how often that is right: on the report part, on all of x."""
 
-    sha256: str
     file: int
     package: int
-    marks: Array
+    choices: Array
+    accuracy: float
     whole: float
 
 
@@ -43,25 +44,27 @@ class Speed:
 
 
 def quality(path: Path, prepared: Prepared, work: Path) -> Quality:
-    """Return what a file is worth on the report part, from an earlier measurement of the same bytes if there is one."""
+    """Return what a file is worth, from an earlier measurement of the same bytes on the same data if there is one."""
     content = path.read_bytes()
-    sha256 = hashlib.sha256(content).hexdigest()
-    cell = work / "quality" / f"{sha256[:16]}-{prepared.key}.npz"
+    cell = work / "quality" / f"{digest({'model': path})}-{prepared.key}.npz"
     if not cell.is_file():
-        right = measure.answers(ort.session(content), prepared.x).argmax(axis=1) == prepared.y
         cell.parent.mkdir(parents=True, exist_ok=True)
+        choices = measure.answers(ort.session(content), prepared.x).argmax(axis=1)
         with cell.with_suffix(".part").open("wb") as file:
-            np.savez(file, right=right, package=len(zstd.compress(content, PACKAGE_LEVEL)))
+            np.savez(file, choices=choices, package=len(zstd.compress(content, PACKAGE_LEVEL)))
         cell.with_suffix(".part").rename(cell)
     with np.load(cell) as found:
-        right, package = found["right"], int(found["package"])
-    marks = right[prepared.splits.report.rows].astype(np.float64)
-    return Quality(sha256, len(content), package, marks, float(right.mean()))
+        choices, package = found["choices"], int(found["package"])
+    right = choices == prepared.y
+    return Quality(
+        len(content), package, choices, float(right[prepared.splits.report.rows].mean()), float(right.mean())
+    )
 
 
 def drop(before: Quality, after: Quality, prepared: Prepared) -> Drop:
-    """Return how much worse `after` is, on the same samples; positive is worse."""
-    return measure.paired_drop(before.marks, after.marks)
+    """Return how much worse `after` is on the report part, positive is worse; groups of samples are drawn whole."""
+    part = prepared.splits.report
+    return measure.drop(TOP1, part, before.choices[part.rows], after.choices[part.rows])
 
 
 def race(row: str, paths: Mapping[str, Path], sample: Array, work: Path, *, anew: bool) -> tuple[dict[str, Speed], str]:
@@ -69,7 +72,7 @@ def race(row: str, paths: Mapping[str, Path], sample: Array, work: Path, *, anew
 
     An earlier race counts if exactly these files ran in it and not `anew`.
     """
-    key = digest({name: path for name, path in paths.items()})
+    key = digest(paths)
     cell = work / "speed" / f"{row}-{key}.json"
     if anew or not cell.is_file():
         sessions = {name: ort.session(path) for name, path in paths.items()}
@@ -82,12 +85,14 @@ def race(row: str, paths: Mapping[str, Path], sample: Array, work: Path, *, anew
         trial = sum(timing.p50_ms for timing in ort.interleaved(runs, 10).values())
         rounds = int(min(max(RACE_S * 1e3 / trial, ROUNDS[0]), ROUNDS[1]))
         times = ort.interleaved(runs, rounds)
-        loads = {name: statistics.median(ort.session(path).load_ms for _ in range(LOADS)) for name, path in paths.items()}
+        loads = {
+            name: statistics.median(ort.session(path).load_ms for _ in range(LOADS)) for name, path in paths.items()
+        }
         found = {name: (timing.p50_ms, timing.p90_ms, loads[name]) for name, timing in times.items()}
         about = {"date": time.strftime("%Y-%m-%d"), "rounds": rounds, **ort.versions()}
         cell.parent.mkdir(parents=True, exist_ok=True)
         cell.with_suffix(".part").write_text(json.dumps({"speeds": found, "about": about}))
         cell.with_suffix(".part").rename(cell)
     kept = json.loads(cell.read_text())
-    about = ", ".join(f"{name} {value}" for name, value in kept["about"].items())
-    return {name: Speed(*values) for name, values in kept["speeds"].items()}, about
+    said = ", ".join(f"{name} {value}" for name, value in kept["about"].items())
+    return {name: Speed(*values) for name, values in kept["speeds"].items()}, said

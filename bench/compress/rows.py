@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress import data, splits
-from compress.splits import Splits
+from compress.data import Splits
 
 Array = NDArray[Any]
 SEED = 0
@@ -58,7 +58,12 @@ class Prepared:
 def cifar(load: Any) -> dict[str, Array]:
     """Return the 5,000 test images and the 30,000 training images."""
     (x, y), first, more = load.cifar("test5000"), load.cifar("train10000"), load.cifar("train_more20000")
-    return {"x": x, "y": y, "x_train": np.concatenate([first[0], more[0]]), "y_train": np.concatenate([first[1], more[1]])}
+    return {
+        "x": x,
+        "y": y,
+        "x_train": np.concatenate([first[0], more[0]]),
+        "y_train": np.concatenate([first[1], more[1]]),
+    }
 
 
 def plain(x: Array, y: Array) -> dict[str, Array]:
@@ -129,7 +134,9 @@ def prepare(row: Row, load: Any, work: Path) -> Prepared:
     arrays = row.arrays(load)
     cut = splits.split(data.load(arrays), SEED)
     for_others = {name: part for name, part in cut.parts().items() if name != "report"}
-    held = {f"{name}_{key}": value for name, part in for_others.items() for key, value in (("x", part.x), ("y", part.y))}
+    held = {
+        f"{name}_{key}": value for name, part in for_others.items() for key, value in (("x", part.x), ("y", part.y))
+    }
     key = digest(arrays | dict(cut.hashes()))
     folder = work / "data" / key
     folder.mkdir(parents=True, exist_ok=True)

