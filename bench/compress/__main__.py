@@ -83,14 +83,15 @@ def _outcome(row: Row, load: Any, work: Path, given: argparse.Namespace) -> tabl
     entries = {name: _entry(name, titles[name], notes.get(name, ""), prepared, qualities, speeds) for name in files}
     ours, baselines = entries.get(OURS), [entries[item.name] for item in made if item.name in entries]
     answers: list[judge.Answer] = []
+    ladder = sorted([*points, qualities[OURS]], key=lambda one: one.file) if ours is not None else []
     if ours is not None:
-        ladder = [*points, qualities[OURS]]
         beside = [
             (entry, [(one.file, _interval(measuring.drop(qualities[entry.name], one, prepared))) for one in ladder])
             for entry in baselines
         ]
         fast = judge.fast_enough(ours, baselines, pruned=row.trains)
         answers = [judge.smallest(ours, baselines), judge.covered(beside), fast]
+    pareto = [(one.file, _interval(measuring.drop(qualities[ORIGINAL], one, prepared))) for one in ladder]
     report = _read(out / "report.json") if out else {}
     minutes = report["seconds"] / 60 if "seconds" in report else None
     verdict = (
@@ -98,7 +99,8 @@ def _outcome(row: Row, load: Any, work: Path, given: argparse.Namespace) -> tabl
     )
     return table.Outcome(
         row, entries[ORIGINAL], len(prepared.splits.report), ours, verdict, minutes, tuple(baselines),
-        tuple((item.title, item.failure) for item in made if item.model is None), tuple(answers), _progress(out), about,
+        tuple((item.title, item.failure) for item in made if item.model is None), tuple(answers), tuple(pareto),
+        _progress(out), about,
     )  # fmt: skip
 
 
@@ -118,7 +120,11 @@ def _our_folder(row: Row, prepared: Prepared, work: Path, given: argparse.Namesp
         return None
     if given.time_only:
         return candidates.our_earlier(row, work)
-    return candidates.ours(row, prepared, REFERENCE, work, given.time_budget, say)
+    try:
+        return candidates.ours(row, prepared, REFERENCE, work, given.time_budget, say)
+    except RuntimeError as error:
+        say(f"{row.name}: {error}")
+        return None
 
 
 def _original(row: Row, work: Path) -> Path:
@@ -151,8 +157,8 @@ def _notes(item: Made) -> str:
 
 
 def _progress(out: Path | None) -> tuple[tuple[float, float, float | None], ...]:
-    found = _read(out / "search.json").get("progress", []) if out else []
-    return tuple((step["minutes"], step["ratio_file"], step.get("drop_select")) for step in found)
+    found = _read(out / "search.json").get("trail", []) if out else []
+    return tuple((step["minutes"], step["ratio_file"], step["drop_select"]) for step in found)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ class Outcome:
     baselines: tuple[Entry, ...]
     failures: tuple[tuple[str, str], ...]
     answers: tuple[Answer, ...]
+    pareto: tuple[tuple[int, Interval], ...]  # bytes of each point that was kept, its drop
     progress: tuple[tuple[float, float, float | None], ...]  # minutes, ratio of the file, drop on select
     about: str
 
@@ -85,9 +86,11 @@ def _row(item: Outcome) -> str:
     for question, answer in zip(questions, item.answers, strict=False):
         said = "–" if answer.holds is None else "**yes**" if answer.holds else "**no**"
         lines.append(f"* {question}: {said} ({answer.because})")
+    if item.pareto:
+        lines.append("* Pareto set: " + ", ".join(f"{size:,} B {_lost(lost)}" for size, lost in item.pareto))
     if item.progress:
         steps = [
-            f"{minutes:.1f} min {_times(ratio)}" + ("" if lost is None else f" ({lost:+.2f})")
+            f"{minutes:.1f} min {ratio:.2f}×" + ("" if lost is None else f" ({lost:+.2f})")
             for minutes, ratio, lost in item.progress
         ]
         lines.append(f"* ratio against minutes (drop on select): {' → '.join(steps)}")
