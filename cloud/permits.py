@@ -1,11 +1,11 @@
-"""Which device may use which split plan at the tail: a table in a file, from what the controller assigned.
+"""Which device may use which cuts of which split plan at the tail: a table in a file, from what the controller assigned.
 
 A device may use the plans of the releases that it should run, and those of an older release for as long as it reports
-that it still serves it and was once assigned it: during an update both answer. The file is replaced whole, before a device
-is told of its new assignment.
+that it still serves it and was once assigned it: during an update both answer. Of a private plan only those cuts that keep
+it private. The file is replaced whole, before a device is told of its new assignment.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from sqlalchemy import select
@@ -21,6 +21,7 @@ from skills.files import write_atomic
 from skills.wire import encode_json
 
 Version = tuple[str, str]  # skill, version
+Cuts = Mapping[str, frozenset[str]]  # of each plan, by hash
 
 
 class Permits:
@@ -28,7 +29,7 @@ class Permits:
 
     def __init__(self, file: Path, database: Database, registry: Registry, journal: Journal) -> None:
         self._file, self._database, self._registry, self._journal = file, database, registry, journal
-        self._rows: dict[str, frozenset[str]] = {}
+        self._rows: dict[str, Cuts] = {}
         self._written: bytes | None = None
         self._unreadable: set[str] = set()
 
@@ -54,15 +55,18 @@ class Permits:
         self._write()
 
     def _write(self) -> None:
-        rows = {device: tuple(sorted(plans)) for device, plans in sorted(self._rows.items())}
+        rows = {
+            device: {plan: tuple(sorted(cuts)) for plan, cuts in sorted(plans.items())}
+            for device, plans in sorted(self._rows.items())
+        }
         data = encode_json(Allowed(rows))
         if data != self._written or not self._file.exists():
             write_atomic(self._file, data)
             self._written = data
 
-    def _look(self, devices: Collection[str] | None) -> dict[str, frozenset[str]]:
+    def _look(self, devices: Collection[str] | None) -> dict[str, Cuts]:
         meant = None if devices is None else frozenset(devices)
-        rows: dict[str, frozenset[str]] = {}
+        rows: dict[str, Cuts] = {}
         with self._database.begin() as session:
             plans = self._plans(session.query(Release))
             if not plans:
@@ -84,13 +88,13 @@ class Permits:
                     old_of.setdefault(device, set()).add(version)
             for device, version in now:
                 if version in plans and (meant is None or device in meant):
-                    rows[device] = rows.get(device, frozenset()) | plans[version]
+                    rows[device] = _both(rows.get(device, {}), plans[version])
             for device, versions in old_of.items():
                 for version in versions & _served(session, device):
-                    rows[device] = rows.get(device, frozenset()) | plans[version]
+                    rows[device] = _both(rows.get(device, {}), plans[version])
         return rows
 
-    def _plans(self, releases: Iterable[Release]) -> dict[Version, frozenset[str]]:
+    def _plans(self, releases: Iterable[Release]) -> dict[Version, Cuts]:
         """Return the split plans of all releases that have any."""
         found = {}
         for release in releases:
@@ -105,6 +109,10 @@ class Permits:
             if plans:
                 found[release.skill, release.version] = plans
         return found
+
+
+def _both(one: Cuts, other: Cuts) -> Cuts:
+    return {plan: one.get(plan, frozenset()) | other.get(plan, frozenset()) for plan in {**one, **other}}
 
 
 def _served(session: Session, identity: str) -> set[Version]:

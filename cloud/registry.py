@@ -13,13 +13,14 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from cloud.database import Database, Release
 from cloud.journal import Journal
+from cloud.tail.guard import remote_cuts
 from cloud.tail.layout import lay_out
 from skills import signing
 from skills.bundle import MAX_MANIFEST_BYTES, Bundle, Part, decode_bundle, unpack_part
@@ -71,7 +72,7 @@ class Registry:
         self._laying = threading.Lock()
         self.keys = self._open_keys()
         self._bundles: dict[str, Bundle] = {}
-        self._plans: dict[str, frozenset[str]] = {}  # by manifest; kept, for a release never changes
+        self._plans: dict[str, Mapping[str, frozenset[str]]] = {}  # by manifest; kept, for a release never changes
         self._objects_of: dict[str, frozenset[str]] = {}
         self._sets: tuple[str, ...] = ()
         self._signed_for = ""  # the targets that the online metadata speaks of
@@ -163,8 +164,8 @@ class Registry:
                 self._bundles.pop(next(iter(self._bundles)))
         return bundle
 
-    def plans_of(self, sha256: str) -> frozenset[str]:
-        """Return the hashes of the split plans in the bundle with this manifest.
+    def plans_of(self, sha256: str) -> Mapping[str, frozenset[str]]:
+        """Return the split plans in the bundle with this manifest: by hash, the cuts that a device may ask the tail for.
 
         Raises:
             NotFound, StorageError: the manifest or a plan is not there, or cannot be read.
@@ -173,7 +174,8 @@ class Registry:
         found = self._plans.get(sha256)
         if found is None:
             bundle = self.manifest(sha256)
-            found = self._plans[sha256] = frozenset(plan_hash(self._plan(bundle, path)[0]) for path in bundle.splits)
+            plans = [self._plan(bundle, path)[0] for path in bundle.splits]
+            found = self._plans[sha256] = {plan_hash(plan): remote_cuts(plan) for plan in plans}
         return found
 
     def objects_of(self, sha256: str) -> frozenset[str]:

@@ -1,12 +1,13 @@
 """Run a tail server: python -m cloud.tail --tails DIR --listen HOST:PORT."""
 
 import argparse
+import logging
 import signal
 import sys
 import threading
 from pathlib import Path
 
-from cloud.tail.server import Server
+from cloud.tail.server import DRAIN_S, Server
 from skills.errors import SkerryError
 from skills.files import write_atomic
 
@@ -29,6 +30,14 @@ def main(argv: list[str] | None = None) -> int:
         "--allowed", type=Path, metavar="FILE", help="which device may use which plan; read again when changed"
     )
     parser.add_argument("--port-file", type=Path, metavar="FILE", help="written with the port once the server answers")
+    parser.add_argument(
+        "--metrics",
+        metavar="HOST:PORT",
+        help="Prometheus metrics, /live and /ready over HTTP; beyond loopback with TLS",
+    )
+    parser.add_argument(
+        "--drain", type=float, default=DRAIN_S, metavar="SECONDS", help="how long SIGTERM lets what waits finish"
+    )
     parser.add_argument("--threads", type=int, default=1, help="onnxruntime threads per segment")
     chosen = parser.parse_args(argv)
     files = (chosen.tls_ca, chosen.tls_cert, chosen.tls_key)
@@ -38,6 +47,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(
             "--tls-crl and --allowed need --tls-ca, --tls-cert and --tls-key: without TLS nobody says who it is"
         )
+    if not 0 <= chosen.drain <= 3600:
+        parser.error(f"--drain is {chosen.drain:g}, expected 0 to 3600 seconds")
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -49,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
             crl=chosen.tls_crl,
             allowed=chosen.allowed,
             threads=chosen.threads,
+            metrics_at=chosen.metrics,
         )
         if chosen.port_file is not None:
             write_atomic(chosen.port_file, f"{server.port}\n".encode())
@@ -56,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"tail: {error}", file=sys.stderr)
         return error.exit_code
     stop.wait()
-    server.stop()
+    server.stop(chosen.drain)
     return 0
 
 

@@ -7,6 +7,10 @@ from skills.errors import Refused
 MAX_HELD_BYTES = 192 << 20  # two of the largest requests there may be, or thousands of usual ones
 
 
+class OverBudget(Refused):
+    """The bytes of a request have no room here now."""
+
+
 class ByteBudget:
     """Counts bytes from `take` to `give`; for use from many threads."""
 
@@ -23,11 +27,11 @@ class ByteBudget:
         """Count `size` bytes as held.
 
         Raises:
-            Refused: they would go beyond the limit; nothing was counted.
+            OverBudget: they would go beyond the limit; nothing was counted.
         """
         with self._lock:
             if self._held + size > self._limit:
-                raise Refused(
+                raise OverBudget(
                     f"the tail holds {self._held >> 20} MiB of requests and has no room for {-(-size >> 20)} MiB more: "
                     "try again later, or answer on the device"
                 )

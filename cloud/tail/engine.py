@@ -1,15 +1,18 @@
-"""The tail's one compute thread: takes decoded requests in order of deadline and runs their remaining segments."""
+"""The tail's one compute thread: takes decoded requests, those that must begin first, and runs their remaining segments."""
 
 import concurrent.futures
 import dataclasses
+import functools
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cloud.tail.batching import DeadlineQueue
+from cloud.tail.batching import LaneQueue
+from cloud.tail.metrics import Metrics
+from cloud.tail.pace import stacked
 from cloud.tail.store import Loaded
-from skills.errors import DeadlineExceeded, Refused
+from skills.errors import DeadlineExceeded, Refused, SkerryError, Unreachable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 
 MAX_WAITING = 64
 IDLE_WAKE_S = 60.0
+END_S = 5.0  # a segment that runs is not interrupted: how long its end is waited for
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -42,15 +46,35 @@ class Job:
     result: "concurrent.futures.Future[Result]"
 
 
-class Engine:
-    """Runs jobs one after the other; full means refused at once, late means dropped, before and between segments."""
+class QueueFull(Refused):
+    """As many requests wait as may."""
 
-    def __init__(self, bound: int = MAX_WAITING) -> None:
-        self._queue: DeadlineQueue[Job] = DeadlineQueue(bound)
+
+class Draining(Unreachable):
+    """The tail ends: ask another one, or answer on the device."""
+
+
+class Engine:
+    """Runs jobs one batch after the other; full means refused at once, late means dropped, before and between segments."""
+
+    def __init__(self, metrics: Metrics | None = None, bound: int = MAX_WAITING) -> None:
+        self._bound = bound
+        self._queue: LaneQueue[Job] = LaneQueue(bound)
+        self._metrics = metrics or Metrics()
         self._ready = threading.Condition()
-        self._stopping = False
+        self._stop_at_s = float("inf")
         self._thread = threading.Thread(target=self._work, name="tail-compute", daemon=True)
         self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait now."""
+        return len(self._queue)
+
+    @property
+    def draining(self) -> bool:
+        """Whether nothing new is taken any more."""
+        return self._stop_at_s != float("inf")
 
     def submit(
         self, loaded: Loaded, after: int, values: "Arrays", deadline_s: float, wanted: Callable[[], bool]
@@ -58,49 +82,106 @@ class Engine:
         """Queue a request.
 
         Raises:
-            Refused: the queue is full, or the server is stopping.
+            QueueFull: as many wait as may.
+            Draining: the server ends.
         """
         job = Job(loaded, after, values, deadline_s, wanted, time.monotonic(), concurrent.futures.Future())
         with self._ready:
-            if self._stopping:
-                raise Refused("the tail is shutting down")
-            if not self._queue.push(job, deadline_s):
-                raise Refused(f"the tail has {MAX_WAITING} requests waiting: try again later, or answer on the device")
+            if self.draining:
+                raise Draining("the tail is shutting down: answer on the device")
+            if not self._queue.push(job, deadline_s - loaded.pace.least_s(after), _lane(job)):
+                raise QueueFull(
+                    f"the tail has {self._bound} requests waiting: try again later, or answer on the device"
+                )
             self._ready.notify()
         return job.result
 
-    def stop(self) -> None:
-        """Finish what is queued, then end the thread."""
+    def drain(self, grace_s: float) -> None:
+        """Take nothing new, finish what waits within `grace_s`, give up the rest, end the thread. Safe to call twice."""
         with self._ready:
-            self._stopping = True
+            self._stop_at_s = min(self._stop_at_s, time.monotonic() + grace_s)
             self._ready.notify()
-        self._thread.join(timeout=30)
+        self._thread.join(timeout=grace_s + END_S)
 
     def _work(self) -> None:
         while True:
             with self._ready:
-                while not len(self._queue) and not self._stopping:
+                while not len(self._queue) and self._stop_at_s == float("inf"):
                     self._ready.wait(IDLE_WAKE_S)
+                now = time.monotonic()
+                if now > self._stop_at_s:
+                    for left in self._queue.clear():
+                        self._give_up(left, "drain", Draining("the tail shut down before the request's turn"))
                 if not len(self._queue):
+                    if self._stop_at_s == float("inf"):
+                        continue
                     return
-                turn = self._queue.pop(time.monotonic())
+                turn = self._queue.pop(now, functools.partial(_how_many, now))
             for late in turn.expired:
-                late.result.set_exception(DeadlineExceeded("the request's time ran out while it waited at the tail"))
-            if turn.job is not None:
-                self._run(turn.job)
+                self._give_up(late, "queue", DeadlineExceeded("the request's time ran out while it waited at the tail"))
+            if turn.jobs:
+                self._run(turn.jobs)
 
-    def _run(self, job: Job) -> None:
+    def _run(self, jobs: Sequence[Job]) -> None:
         start = time.monotonic()
-
-        def still_wanted() -> None:
-            if time.monotonic() > job.deadline_s:
-                raise DeadlineExceeded("the request's time ran out between two segments")
-            if not job.wanted():
-                raise DeadlineExceeded("the caller has gone")
-
         try:
-            outputs = job.loaded.chain.run(job.values, job.after, before_each=still_wanted)
+            answered = self._segments(jobs)
         except Exception as error:  # noqa: BLE001  the outermost loop of the compute thread: one bad request must not end it
-            job.result.set_exception(error)
+            if len(jobs) > 1:
+                for job in jobs:  # whose fault it was shows when each runs by itself
+                    if not job.result.done():
+                        self._run((job,))
+                return
+            jobs[0].result.set_exception(error if isinstance(error, SkerryError) else SkerryError(repr(error)[:400]))
             return
-        job.result.set_result(Result(outputs, (start - job.arrived_s) * 1e3, (time.monotonic() - start) * 1e3))
+        took_ms = (time.monotonic() - start) * 1e3
+        if answered:
+            self._metrics.batch(jobs[0].loaded.name, jobs[0].after, len(answered))
+        for job, outputs in answered:
+            job.result.set_result(Result(outputs, (start - job.arrived_s) * 1e3, took_ms))
+
+    def _segments(self, jobs: Sequence[Job]) -> "Sequence[tuple[Job, Arrays]]":
+        """Run the jobs as one and return those that are answered with their outputs; the late are dropped on the way."""
+        loaded, after = jobs[0].loaded, jobs[0].after
+        values = stacked([job.values for job in jobs])
+        for at in range(after, len(loaded.plan.segments)):
+            kept = [place for place, job in enumerate(jobs) if self._in_time(job, at)]
+            if not kept:
+                return ()
+            if len(kept) < len(jobs):
+                jobs = [jobs[place] for place in kept]
+                values = {name: array[kept] for name, array in values.items()}
+            began = time.monotonic()
+            values = loaded.chain.run(values, at, at + 1)
+            if len(jobs) == 1:
+                loaded.pace.ran(at, time.monotonic() - began)
+        if len(jobs) == 1:
+            return ((jobs[0], values),)
+        return [(job, {name: array[row : row + 1] for name, array in values.items()}) for row, job in enumerate(jobs)]
+
+    def _in_time(self, job: Job, segment: int) -> bool:
+        now = time.monotonic()
+        if now + job.loaded.pace.least_s(segment) > job.deadline_s:
+            self._give_up(job, "segment", DeadlineExceeded("the request's time ran out between two segments"))
+        elif now > self._stop_at_s:
+            self._give_up(job, "drain", Draining("the tail shut down before the request was done"))
+        elif not job.wanted():
+            self._give_up(job, "gone", DeadlineExceeded("the caller has gone"))
+        else:
+            return True
+        return False
+
+    def _give_up(self, job: Job, where: str, error: SkerryError) -> None:
+        self._metrics.expired(where)
+        job.result.set_exception(error)
+
+
+def _lane(job: Job) -> tuple[object, ...]:
+    """Return what requests that may run as one have in common; what may not be stacked is in a lane for itself."""
+    shapes = tuple((name, array.shape, str(array.dtype)) for name, array in sorted(job.values.items()))
+    single = all(shape[:1] == (1,) for _, shape, _ in shapes)
+    return (id(job.loaded), job.after, shapes) if single else (id(job),)
+
+
+def _how_many(now_s: float, job: Job, waiting: int) -> int:
+    return job.loaded.pace.how_many(job.after, waiting, job.deadline_s - now_s) if waiting > 1 else 1

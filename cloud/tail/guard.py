@@ -6,14 +6,16 @@ A file that cannot be read lets nobody in.
 
 import dataclasses
 import functools
+import re
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 from skills.errors import FormatError, Refused, SkerryError, TrustError
 from skills.files import read_bytes
-from skills.wire import Limits, decode_json
+from skills.split import CutName, Plan, admitted
+from skills.wire import decode_json
 
 MAX_CRL_BYTES = 64 << 20
 MAX_TABLE_BYTES = 64 << 20
@@ -23,10 +25,26 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Allowed:
-    """Which plans, by hash, each device may use; a device that is not named may use none."""
+    """Which cuts of which plans, by hash, each device may use; what is not named may not be used.
 
-    devices: Mapping[str, tuple[Annotated[str, Limits(pattern="[0-9a-f]{16}")], ...]]
-    format: Literal["allowed/v1"] = "allowed/v1"
+    The cut `input` stands for the whole model: who may use it sends the input itself.
+    """
+
+    devices: Mapping[str, Mapping[str, tuple[CutName, ...]]]
+    format: Literal["allowed/v2"] = "allowed/v2"
+
+    def __post_init__(self) -> None:
+        for device, plans in self.devices.items():
+            for plan in plans:
+                if not re.fullmatch("[0-9a-f]{16}", plan):
+                    raise FormatError(f"{device[:64]!r} is allowed {plan[:32]!r}, expected a plan's hash")
+
+
+def remote_cuts(plan: Plan) -> frozenset[str]:
+    """Return the cuts of a plan that a device may ask a tail for: of a private one, those that keep it so."""
+    if plan.private:
+        return frozenset(cut.name for cut, coding in admitted(plan) if coding is not None)
+    return frozenset(cut.name for cut in plan.cuts if cut.name != "local")
 
 
 class NotPermitted(Refused):
@@ -63,22 +81,35 @@ class Guard:
         if revoked:
             raise TrustError("this certificate was revoked: the device was removed, or enrolled again since")
 
-    def check_plan(self, device: str, plan: str) -> None:
-        """Let a device use a plan that the controller assigned to it.
+    def check(self, device: str, plan: str, cut: str | None = None) -> None:
+        """Let a device use a cut of a plan that the controller assigned to it; without a cut, ask about the plan alone.
 
         Raises:
-            NotPermitted: it did not, or whether it did cannot be told.
+            NotPermitted: it may not, or whether it may cannot be told.
         """
         if self._allowed is None:
             return
+        who = device or "this client"
         try:
-            plans = self._allowed.get().get(device, frozenset())
+            plans = self._allowed.get().get(device, {})
         except SkerryError as error:
-            raise NotPermitted(f"the tail cannot tell what {device or 'this client'} may use: {error}") from None
-        if plan not in plans:
-            raise NotPermitted(
-                f"{device or 'this client'} may not use the plan {plan[:32]!r}: it is not assigned to it"
-            )
+            raise NotPermitted(f"the tail cannot tell what {who} may use: {error}") from None
+        cuts = plans.get(plan)
+        if cuts is None:
+            raise NotPermitted(f"{who} may not use the plan {plan[:32]!r}: it is not assigned to it")
+        if cut is not None and cut not in cuts:
+            allowed = ", ".join(sorted(cuts)) or "none"
+            raise NotPermitted(f"{who} may not use the cut {cut[:32]!r} of plan {plan}, allowed are: {allowed}")
+
+    def plans(self) -> frozenset[str] | None:
+        """Return the plans that any device may use, None when there is no table: then anybody may use all of them.
+
+        Raises:
+            FormatError, StorageError: the table cannot be read.
+        """
+        if self._allowed is None:
+            return None
+        return frozenset(plan for plans in self._allowed.get().values() for plan in plans)
 
 
 class _Watched(Generic[T]):
@@ -105,9 +136,9 @@ class _Watched(Generic[T]):
             return self._value
 
 
-def _table(data: bytes, what: str) -> dict[str, frozenset[str]]:
+def _table(data: bytes, what: str) -> dict[str, dict[str, frozenset[str]]]:
     table = decode_json(Allowed, data, what, MAX_TABLE_BYTES)
-    return {device: frozenset(plans) for device, plans in table.devices.items()}
+    return {device: {plan: frozenset(cuts) for plan, cuts in plans.items()} for device, plans in table.devices.items()}
 
 
 def _serials(data: bytes, what: str) -> frozenset[int]:

@@ -7,16 +7,19 @@ read it, and `split.deadline_us` how much time is left. The answer's trailing me
 
 import concurrent.futures
 import dataclasses
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import skills
-from cloud.tail.budget import ByteBudget
-from cloud.tail.engine import MAX_WAITING, Engine, Result
+from cloud.tail.budget import ByteBudget, OverBudget
+from cloud.tail.engine import MAX_WAITING, Draining, Engine, QueueFull, Result
 from cloud.tail.guard import Guard, NotPermitted
+from cloud.tail.metrics import Listener, Metrics
 from cloud.tail.store import Loaded, Store
+from cloud.tail.warmer import MEASURE_S, Warmer
 from skills import codec, oip, ort, zstd
 from skills.errors import (
     DeadlineExceeded,
@@ -34,14 +37,22 @@ from skills.split import Coding, Cut
 
 DEFAULT_DEADLINE_S = 30.0
 MAX_DEADLINE_S = 300.0
+DRAIN_S = 5.0
+ANSWERS_S = 1.0  # for the answers of what was finished last to be written
 MAX_KEY_BYTES = 1 << 20
 EXTENSIONS = ("skerry.split.compact",)
+LOG = logging.getLogger("skerry.tail")
 
-Ask = Callable[[str, str], None]
+Ask = Callable[[str, str, str | None], None]
 
 
-def make_service(store: Store, engine: Engine, ready: Callable[[], bool], allow: Ask, budget: ByteBudget) -> Any:
-    """Return the servicer; `allow` is asked with (device from its certificate, plan) before anything is looked up or decoded."""
+def make_service(
+    store: Store, engine: Engine, ready: Callable[[], bool], allow: Ask, budget: ByteBudget, metrics: Metrics
+) -> Any:
+    """Return the servicer.
+
+    `allow` is asked with (device from its certificate, plan, cut or None) before anything is looked up or decoded.
+    """
     grpc, pb, pb_grpc = _grpc(), oip.messages(), oip.service()
 
     class Service(pb_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc, name-defined]
@@ -55,21 +66,21 @@ def make_service(store: Store, engine: Engine, ready: Callable[[], bool], allow:
             # Loads the plan: who asks is about to use it, and the first request should not wait for that.
             with _Refusals(grpc, context):
                 plan = request.name.partition(".")[0]
-                allow(_device(context), plan)
+                allow(_device(context), plan, None)
                 try:
-                    store.get(plan)
+                    _plain_model(store, request.name)
                 except SkerryError:
                     return pb.ModelReadyResponse(ready=False)
-                return pb.ModelReadyResponse(ready=ready())
+                return pb.ModelReadyResponse(ready=not engine.draining)
 
         def ServerMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
             return pb.ServerMetadataResponse(name="skerry-tail", version=skills.__version__, extensions=EXTENSIONS)
 
         def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
             with _Refusals(grpc, context):
-                allow(_device(context), request.name.partition(".")[0])
-                loaded, after = _plain_model(store, request.name)
-                inputs = loaded.plan.inputs if after == 0 else _cut_after(loaded, after).tensors
+                allow(_device(context), *_plain_name(request.name))
+                loaded, cut = _plain_model(store, request.name)
+                inputs = loaded.plan.inputs if cut.after == 0 else cut.tensors
                 answer = pb.ModelMetadataResponse(name=request.name, versions=["1"], platform="onnx_segments")
                 for target, tensors in ((answer.inputs, inputs), (answer.outputs, loaded.plan.outputs)):
                     for live in tensors:
@@ -77,35 +88,36 @@ def make_service(store: Store, engine: Engine, ready: Callable[[], bool], allow:
                 return answer
 
         def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
-            with _Refusals(grpc, context):
+            with _Refusals(grpc, context, metrics):
                 arrived = time.monotonic()
                 call = oip.from_request(request)
                 deadline = arrived + _seconds_left(call, context)
-                compact = call.parameters.get("split.plan")
-                allow(_device(context), request.model_name.partition(".")[0] if compact is None else str(compact))
+                plan, cut_name = _named(request.model_name, call)
+                allow(_device(context), plan, cut_name)
                 frame = _read(store, request.model_name, call)
                 size = request.ByteSize() + frame.decoded_bytes
                 budget.take(size)
                 try:
                     values = frame.decode()
                     decoded = time.monotonic()
-                    waiting = engine.submit(frame.loaded, frame.after, values, deadline, context.is_active)
+                    waiting = engine.submit(frame.loaded, frame.cut.after, values, deadline, context.is_active)
                 except BaseException:
                     budget.give(size)
                     raise
                 # Held until the engine lets go of it, which may be after this call has given up waiting.
                 waiting.add_done_callback(lambda _: budget.give(size))
                 result = _wait(waiting, deadline)
+                queue_s, compute_s = result.queue_ms / 1e3, result.compute_ms / 1e3
                 times = (
                     ("split-decode-us", decoded - arrived),
-                    ("split-queue-us", result.queue_ms / 1e3),
-                    ("split-compute-us", result.compute_ms / 1e3),
+                    ("split-queue-us", queue_s),
+                    ("split-compute-us", compute_s),
                 )
                 context.set_trailing_metadata(tuple((key, str(int(value * 1e6))) for key, value in times))
-                outputs = {
-                    name: value for name, value in result.outputs.items() if not call.outputs or name in call.outputs
-                }
-                return oip.to_response(oip.Answer(outputs, request.model_name, "1", call.id))
+                outputs = _wanted(result.outputs, call.outputs)
+                answer = oip.to_response(oip.Answer(outputs, request.model_name, "1", call.id))
+                metrics.answered(frame.loaded.name, frame.cut.name, time.monotonic() - arrived, queue_s, compute_s)
+                return answer
 
     return Service()
 
@@ -122,20 +134,34 @@ class Server:
         crl: Path | None = None,
         allowed: Path | None = None,
         threads: int = 1,
+        metrics_at: str | None = None,
+        measure_s: float = MEASURE_S,
     ) -> None:
         """Listen on HOST:PORT (port 0: any free one); `tls` is (ca, certificate, key), and then clients need one too.
 
         `crl` lists certificates that are refused, `allowed` which device may use which plan (`cloud.tail.guard.Allowed`);
-        neither means anything without TLS, for then nobody says who he is.
+        neither means anything without TLS, for then nobody says who he is. `metrics_at` is HOST:PORT of the metrics.
+        It listens at once and is ready when the plans that may be asked for are warm and measured, `measure_s` each.
 
         Raises:
-            Unreachable: the port is taken or the address is not this machine's.
-            NotFound, FormatError: a file is missing or not what it should be.
+            Unreachable: a port is taken or the address is not this machine's.
+            NotFound, FormatError, UsageError: a file or an address is missing or not what it should be.
         """
         grpc, pb_grpc = _grpc(), oip.service()
         guard = Guard(crl, allowed) if tls is not None else Guard()
         _import_heavy()
-        self._engine, self._ready = Engine(), True
+        self._metrics, store, budget = Metrics(), Store(tails, threads), ByteBudget()
+        self._warmer = Warmer(store, guard.plans, self._metrics, measure_s)
+        self._listener: Listener | None = None
+        if metrics_at is not None:
+            self._listener = Listener(metrics_at, self._metrics, self._is_ready, tls)
+        self._engine = Engine(self._metrics)
+        self._metrics.watch(
+            lambda: self._engine.waiting,
+            lambda: budget.held,
+            lambda: len(store.loaded()),
+            lambda: float(self._is_ready()),
+        )
         # A handler waits for the compute thread: as many as may wait, and a few for the questions that never do.
         pool = concurrent.futures.ThreadPoolExecutor(MAX_WAITING + 16, thread_name_prefix="tail-grpc")
         options = (
@@ -150,7 +176,7 @@ class Server:
             maximum_concurrent_rpcs=2 * MAX_WAITING,
             interceptors=() if tls is None else (_certificate_check(grpc, guard),),
         )
-        service = make_service(Store(tails, threads), self._engine, lambda: self._ready, guard.check_plan, ByteBudget())
+        service = make_service(store, self._engine, self._is_ready, guard.check, budget, self._metrics)
         pb_grpc.add_GRPCInferenceServiceServicer_to_server(service, self._server)
         try:
             if tls is None:
@@ -160,36 +186,56 @@ class Server:
         except RuntimeError:
             self.port = 0
         if self.port == 0:
-            self._engine.stop()
+            self._engine.drain(0)
+            if self._listener is not None:
+                self._listener.close()
             raise Unreachable(f"the tail cannot listen on {listen}: is the port taken?")
         self._server.start()
+        self._warmer.start()
 
-    def stop(self, grace_s: float = 5.0) -> None:
-        """Say not ready, let what runs finish within `grace_s`, then end."""
-        self._ready = False
-        self._server.stop(grace_s).wait(grace_s + 1)
-        self._engine.stop()
+    @property
+    def metrics_port(self) -> int | None:
+        """Where the metrics are, None when nowhere."""
+        return self._listener.port if self._listener is not None else None
+
+    def stop(self, grace_s: float = DRAIN_S) -> None:
+        """Drain: say not ready and refuse what is new, finish or expire what waits within `grace_s`, then end."""
+        began = time.monotonic()
+        LOG.info("tail.draining waiting=%s grace_s=%s", self._engine.waiting, grace_s)
+        self._engine.drain(grace_s)  # from here on not ready; the answers of the last ones are still on their way
+        self._warmer.stop()
+        self._server.stop(ANSWERS_S).wait(ANSWERS_S + 1)
+        if self._listener is not None:
+            self._listener.close()
+        LOG.info("tail.ended seconds=%.2f", time.monotonic() - began)
+
+    def _is_ready(self) -> bool:
+        return self._warmer.done and not self._engine.draining
 
 
 class _Refusals:
     """Turns an error of ours into the status that the protocol's clients understand, with its one sentence."""
 
-    def __init__(self, grpc: Any, context: Any) -> None:
+    def __init__(self, grpc: Any, context: Any, metrics: Metrics | None = None) -> None:
         codes = grpc.StatusCode
-        self._context = context
+        self._context, self._metrics = context, metrics
         self._codes = (
-            (NotPermitted, codes.PERMISSION_DENIED),
-            (DeadlineExceeded, codes.DEADLINE_EXCEEDED), (Refused, codes.RESOURCE_EXHAUSTED), (NotFound, codes.NOT_FOUND),
-            (FormatError, codes.INVALID_ARGUMENT), (UsageError, codes.INVALID_ARGUMENT), (TrustError, codes.FAILED_PRECONDITION),
-            (SkerryError, codes.INTERNAL),
+            (NotPermitted, codes.PERMISSION_DENIED, "permission"), (Draining, codes.UNAVAILABLE, "draining"),
+            (DeadlineExceeded, codes.DEADLINE_EXCEEDED, "late"), (QueueFull, codes.RESOURCE_EXHAUSTED, "queue"),
+            (OverBudget, codes.RESOURCE_EXHAUSTED, "bytes"), (Refused, codes.RESOURCE_EXHAUSTED, "refused"),
+            (NotFound, codes.NOT_FOUND, "plan"), (FormatError, codes.INVALID_ARGUMENT, "invalid"),
+            (UsageError, codes.INVALID_ARGUMENT, "invalid"), (TrustError, codes.FAILED_PRECONDITION, "damaged"),
+            (SkerryError, codes.INTERNAL, "internal"),
         )  # fmt: skip
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        for known, code in self._codes:
+        for known, code, reason in self._codes:
             if isinstance(error, known):
+                if self._metrics is not None:
+                    self._metrics.refused(reason)
                 self._context.abort(code, str(error)[:1000])
 
 
@@ -221,24 +267,35 @@ class _Frame:
     """A request whose header fits its plan: where to go on, and what `decode` will take beyond the message itself."""
 
     loaded: Loaded
-    after: int
+    cut: Cut
     decoded_bytes: int
     decode: Callable[[], Any]
 
 
+def _named(model: str, call: oip.Call) -> tuple[str, str]:
+    """Return the plan and the cut that a request is about, as it says it."""
+    plan = call.parameters.get("split.plan")
+    return _plain_name(model) if plan is None else (str(plan), str(call.parameters.get("split.cut")))
+
+
+def _plain_name(model: str) -> tuple[str, str]:
+    plan, _, cut = model.partition(".")
+    return plan, cut or "input"  # without a cut: the whole model, for which the input itself is sent
+
+
 def _read(store: Store, model: str, call: oip.Call) -> _Frame:
-    name, cut_name = call.parameters.get("split.plan"), call.parameters.get("split.cut")
-    if name is None:
-        loaded, after = _plain_model(store, model)
-        values = _checked(loaded, after, call)
-        return _Frame(loaded, after, sum(array.nbytes for array in values.values()), lambda: values)
+    plan, cut_name = _named(model, call)
+    if "split.plan" not in call.parameters:
+        loaded, cut = _plain_model(store, model)
+        values = _checked(loaded, cut, call)
+        return _Frame(loaded, cut, sum(array.nbytes for array in values.values()), lambda: values)
     try:
-        loaded = store.get(str(name))
+        loaded = store.get(plan)
     except NotFound as error:
         raise FormatError(
             str(error)
         ) from None  # the device's plan is not ours: its request is wrong here, not merely missing
-    cut = loaded.plan.cut(str(cut_name))
+    cut = loaded.plan.cut(cut_name)
     coding = _coding(cut, str(call.parameters.get("split.codec")))
     (frame,) = call.arrays.values() if len(call.arrays) == 1 else (None,)
     if frame is None or frame.ndim != 1 or frame.dtype != "uint8":
@@ -246,17 +303,22 @@ def _read(store: Store, model: str, call: oip.Call) -> _Frame:
     data = frame.data
     # What says that it is larger than may be is refused by `decode`, for what it is.
     size = min(codec.decoded_bytes(cut.tensors, data), codec.MAX_DECODED_BYTES)
-    return _Frame(loaded, cut.after, size, lambda: codec.decode(coding, cut.tensors, data))
+    return _Frame(loaded, cut, size, lambda: codec.decode(coding, cut.tensors, data))
 
 
-def _plain_model(store: Store, model: str) -> tuple[Loaded, int]:
-    name, _, cut = model.partition(".")
-    loaded = store.get(name)
-    return loaded, loaded.plan.cut(cut).after if cut else 0
+def _plain_model(store: Store, model: str) -> tuple[Loaded, Cut]:
+    plan, cut_name = _plain_name(model)
+    loaded = store.get(plan)
+    cut = loaded.plan.cut(cut_name)
+    if cut.after == len(loaded.plan.segments):
+        raise FormatError(f"behind the cut {cut.name} nothing is left for a tail to compute")
+    return loaded, cut
 
 
-def _checked(loaded: Loaded, after: int, call: oip.Call) -> Any:
-    tensors = loaded.plan.inputs if after == 0 else _cut_after(loaded, after).tensors
+def _checked(loaded: Loaded, cut: Cut, call: oip.Call) -> Any:
+    import numpy as np
+
+    tensors = loaded.plan.inputs if cut.after == 0 else cut.tensors
     for live in tensors:
         array = call.arrays.get(live.name)
         if array is None:
@@ -264,14 +326,19 @@ def _checked(loaded: Loaded, after: int, call: oip.Call) -> Any:
         fits = len(array.shape) == len(live.shape) and all(
             said in (-1, size) for size, said in zip(array.shape, live.shape, strict=True)
         )
-        if not fits or oip.datatype(array) != live.dtype or array.nbytes == 0:
+        if not fits or oip.datatype(array) != live.dtype or array.size == 0:
             found = f"{oip.datatype(array)} {list(array.shape)}"
             raise FormatError(f"the tensor {live.name!r} is {found}, the plan says {live.dtype} {list(live.shape)}")
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise FormatError(f"the tensor {live.name!r} holds NaN or infinity")
     return {live.name: call.arrays[live.name] for live in tensors}
 
 
-def _cut_after(loaded: Loaded, after: int) -> Cut:
-    return next(cut for cut in loaded.plan.cuts if cut.after == after)
+def _wanted(outputs: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    missing = [name for name in names if name not in outputs]
+    if missing:
+        raise FormatError(f"the model has no output {missing[0][:64]!r}, it has {', '.join(outputs)}")
+    return {name: value for name, value in outputs.items() if not names or name in names}
 
 
 def _coding(cut: Cut, name: str) -> Coding:

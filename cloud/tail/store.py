@@ -1,11 +1,14 @@
 """The split plans that a tail serves: DIR/<plan hash>/split.yaml and segments, checked and loaded when first asked for."""
 
+import contextlib
 import dataclasses
 import re
 import threading
 from pathlib import Path
 
+from cloud.tail import pace
 from cloud.tail.layout import lay_out
+from cloud.tail.pace import Pace
 from skills import ort
 from skills.bundle import MAX_PART_BYTES
 from skills.errors import FormatError, NotFound, TrustError
@@ -22,6 +25,7 @@ class Loaded:
     name: str
     plan: Plan
     chain: ort.Chain
+    pace: Pace
 
 
 class Store:
@@ -34,12 +38,34 @@ class Store:
         self._loaded: dict[str, Loaded] = {}
 
     def names(self) -> tuple[str, ...]:
-        """Return the hashes of the plans that lie in the folder."""
-        if not self._folder.is_dir():
-            return ()
-        return tuple(
-            sorted(path.parent.name for path in self._folder.glob("*/split.yaml") if is_hash(path.parent.name))
-        )
+        """Return the hashes of the plans that lie in the folder, the newest first."""
+        found = []
+        for path in self._folder.glob("*/split.yaml"):
+            with contextlib.suppress(OSError):  # removed at this moment
+                if is_hash(path.parent.name):
+                    found.append((-path.stat().st_mtime_ns, path.parent.name))
+        return tuple(name for _, name in sorted(found))
+
+    def loaded(self) -> tuple[str, ...]:
+        """Return the hashes of the plans in memory, the one used last at the end."""
+        with self._lock:
+            return tuple(self._loaded)
+
+    def measure(self, name: str, budget_s: float) -> Loaded:
+        """Load a plan if it is not, and measure its batch sizes if they are not.
+
+        Raises:
+            NotFound, TrustError, FormatError: as `get`.
+        """
+        found = self.get(name)
+        if not found.pace.batching:
+            pace.measure(found.plan, found.chain, found.pace, budget_s)
+        return found
+
+    def forget(self, name: str) -> None:
+        """Let go of a plan; requests that run keep what they hold of it."""
+        with self._lock:
+            self._loaded.pop(name, None)
 
     def get(self, name: str) -> Loaded:
         """Return the plan of that hash, loading and warming it the first time.
@@ -95,7 +121,7 @@ class Store:
             self._threads,
         )
         _warm(plan, chain)
-        return Loaded(name, plan, chain)
+        return Loaded(name, plan, chain, Pace(len(plan.segments)))
 
 
 def is_hash(name: str) -> bool:

@@ -400,7 +400,7 @@ def test_the_invitation_is_one_word_that_holds_everything() -> None:
     assert not set(token) & set("+/= \n'\"")
 
 
-def allowed(world: World) -> dict[str, list[str]]:
+def allowed(world: World) -> dict[str, dict[str, list[str]]]:
     """Return the tail's table as the tail would read it."""
     return dict(json.loads((world.data / "tails" / "allowed.json").read_text()).get("devices", {}))
 
@@ -427,7 +427,7 @@ async def test_the_tail_knows_of_an_assignment_before_the_device_does(
     await world.until(lambda: world.devices["a"].serves("halves", "1.0.0"))
     assert {names == ["a"] for wanted, names in known if wanted} == {True}
     (plan,) = (path.name for path in (world.data / "tails").iterdir() if path.is_dir())
-    assert allowed(world) == {"a": [plan]}
+    assert {device: list(plans) for device, plans in allowed(world).items()} == {"a": [plan]}
     await world.controller.remove("a")
     assert allowed(world) == {}
 

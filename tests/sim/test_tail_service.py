@@ -10,10 +10,15 @@ import pytest
 from cloud.tail.budget import ByteBudget
 from cloud.tail.engine import Engine
 from cloud.tail.guard import NotPermitted
+from cloud.tail.metrics import Metrics
 from cloud.tail.server import make_service
 from cloud.tail.store import Store, install
 from skills import codec, oip
 from skills.split import load_plan
+
+
+def anybody(device: str, plan: str, cut: str | None) -> None:
+    """Let everybody use everything."""
 
 
 class Aborted(Exception):
@@ -46,7 +51,7 @@ class Context:
 def engine() -> Iterator[Engine]:
     made = Engine()
     yield made
-    made.stop()
+    made.drain(0)
 
 
 @pytest.fixture
@@ -78,10 +83,10 @@ def test_a_request_beyond_the_byte_budget_is_refused_before_it_is_decoded(
     room = compact().ByteSize() + 4 * 12 * 12  # one FP32 picture
     for spare, code, decoded in ((-1, grpc.StatusCode.RESOURCE_EXHAUSTED, 0), (0, None, 1)):
         budget, context = ByteBudget(room + spare), Context()
-        service = make_service(Store(tmp_path / "tails"), engine, lambda: True, lambda device, asked: None, budget)
+        service = make_service(Store(tmp_path / "tails"), engine, lambda: True, anybody, budget, Metrics())
         if code is None:
             assert service.ModelInfer(compact(), context).outputs[0].name == "logits"
-            engine.stop()
+            engine.drain(5)
             assert budget.held == 0  # what was answered is held no more
         else:
             with pytest.raises(Aborted, match="try again later"):
@@ -102,7 +107,7 @@ def test_a_request_that_cannot_be_decoded_gives_its_bytes_back(
 
     monkeypatch.setattr(codec, "decode", damaged)
     budget, context = ByteBudget(), Context()
-    service = make_service(Store(tmp_path / "tails"), engine, lambda: True, lambda device, asked: None, budget)
+    service = make_service(Store(tmp_path / "tails"), engine, lambda: True, anybody, budget, Metrics())
     with pytest.raises(Aborted, match="damaged"):
         service.ModelInfer(compact(), context)
     assert (context.code, budget.held) == (grpc.StatusCode.INVALID_ARGUMENT, 0)
@@ -115,12 +120,12 @@ def test_every_question_about_a_plan_asks_first_whether_the_device_may_use_it(
 
     asked = []
 
-    def nobody(device: str, name: str) -> None:
-        asked.append((device, name))
+    def nobody(device: str, name: str, cut: str | None) -> None:
+        asked.append((device, name, cut))
         raise NotPermitted("it is not assigned")
 
     store, pb = Store(tmp_path / "tails"), oip.messages()
-    service = make_service(store, engine, lambda: True, nobody, ByteBudget())
+    service = make_service(store, engine, lambda: True, nobody, ByteBudget(), Metrics())
     plain = oip.to_request(f"{plan}.c1", oip.Call({}))
     for call in (
         lambda context: service.ModelReady(pb.ModelReadyRequest(name=plan), context),
@@ -132,5 +137,5 @@ def test_every_question_about_a_plan_asks_first_whether_the_device_may_use_it(
         with pytest.raises(Aborted, match="it is not assigned"):
             call(context)
         assert context.code is grpc.StatusCode.PERMISSION_DENIED
-    assert asked == [("cam-1", plan)] * 4
+    assert asked == [("cam-1", plan, cut) for cut in (None, "c1", "input", "c1")]
     assert not store._loaded

@@ -22,7 +22,7 @@ def test_only_an_enrolled_device_with_the_plan_assigned_is_served_and_changes_co
     planned_net: Any, tmp_path: Path, new_csr: Callable[[], tuple[str, bytes]]
 ) -> None:
     plan, table = install(planned_net.folder, tmp_path / "tails"), tmp_path / "tails" / "allowed.json"
-    write_atomic(table, encode_json(Allowed({"cam-1": (plan,)})))
+    write_atomic(table, encode_json(Allowed({"cam-1": {plan: ("input",)}})))
     authority, pb = Authority(tmp_path / "ca", ()), oip.messages()
     tls = (authority.ca_file, authority.server.cert, authority.server.key)
     server = Server(tmp_path / "tails", "127.0.0.1:0", tls=tls, crl=authority.crl_file, allowed=table)
@@ -56,7 +56,7 @@ def test_only_an_enrolled_device_with_the_plan_assigned_is_served_and_changes_co
         (one, serial), (two, _) = join("cam-1"), join("cam-2")
         assert answers(one) == [None] * 4
         assert answers(two) == [DENIED, DENIED, DENIED, None]
-        write_atomic(table, encode_json(Allowed({"cam-1": (plan,), "cam-2": (plan,)})))
+        write_atomic(table, encode_json(Allowed({"cam-1": {plan: ("input",)}, "cam-2": {plan: ("input",)}})))
         assert answers(two) == [None] * 4
         authority.revoke([serial])  # the connection is open already: each call counts, not the handshake
         assert answers(one) == [UNKNOWN] * 4

@@ -1,0 +1,163 @@
+"""How fast a tail is here: the best batch per cut, measured when a plan is loaded, and each segment's fastest run.
+
+On one CPU thread a batch takes as long per item as its items one by one, so the answer is usually one; a machine with
+more threads or an accelerator measures something else. Nothing is assumed: sizes are timed interleaved, in bounded time.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from skills.codec import DTYPES
+from skills.errors import FormatError
+from skills.split import Cut, Live, Plan
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from skills.ort import Chain
+
+    Arrays = Mapping[str, NDArray[Any]]
+
+BATCHES = (1, 2, 4, 8)
+LEAST_ROUNDS = 3
+MOST_ROUNDS = 15
+WORTHWHILE = 0.9  # a batch must take at most this share of the time per item: less is noise
+FASTER_STILL = 0.8  # a real input may run faster than any before it: nothing is given up that this share would save
+TOLERANCE = 1e-3
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Batching:
+    """How many requests of a cut run as one, the measured milliseconds of a whole batch by its size, and why."""
+
+    max_batch: int = 1
+    batch_ms: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    why: str = "not measured"
+
+
+class Pace:
+    """What is known of one loaded plan's speed. Written by the thread that measures and the one that computes."""
+
+    def __init__(self, segments: int) -> None:
+        self.batching: Mapping[int, Batching] = {}  # by the number of segments on the device; replaced whole
+        self._fastest_s = [float("inf")] * segments
+
+    def ran(self, segment: int, seconds: float) -> None:
+        """Remember a run of one request through one segment."""
+        self._fastest_s[segment] = min(self._fastest_s[segment], seconds)
+
+    def least_s(self, after: int) -> float:
+        """Return a time that segments `after`… have never needed less than; nought for what has not run yet."""
+        return sum(one for one in self._fastest_s[after:] if one != float("inf")) * FASTER_STILL
+
+    def how_many(self, after: int, waiting: int, left_s: float) -> int:
+        """Return how many of `waiting` requests to run as one, such that the first, with `left_s` to go, is in time."""
+        known = self.batching.get(after, Batching())
+        sizes = [size for size in known.batch_ms if size <= min(known.max_batch, waiting)]
+        return max((size for size in sizes if known.batch_ms[size] / 1e3 <= left_s), default=1)
+
+
+def measure(
+    plan: Plan, chain: "Chain", pace: Pace, budget_s: float, clock: Callable[[], float] = time.perf_counter
+) -> None:
+    """Find the batch size of every cut in about `budget_s`, and how fast each segment is."""
+    import numpy as np
+
+    cuts = {cut.after: cut for cut in plan.cuts if cut.after < len(plan.segments)}
+    found: dict[int, Batching] = {}
+    until = clock() + budget_s
+    for done, (after, cut) in enumerate(sorted(cuts.items())):
+        share = max(0.0, until - clock()) / (len(cuts) - done)
+        try:
+            items = [_example(plan, chain, after, np.random.default_rng(seed)) for seed in range(max(BATCHES))]
+            _time_segments(chain, pace, items[0], after, clock)
+            found[after] = _batching(plan, cut, chain, items, share, clock)
+        except FormatError as error:
+            found[after] = Batching(why=f"not measured: {error}")
+    pace.batching = found
+
+
+def stacked(items: Sequence["Arrays"]) -> "Arrays":
+    """Return several requests as one batch, in order."""
+    import numpy as np
+
+    return items[0] if len(items) == 1 else {name: np.concatenate([one[name] for one in items]) for name in items[0]}
+
+
+def may_stack(plan: Plan, tensors: Sequence[Live]) -> bool:
+    """Say whether the first size of all that goes in and comes out is free: only then can requests run as one."""
+    return all(live.shape[:1] == (-1,) for live in (*tensors, *plan.outputs))
+
+
+def _batching(
+    plan: Plan, cut: Cut, chain: "Chain", items: Sequence["Arrays"], budget_s: float, clock: Callable[[], float]
+) -> Batching:
+    if not may_stack(plan, tuple(plan.inputs) if cut.after == 0 else cut.tensors):
+        return Batching(why="a size of its tensors is fixed")
+    if not _same_answers(chain, cut.after, items[:2]):
+        return Batching(why="two requests as one do not answer as two alone")
+    began = clock()
+    chain.run(items[0], cut.after)
+    one_s = clock() - began
+    sizes = [size for size in BATCHES if one_s * sum(BATCHES[: BATCHES.index(size) + 1]) * LEAST_ROUNDS <= budget_s]
+    if len(sizes) < 2:
+        return Batching(why=f"one request takes {one_s * 1e3:.0f} ms, too long to try batches at start-up")
+    batches = {size: stacked(items[:size]) for size in sizes}
+    times: dict[int, list[float]] = {size: [] for size in sizes}
+    until = clock() + budget_s
+    for at in range(MOST_ROUNDS):
+        if at >= LEAST_ROUNDS and clock() > until:
+            break
+        turn = at % len(sizes)
+        for size in sizes[turn:] + sizes[:turn]:
+            began = clock()
+            chain.run(batches[size], cut.after)
+            times[size].append((clock() - began) * 1e3)
+    middle = {size: sorted(taken)[len(taken) // 2] for size, taken in times.items()}
+    best = min(sizes, key=lambda size: middle[size] / size)
+    if middle[best] / best > WORTHWHILE * middle[1]:
+        return Batching(1, middle, "batches save less than a tenth")
+    return Batching(best, middle, f"{best} as one save {1 - middle[best] / best / middle[1]:.0%} of the time per item")
+
+
+def _same_answers(chain: "Chain", after: int, pair: Sequence["Arrays"]) -> bool:
+    import numpy as np
+
+    try:
+        both = chain.run(stacked(pair), after)
+    except FormatError:
+        return False  # a size is baked into the graph
+    ones = [chain.run(one, after) for one in pair]
+    for name, array in both.items():
+        rows = [one[name] for one in ones]
+        if array.shape[:1] != (sum(len(row) for row in rows),):
+            return False
+        expected = np.concatenate(rows)
+        reach = TOLERANCE * max(1.0, float(np.abs(expected.astype(np.float64)).max(initial=0.0)))
+        if not np.allclose(array, expected, rtol=TOLERANCE, atol=reach, equal_nan=True):
+            return False
+    return True
+
+
+def _time_segments(chain: "Chain", pace: Pace, values: "Arrays", after: int, clock: Callable[[], float]) -> None:
+    for at in range(after, len(chain.sessions)):
+        began = clock()
+        values = chain.run(values, at, at + 1)
+        pace.ran(at, clock() - began)
+
+
+def _example(plan: Plan, chain: "Chain", after: int, random: "np.random.Generator") -> "Arrays":
+    """Return one made-up request as it is behind `after` segments."""
+    import numpy as np
+
+    feeds: dict[str, NDArray[Any]] = {}
+    for live in plan.inputs:
+        shape, dtype = [1 if size == -1 else size for size in live.shape], np.dtype(DTYPES[live.dtype])
+        if dtype.kind == "f":
+            feeds[live.name] = random.standard_normal(shape).astype(dtype)
+        else:
+            feeds[live.name] = random.integers(0, 2 if dtype.kind == "b" else 100, shape).astype(dtype)
+    return chain.run(feeds, 0, after) if after else feeds

@@ -1,0 +1,79 @@
+"""Keeps the plans that may be asked for loaded, warm and measured, and lets go of the others: a thread beside the traffic."""
+
+import logging
+import threading
+from collections.abc import Callable
+
+from cloud.tail.metrics import Metrics
+from cloud.tail.store import MAX_LOADED, Store
+from skills.errors import SkerryError
+
+LOG = logging.getLogger("skerry.tail")
+LOOK_EVERY_S = 2.0
+MEASURE_S = 0.5  # for the batch sizes of one plan
+
+
+class Warmer:
+    """`done` once every plan that was there at the start is warm; from then on new ones are found within two seconds."""
+
+    def __init__(
+        self, store: Store, allowed: Callable[[], frozenset[str] | None], metrics: Metrics, measure_s: float = MEASURE_S
+    ) -> None:
+        self._store, self._allowed, self._metrics, self._measure_s = store, allowed, metrics, measure_s
+        self._tried: set[str] = set()
+        self._measured: set[str] = set()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="tail-warm", daemon=True)
+        self.done = False
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after the plan at hand."""
+        self._stop.set()
+        self._thread.join(timeout=10)
+
+    def look(self) -> None:
+        """Load what is new and may be used, the newest first; forget what is gone from the disk or used by nobody."""
+        try:
+            allowed = self._allowed()
+        except SkerryError as error:
+            LOG.debug(
+                "tail.table_unreadable error=%s", error
+            )  # nobody is let in: there is nothing to warm, nor to drop
+            return
+        there = [name for name in self._store.names() if allowed is None or name in allowed]
+        for name in {*self._store.loaded(), *self._measured} - set(there):
+            self._store.forget(name)
+            self._metrics.forget(name)
+            self._measured.discard(name)
+            LOG.info("plan.dropped plan=%s", name)
+        self._tried &= set(there)
+        for name in there[:MAX_LOADED]:
+            if name in self._tried or self._stop.is_set():
+                continue
+            self._tried.add(name)
+            try:
+                loaded = self._store.measure(name, self._measure_s)
+            except SkerryError as error:
+                LOG.warning("plan.unusable plan=%s error=%s", name, error)
+                continue
+            self._measured.add(name)
+            for after, found in sorted(loaded.pace.batching.items()):
+                took = ",".join(f"{size}:{ms:.2f}" for size, ms in found.batch_ms.items())
+                self._metrics.measured(name, after, found.max_batch, dict(found.batch_ms))
+                LOG.info(
+                    "plan.measured plan=%s after=%s max_batch=%s batch_ms=%s why=%s",
+                    name, after, found.max_batch, took or "-", found.why,
+                )  # fmt: skip
+
+    def _work(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self.look()
+            except Exception:
+                LOG.exception("warmer.failed")  # the outermost loop: requests load what they need by themselves
+            self.done = True
+            self._stop.wait(LOOK_EVERY_S)
