@@ -17,6 +17,7 @@ PROBE_EVERY_S = 10.0  # without a transfer for this long, one is made
 PROBE_SHARE = 0.01  # of the time, at most
 SURPRISES = 3  # samples in a row that the slow average does not explain: the network has changed
 MISSES = 2
+TRIAL_S = 10.0  # after a ping closed what missing requests had opened: for this long one more miss opens it again
 FIRST_PROBE_S, LAST_PROBE_S, JITTER = 0.5, 30.0, 0.2
 
 
@@ -87,11 +88,17 @@ class Estimator:
 
 @dataclasses.dataclass(slots=True)
 class Breaker:
-    """Closed: ask the tail. Open: do not, and probe ever more rarely until it answers."""
+    """Closed: ask the tail. Open: do not, and probe ever more rarely until it answers.
 
-    misses: int = 0
+    Requests and pings are counted apart: a tail that lives but does not compute answers pings, and they must not hide it.
+    After requests had opened it, a ping closes it on trial only: the next request that misses opens it for longer.
+    """
+
+    misses: int = 0  # requests in a row
+    silences: int = 0  # pings in a row
     probe_at_s: float | None = None  # None: closed
     wait_s: float = FIRST_PROBE_S
+    trial_until_s: float = float("-inf")
 
     @property
     def open(self) -> bool:
@@ -99,12 +106,24 @@ class Breaker:
         return self.probe_at_s is not None
 
     def on_success(self) -> None:
-        """The tail answered: close."""
-        self.misses, self.probe_at_s, self.wait_s = 0, None, FIRST_PROBE_S
+        """A request was answered: close, and forget."""
+        self.misses, self.silences, self.probe_at_s, self.wait_s = 0, 0, None, FIRST_PROBE_S
+        self.trial_until_s = float("-inf")
 
-    def on_miss(self, now_s: float, luck: float) -> None:
-        """No answer in time, or no connection; `luck` in 0..1 spreads the probes of many devices by ±20 %."""
-        self.misses += 1
-        if self.open or self.misses >= MISSES:
+    def on_ping(self, now_s: float) -> None:
+        """A ping was answered: the tail lives; whether it computes shows in a request."""
+        if not self.open:
+            self.silences = 0
+        elif self.misses < MISSES:
+            self.on_success()
+        else:
+            self.silences, self.probe_at_s, self.trial_until_s = 0, None, now_s + TRIAL_S
+
+    def on_miss(self, now_s: float, luck: float, *, ping: bool = False) -> None:
+        """No answer in time, no connection, no room; `luck` in 0..1 spreads the probes of many devices by ±20 %."""
+        if not self.open and now_s > self.trial_until_s and self.misses >= MISSES:
+            self.misses, self.wait_s = 0, FIRST_PROBE_S  # the trial went well, or nobody asked: it begins anew
+        self.misses, self.silences = self.misses + (not ping), self.silences + ping
+        if self.open or max(self.misses, self.silences) >= MISSES:
             self.probe_at_s = now_s + self.wait_s * (1 + JITTER * (2 * luck - 1))
             self.wait_s = min(self.wait_s * 2, LAST_PROBE_S)

@@ -4,6 +4,8 @@
 
 DIR holds ca.pem, cert.pem and key.pem. Workers connect to the Unix socket and speak frames (edge_agent/ipc.py):
   to the link    infer  {id, plan, cut, codec, deadline_us} + activation frame · cancel {id, late} · plan {plan}: have it warmed
+                 plain  {id, plan, cut, tensors: [[name, datatype, shape, bytes]…], tail_ms, deadline_us} + raw tensors: for
+                 stock servers, which know neither frames nor say how long they took; `tail_ms` is what the plan says
                  look {}: a request looked at the estimate and may stay local
   to the worker  answer {id, ok, outputs: [[name, datatype, shape, bytes]…]} + raw tensors, or {id, ok: false, kind, error}
                  estimate {mbit, rtt_ms, up, cold, queue_ms}: at once, and whenever it has changed
@@ -19,7 +21,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +48,14 @@ TLS_FILES = ("ca.pem", "key.pem", "cert.pem")
 class Link:
     """One gRPC channel, its estimator and its breaker; workers come and go."""
 
-    def __init__(self, target: str, tls: Path | None) -> None:
-        self._target, self._tls = target, tls
+    def __init__(
+        self,
+        target: str,
+        tls: Path | None,
+        clock: Callable[[], float] = time.monotonic,
+        luck: Callable[[], float] = random.random,
+    ) -> None:
+        self._target, self._tls, self._clock, self._luck = target, tls, clock, luck
         self._estimator, self._breaker = Estimator(), Breaker()
         self._writers: set[asyncio.StreamWriter] = set()
         self._calls: dict[tuple[int, int], asyncio.Task[None]] = {}
@@ -118,7 +126,7 @@ class Link:
             self._start_probe(stub)
             return
         self._use()
-        if op == "infer" and type(number) is int:
+        if op in ("infer", "plain") and type(number) is int:
             key = id(writer), number
             if len(self._calls) >= MAX_IN_FLIGHT:
                 self._refuse(writer, number, "exhausted", f"{MAX_IN_FLIGHT} requests are on their way already")
@@ -138,7 +146,7 @@ class Link:
 
     def _start_probe(self, stub: Any) -> None:
         """Learn the bandwidth while every skill stays local, or none of them would ever find out that the link is better now."""
-        now = time.monotonic()
+        now = self._clock()
         if self._probing or not self._connected_once or self._breaker.open or not self._estimator.wants_probe(now):
             return
         self._probing = True
@@ -150,21 +158,21 @@ class Link:
         """Send two requests to a model that no tail has: the first one warms the connection, the second one is timed."""
         import grpc
 
-        began = start = time.monotonic()
+        began = start = self._clock()
         try:
             await self._ping(stub)
             for _ in range(2):
-                start = time.monotonic()
+                start = self._clock()
                 with contextlib.suppress(grpc.aio.AioRpcError):
                     await stub.ModelInfer(
                         _request(PROBE, bytes(PROBE_BYTES), PROBE_DEADLINE_US), timeout=PROBE_DEADLINE_US / 1e6
                     )
-            now = time.monotonic()
+            now = self._clock()
             if now - start < PROBE_DEADLINE_US / 1e6:
                 self._estimator.on_transfer(now, PROBE_BYTES + CALL_BYTES, (now - start) * 1e3, 0.0)
                 self._tell_all()
         finally:
-            self._estimator.on_probe(time.monotonic(), time.monotonic() - began)
+            self._estimator.on_probe(self._clock(), self._clock() - began)
             self._probing = False
 
     def _start_warming(self, stub: Any) -> None:
@@ -187,11 +195,11 @@ class Link:
     ) -> None:
         import grpc
 
-        start = time.monotonic()
+        start = self._clock()
         cold = self._estimator.now(start, up=True).cold
         try:
             deadline_us = int(header["deadline_us"])
-            request = _request(header, frame, deadline_us)
+            request = (_plain_request if header["op"] == "plain" else _request)(header, frame, deadline_us)
         except (KeyError, TypeError, ValueError) as error:
             self._refuse(writer, number, "invalid", f"a worker's request lacks something: {error!r}")
             return
@@ -206,31 +214,37 @@ class Link:
             }
         except grpc.aio.AioRpcError as error:
             kind = _kind(grpc, error.code())
-            if kind in ("unavailable", "late"):
+            if kind in ("unavailable", "late", "exhausted"):
                 self._missed()
             else:
                 self._answered()
             self._refuse(writer, number, kind, f"the tail: {error.details() or error.code().name.lower()}")
             return
-        now = time.monotonic()
+        now = self._clock()
         queue_ms = times.get("split-queue-us", 0.0)
+        tail_ms = sum(times.values()) if times else _assumed_ms(header)
         moved = len(frame) + sum(map(len, response.raw_output_contents)) + CALL_BYTES
-        self._estimator.on_transfer(now, moved, (now - start) * 1e3, sum(times.values()), queue_ms, cold)
+        self._estimator.on_transfer(now, moved, (now - start) * 1e3, tail_ms, queue_ms, cold)
         self._answered()
+        if len(response.outputs) != len(response.raw_output_contents):
+            response = _raw(response)
+        if response is None:
+            self._refuse(writer, number, "invalid", "the tail's answer is not what the protocol says")
+            return
         outputs = [
             [one.name, one.datatype, list(one.shape), len(raw)]
             for one, raw in zip(response.outputs, response.raw_output_contents, strict=True)
         ]
         self._send(
             writer,
-            {"op": "answer", "id": number, "ok": True, "outputs": outputs, "tail_ms": round(sum(times.values()), 3)},
+            {"op": "answer", "id": number, "ok": True, "outputs": outputs, "tail_ms": round(tail_ms, 3)},
             b"".join(response.raw_output_contents),
         )
 
     async def _keep_warm(self, stub: Any) -> None:
         """Ping while somebody uses the link; while the breaker is open, probe at its pace instead."""
         while True:
-            now = time.monotonic()
+            now = self._clock()
             if self._breaker.probe_at_s is not None:
                 await asyncio.sleep(max(0.0, self._breaker.probe_at_s - now))
             elif now - self._last_use_s > IDLE_AFTER_S:
@@ -238,35 +252,40 @@ class Link:
                 await self._used.wait()
             else:
                 await asyncio.sleep(KEEP_WARM_S if self._connected_once else 0)
-            await self._ping(stub)
+            probe_at = self._breaker.probe_at_s
+            if probe_at is None or self._clock() >= probe_at:  # it may have opened meanwhile
+                await self._ping(stub)
 
     async def _ping(self, stub: Any) -> None:
         import grpc
 
-        start = time.monotonic()
+        start, probing = self._clock(), self._breaker.open
         try:
             await stub.ServerLive(
                 oip.messages().ServerLiveRequest(), timeout=PING_DEADLINE_S, wait_for_ready=not self._connected_once
             )
         except grpc.aio.AioRpcError:
-            self._missed()
+            self._missed(ping=True)
             return
-        now = time.monotonic()
+        now = self._clock()
+        if self._breaker.open and not probing:
+            return  # sent before requests went unanswered: it says nothing of now
         if self._connected_once and not self._breaker.open:
             self._estimator.on_ping(now, (now - start) * 1e3)
         # The first one after an absence paid for TCP and TLS: its time says nothing, and the tail may be another process.
         returned = not self._connected_once or self._breaker.open
         self._connected_once = True
-        self._answered()
+        self._breaker.on_ping(now)
+        self._tell_all()
         if returned:
             self._start_warming(stub)
 
     def _use(self) -> None:
-        self._last_use_s = time.monotonic()
+        self._last_use_s = self._clock()
         self._used.set()
 
-    def _missed(self) -> None:
-        self._breaker.on_miss(time.monotonic(), random.random())  # noqa: S311  only spreads the probes
+    def _missed(self, *, ping: bool = False) -> None:
+        self._breaker.on_miss(self._clock(), self._luck(), ping=ping)
         self._tell_all()
 
     def _answered(self) -> None:
@@ -274,7 +293,7 @@ class Link:
         self._tell_all()
 
     def _estimate(self) -> Estimate:
-        return self._estimator.now(time.monotonic(), up=self._connected_once and not self._breaker.open)
+        return self._estimator.now(self._clock(), up=self._connected_once and not self._breaker.open)
 
     def _tell_all(self) -> None:
         estimate = self._estimate()
@@ -337,6 +356,32 @@ def _request(header: Mapping[str, Any], frame: bytes, deadline_us: int) -> Any:
         request.parameters[f"split.{key}"].string_param = str(header[key])
     request.parameters["split.deadline_us"].int64_param = deadline_us
     return request
+
+
+def _plain_request(header: Mapping[str, Any], body: bytes, _: int) -> Any:
+    """Return a request that any server of the protocol understands: named tensors, no parameters of ours."""
+    name = header["plan"] if header["cut"] == "input" else f"{header['plan']}.{header['cut']}"
+    request, at = oip.messages().ModelInferRequest(model_name=str(name)), 0
+    for tensor, datatype, shape, size in header["tensors"]:
+        if type(size) is not int or not 0 <= size <= len(body) - at:
+            raise ValueError("its tensors are longer than what came")
+        request.inputs.add(name=tensor, datatype=datatype, shape=shape)
+        request.raw_input_contents.append(body[at : at + size])
+        at += size
+    return request
+
+
+def _raw(response: Any) -> Any:
+    """Return the response with its tensors raw, as some servers do not send them; None when it cannot be read."""
+    try:
+        return oip.to_response(oip.from_response(response))
+    except FormatError:
+        return None
+
+
+def _assumed_ms(header: Mapping[str, Any]) -> float:
+    said = header.get("tail_ms")
+    return float(said) if isinstance(said, (int, float)) and said >= 0 else 0.0
 
 
 def _kind(grpc: Any, code: Any) -> str:

@@ -45,6 +45,14 @@ class Tail(Protocol):
     def send(self, plan: str, cut: str, codec: str, frame: bytes, deadline_s: float) -> int:
         """Send a frame and return the request's number. A link that is gone shows in `wait`."""
 
+    def send_plain(
+        self, plan: str, cut: str, arrays: "Mapping[str, NDArray[Any]]", deadline_s: float, tail_ms: float = 0.0
+    ) -> int:
+        """Send the tensors of a cut as they are, to a model `<plan>.<cut>` (`<plan>` for the input) of any server.
+
+        A stock server does not say how long it took; `tail_ms` is what to assume.
+        """
+
     def wait(self, request: int, timeout_s: float) -> Reply | None:
         """Return the reply, or None when none came within `timeout_s` (0: only look)."""
 
@@ -83,17 +91,20 @@ class LinkClient:
         return self._estimate
 
     def send(self, plan: str, cut: str, codec: str, frame: bytes, deadline_s: float) -> int:
+        return self._send({"op": "infer", "plan": plan, "cut": cut, "codec": codec}, frame, deadline_s)
+
+    def send_plain(
+        self, plan: str, cut: str, arrays: "Mapping[str, NDArray[Any]]", deadline_s: float, tail_ms: float = 0.0
+    ) -> int:
+        raw = {name: oip.to_raw(array) for name, array in arrays.items()}
+        tensors = [[name, oip.datatype(array), list(array.shape), len(raw[name])] for name, array in arrays.items()]
+        header = {"op": "plain", "plan": plan, "cut": cut, "tensors": tensors, "tail_ms": tail_ms}
+        return self._send(header, b"".join(raw.values()), deadline_s)
+
+    def _send(self, header: dict[str, Any], body: bytes, deadline_s: float) -> int:
         self._next += 1
-        header = {
-            "op": "infer",
-            "id": self._next,
-            "plan": plan,
-            "cut": cut,
-            "codec": codec,
-            "deadline_us": max(1, int(deadline_s * 1e6)),
-        }
         self._waiting.add(self._next)
-        self._put(ipc.frame(header, frame))
+        self._put(ipc.frame({**header, "id": self._next, "deadline_us": max(1, int(deadline_s * 1e6))}, body))
         return self._next
 
     def wait(self, request: int, timeout_s: float) -> Reply | None:

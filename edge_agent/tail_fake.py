@@ -1,12 +1,17 @@
 """A tail in memory with a clock of its own: answers as the real one, late, never, or with a refusal, as the script says."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from edge_agent.tail_client import Reply
 from skills import codec, ort
 from skills.errors import SkerryError
 from skills.split import Estimate, load_plan, plan_hash
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 @dataclasses.dataclass(slots=True)
@@ -54,6 +59,15 @@ class FakeTail:
             self._due[self._next] = (self._clock() + self.delay_s, reply)
         return self._next
 
+    def send_plain(
+        self, plan: str, cut: str, arrays: "Mapping[str, NDArray[Any]]", deadline_s: float, tail_ms: float = 0.0
+    ) -> int:
+        self._next += 1
+        if not self.silent:
+            reply = self.refuse or self._answer_plain(plan, cut, arrays)
+            self._due[self._next] = (self._clock() + self.delay_s, reply)
+        return self._next
+
     def wait(self, request: int, timeout_s: float) -> Reply | None:
         due, reply = self._due.get(request, (float("inf"), Reply(None)))
         if due > self._clock() + timeout_s:
@@ -80,3 +94,12 @@ class FakeTail:
             return Reply(self._chain.run(codec.decode(coding, cut.tensors, frame), cut.after))
         except (SkerryError, StopIteration) as error:
             return Reply(None, "invalid", str(error) or f"cut {cut_name} has no coding {coding_name}")
+
+    def _answer_plain(self, name: str, cut_name: str, arrays: "Mapping[str, NDArray[Any]]") -> Reply:
+        plan = self._plans.get(name)
+        if plan is None:
+            return Reply(None, "invalid", f"no plan {name!r} lies here")
+        try:
+            return Reply(self._chain.run(arrays, plan.cut(cut_name).after))
+        except SkerryError as error:
+            return Reply(None, "invalid", str(error))

@@ -81,6 +81,67 @@ def test_probes_grow_rarer_up_to_a_bound_and_are_spread(lucks: list[float]) -> N
             now = breaker.probe_at_s
 
 
+def test_pings_do_not_hide_a_tail_that_lives_but_does_not_compute() -> None:
+    breaker = Breaker()
+    for at in range(2):
+        breaker.on_miss(at, 0.5)
+        if at == 0:
+            breaker.on_ping(at + 0.5)
+    assert breaker.open
+    waits, now = [], 1.0
+    for _ in range(4):
+        assert breaker.probe_at_s is not None
+        waits.append(breaker.probe_at_s - now)
+        now = breaker.probe_at_s
+        breaker.on_ping(now)  # lives: closed on trial
+        assert not breaker.open
+        breaker.on_miss(now, 0.5)  # and still does not compute: one request shows it
+        assert breaker.open
+    assert waits == pytest.approx([0.5, 1.0, 2.0, 4.0])
+    breaker.on_ping(now)
+    breaker.on_success()
+    breaker.on_miss(now, 0.5)
+    assert not breaker.open  # an answered request ends the trial
+
+
+def test_a_trial_that_nobody_put_to_the_test_is_over_after_a_while() -> None:
+    breaker = Breaker()
+    breaker.on_miss(0.0, 0.5)
+    breaker.on_miss(0.1, 0.5)
+    breaker.on_ping(0.6)
+    breaker.on_miss(60.0, 0.5)
+    assert not breaker.open
+    breaker.on_miss(60.1, 0.5)
+    assert breaker.probe_at_s == pytest.approx(60.6)
+
+
+def test_two_silent_pings_open_the_breaker_and_one_ping_closes_it_for_good() -> None:
+    breaker = Breaker()
+    breaker.on_miss(0.0, 0.5, ping=True)
+    breaker.on_miss(0.1, 0.5, ping=True)
+    assert breaker.open
+    breaker.on_ping(0.6)
+    breaker.on_miss(0.7, 0.5)
+    assert not breaker.open
+
+
+@given(st.lists(st.tuples(st.sampled_from(["answer", "ping", "miss", "silence"]), st.floats(0, 40)), max_size=60))
+def test_an_open_breaker_always_probes_within_a_bound_and_any_answer_lets_requests_through(
+    events: list[tuple[str, float]],
+) -> None:
+    breaker, now = Breaker(), 0.0
+    for kind, wait in events:
+        now += wait
+        if kind == "answer":
+            breaker.on_success()
+        elif kind == "ping":
+            breaker.on_ping(now)
+        else:
+            breaker.on_miss(now, 1.0, ping=kind == "silence")
+        assert not (breaker.open and kind in ("answer", "ping"))
+        assert breaker.probe_at_s is None or now < breaker.probe_at_s <= now + 1.2 * LAST_PROBE_S + 1e-6
+
+
 def test_a_probe_is_wanted_only_after_silence_and_takes_a_hundredth_of_the_time_at_most() -> None:
     estimator = Estimator()
     assert estimator.wants_probe(0.0)

@@ -1,0 +1,241 @@
+"""The link on a clock that jumps: when it pings, when it leaves the tail alone, and what the workers hear of it."""
+
+import asyncio
+import itertools
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import grpc
+import pytest
+
+from edge_agent.link import IDLE_AFTER_S, KEEP_WARM_S, Link
+from skills import oip
+from skills.wire import unpack_frame
+
+Simulate = Callable[[Coroutine[Any, Any, Any]], Any]
+PLAN = "0" * 16
+INFER = {"op": "infer", "id": 1, "plan": PLAN, "cut": "c1", "codec": "u8", "deadline_us": 200_000}
+
+
+class Failed(grpc.aio.AioRpcError):
+    def __init__(self, code: grpc.StatusCode) -> None:
+        super().__init__(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details=code.name.lower())
+
+
+class Call:
+    """A request on its way; it ends with the tail's mood at that moment."""
+
+    def __init__(self, tail: "Tail", timeout: float) -> None:
+        self.tail, self.timeout = tail, timeout
+
+    def __await__(self) -> Any:
+        return self.tail.finish(self.timeout, computes=True).__await__()
+
+    async def trailing_metadata(self) -> list[tuple[str, str]]:
+        return [("split-compute-us", "2000")]
+
+
+class Tail:
+    """Stands for the gRPC stub: `up` and `computes` script it, `pings` and `asked` say when it was called."""
+
+    def __init__(self) -> None:
+        self.up = self.computes = True
+        self.refuses: grpc.StatusCode | None = None
+        self.pings: list[float] = []
+        self.asked: list[float] = []
+        self.warmed: list[str] = []
+
+    async def finish(self, limit_s: float, computes: bool = False) -> Any:
+        if not self.up:
+            raise Failed(grpc.StatusCode.UNAVAILABLE)
+        if computes and not self.computes:
+            await asyncio.sleep(limit_s)
+            raise Failed(grpc.StatusCode.DEADLINE_EXCEEDED)
+        if computes and self.refuses is not None:
+            raise Failed(self.refuses)
+        await asyncio.sleep(0.01)
+        return oip.messages().ModelInferResponse()
+
+    async def ServerLive(self, request: Any, timeout: float, wait_for_ready: bool = False) -> Any:  # noqa: ASYNC109, N802
+        self.pings.append(asyncio.get_running_loop().time())
+        return await self.finish(timeout)
+
+    async def ModelReady(self, request: Any, timeout: float) -> Any:  # noqa: ASYNC109, N802
+        self.warmed.append(request.name)
+        return await self.finish(timeout)
+
+    def ModelInfer(self, request: Any, timeout: float) -> Call:  # noqa: N802
+        self.asked.append(asyncio.get_running_loop().time())
+        return Call(self, timeout)
+
+
+class Writer:
+    """A worker's end of the socket: what the link says to it."""
+
+    def __init__(self) -> None:
+        self.heard: list[dict[str, Any]] = []
+
+    def is_closing(self) -> bool:
+        return False
+
+    def write(self, data: bytes) -> None:
+        self.heard.append(dict(unpack_frame(data[4:], 1 << 20)[0]))
+
+
+class World:
+    """A link, its scripted tail and one worker."""
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.tail, self.worker = Tail(), Writer()
+        self.link = Link("nowhere:1", None, clock=loop.time, luck=lambda: 0.5)
+        self.link._writers.add(self.worker)  # type: ignore[arg-type]
+        self.link._use()
+        self.warm = asyncio.create_task(self.link._keep_warm(self.tail))
+
+    def say(self, **header: Any) -> None:
+        self.link._handle(self.tail, self.worker, header, memoryview(b"frame"))  # type: ignore[arg-type]
+
+    async def ask(self, **more: Any) -> dict[str, Any]:
+        """Send one request and return the answer."""
+        self.say(**{**INFER, **more})
+        await asyncio.gather(*self.link._calls.values())
+        return self.worker.heard[-1] if self.worker.heard[-1]["op"] == "answer" else self.answers()[-1]
+
+    def answers(self) -> list[dict[str, Any]]:
+        return [one for one in self.worker.heard if one["op"] == "answer"]
+
+    def up(self) -> bool:
+        return bool([one for one in self.worker.heard if one["op"] == "estimate"][-1]["up"])
+
+    async def end(self) -> None:
+        self.warm.cancel()
+        await asyncio.gather(self.warm, return_exceptions=True)
+
+
+@pytest.fixture
+def simulated(simulate: Simulate) -> Callable[[Callable[[World], Coroutine[Any, Any, None]]], None]:
+    def run(story: Callable[[World], Coroutine[Any, Any, None]]) -> None:
+        async def told() -> None:
+            world = World()
+            try:
+                await story(world)
+            finally:
+                await world.end()
+
+        simulate(told())
+
+    return run
+
+
+def test_a_used_connection_is_kept_warm_on_its_own_channel_and_an_unused_one_is_left_in_peace(simulated: Any) -> None:
+    async def story(world: World) -> None:
+        await asyncio.sleep(IDLE_AFTER_S + 20)
+        gaps = [b - a for a, b in itertools.pairwise(world.tail.pings)]
+        assert max(gaps) < 0.5  # TCP forgets its window after half a second
+        assert min(gaps[1:]) >= KEEP_WARM_S
+        assert len(world.tail.pings) == pytest.approx(IDLE_AFTER_S / (KEEP_WARM_S + 0.01), rel=0.1)
+        quiet = len(world.tail.pings)
+        assert (await world.ask())["ok"]
+        await asyncio.sleep(1)
+        assert len(world.tail.pings) > quiet
+
+    simulated(story)
+
+
+def test_a_tail_that_is_gone_is_probed_ever_more_rarely_and_found_again_by_itself(simulated: Any) -> None:
+    async def story(world: World) -> None:
+        world.say(op="plan", plan=PLAN)
+        await asyncio.sleep(1)
+        assert world.up()
+        world.tail.up = False
+        gone = asyncio.get_running_loop().time()
+        await asyncio.sleep(120)
+        assert not world.up()
+        probes = [at for at in world.tail.pings if at > gone]
+        gaps = [b - a for a, b in itertools.pairwise(probes)]
+        assert gaps[1:7] == pytest.approx([0.5, 1, 2, 4, 8, 16], abs=0.1)
+        assert max(gaps) <= 30.1
+        world.tail.up, before = True, len(world.tail.warmed)
+        await asyncio.sleep(31)
+        assert world.up()
+        assert world.tail.warmed[before:] == [PLAN]  # it may be another process now
+        assert (await world.ask())["ok"]
+
+    simulated(story)
+
+
+def test_a_tail_that_answers_pings_but_no_requests_is_left_alone(simulated: Any) -> None:
+    async def story(world: World) -> None:
+        await asyncio.sleep(1)
+        assert (await world.ask())["ok"]
+        world.tail.computes = False
+        tried = 0
+        for number in range(600):  # a device that asks twice a second, as long as it is told that the tail is up
+            if world.up():
+                tried += 1
+                assert (await world.ask(id=number))["kind"] == "late"
+            await asyncio.sleep(0.5)
+        assert tried < 20
+        world.tail.computes = True
+        await asyncio.sleep(40)
+        assert world.up()
+        assert (await world.ask())["ok"]
+
+    simulated(story)
+
+
+def test_a_tail_without_room_is_given_time(simulated: Any) -> None:
+    async def story(world: World) -> None:
+        await asyncio.sleep(1)
+        world.tail.refuses = grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert [(await world.ask(id=at))["kind"] for at in (1, 2)] == ["exhausted"] * 2
+        assert not world.up()
+        world.tail.refuses = None
+        await asyncio.sleep(1)
+        assert world.up()
+        assert (await world.ask())["ok"]
+
+    simulated(story)
+
+
+def test_a_refusal_for_what_was_asked_says_nothing_against_the_tail(simulated: Any) -> None:
+    async def story(world: World) -> None:
+        await asyncio.sleep(1)
+        for code in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND):
+            world.tail.refuses = code
+            for number in range(3):
+                assert (await world.ask(id=number))["kind"] == "invalid"
+        assert world.up()
+
+    simulated(story)
+
+
+def test_what_a_worker_gives_up_as_late_counts_against_the_tail_and_frees_its_place(simulated: Any) -> None:
+    async def story(world: World) -> None:
+        await asyncio.sleep(1)
+        world.tail.computes = False
+        for number in (1, 2):
+            world.say(**{**INFER, "id": number, "deadline_us": 9_000_000})
+            await asyncio.sleep(0.25)
+            world.say(op="cancel", id=number, late=True)
+        assert not world.link._calls
+        assert not world.up()
+
+    simulated(story)
+
+
+def test_a_plain_request_names_model_and_tensors_and_carries_nothing_of_ours() -> None:
+    from edge_agent.link import _plain_request
+
+    tensors = [["a", "FP32", [1, 2], 8], ["b", "UINT8", [3], 3]]
+    request = _plain_request({"plan": PLAN, "cut": "c1", "tensors": tensors}, b"x" * 11, 1)
+    assert (request.model_name, list(request.parameters)) == (f"{PLAN}.c1", [])
+    assert [(one.name, one.datatype, list(one.shape)) for one in request.inputs] == [
+        ("a", "FP32", [1, 2]),
+        ("b", "UINT8", [3]),
+    ]
+    assert list(map(len, request.raw_input_contents)) == [8, 3]
+    assert _plain_request({"plan": PLAN, "cut": "input", "tensors": []}, b"", 1).model_name == PLAN
+    with pytest.raises(ValueError, match="longer than what came"):
+        _plain_request({"plan": PLAN, "cut": "c1", "tensors": tensors}, b"x" * 10, 1)
