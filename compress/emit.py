@@ -170,8 +170,6 @@ class _Emitter:
         if given and bias is None and int8:
             return  # a computed bias cannot become int32
         codes = self._codes(layer, weight)
-        if self.scheme.correct_bias and layer.op in ("Conv", "Gemm") and node.input[0] in self.seen:
-            bias = corrected_bias(layer, weight, codes, bias, self.seen[node.input[0]].mean)
         if layer.op in HEAVY and layer.op != "MatMul":
             bias = self.scheme.biases.get(node.name, bias)
         if bias is not None:
@@ -270,20 +268,3 @@ def _room_for_bias(codes: Codes, weight: Array, bias: Array, input_scale: float,
     raised = encode_with(weight, codes.axis, codes.bits, scales, weight_bits)
     keep = np.moveaxis(np.zeros(raised.values.shape, bool), codes.axis, -1) | (codes.scales >= needed)
     return dataclasses.replace(raised, values=np.where(np.moveaxis(keep, -1, codes.axis), codes.values, raised.values))
-
-
-def corrected_bias(layer: Layer, weight: Array, codes: Codes, bias: Array | None, mean: Array) -> Array | None:
-    """Return the bias that cancels what rounding the weights shifts the layer's mean answer by.
-
-    The shift is the weights' error times each input channel's mean over calibration data (Nagel et al. 2019,
-    arXiv 1906.04721, section 4.2, with measured means). Padding's zeros at the border are ignored.
-    """
-    error = (codes.restore() - weight).astype(np.float64)
-    per_input = error.reshape(*error.shape[:2], -1).sum(axis=2) if layer.op == "Conv" else error
-    out_channels, in_per_group = per_input.shape
-    if mean.size != in_per_group * layer.groups:
-        return bias
-    inputs = mean.reshape(layer.groups, in_per_group)
-    grouped = per_input.reshape(layer.groups, out_channels // layer.groups, in_per_group)
-    shift = np.einsum("goi,gi->go", grouped, inputs).reshape(-1)
-    return np.asarray((np.zeros(1) if bias is None else bias.astype(np.float64)) - shift)

@@ -187,7 +187,7 @@ def soft_drop(original: Array, output: Array) -> float:
     """
     if output.ndim != 2 or output.shape[1] < 2:
         return 0.0
-    odds, rows = np.exp(_log_probabilities(original)), np.arange(len(original))
+    odds, rows = np.exp(log_probabilities(original)), np.arange(len(original))
     lost = odds[rows, original.argmax(axis=1)] - odds[rows, output.argmax(axis=1)]
     return float(lost.mean()) * 100
 
@@ -199,13 +199,14 @@ def divergence(original: Array, output: Array) -> float:
     relative to the original's variance.
     """
     if output.ndim == 2 and output.shape[1] > 1:
-        p, q = _log_probabilities(original), _log_probabilities(output)
+        p, q = log_probabilities(original), log_probabilities(output)
         return float((np.exp(p) * (p - q)).sum(axis=1).mean())
     spread = float(original.astype(np.float64).var()) or 1.0
     return float(((original.astype(np.float64) - output) ** 2).mean()) / spread
 
 
-def _log_probabilities(scores: Array) -> Array:
+def log_probabilities(scores: Array) -> Array:
+    """Return class scores [n, classes], before or after a Softmax, as logarithms of probabilities."""
     scores = scores.astype(np.float64)
     if float(scores.min()) >= 0 and np.allclose(scores.sum(axis=1), 1, atol=0.02):
         return np.asarray(np.log(np.maximum(scores, 1e-9)))  # the graph ends in Softmax already

@@ -17,7 +17,7 @@ from compress.data import Splits
 from compress.graph import Array
 from compress.measure import answers
 from compress.metrics import Metric
-from compress.scheme import Scheme
+from compress.scheme import Candidate, Scheme
 from compress.statistics import Statistics
 from skills import ort
 from skills.errors import SkerryError
@@ -35,7 +35,10 @@ class State:
     statistics: Statistics | None = None
     scheme: Scheme | None = None
     notes: tuple[str, ...] = ()
-    harm: Mapping[str, float] = dataclasses.field(default_factory=dict)  # layer -> what 4 bits alone cost it
+    harm: Mapping[str, Mapping[float, float]] = dataclasses.field(
+        default_factory=dict
+    )  # layer -> width -> its cost alone
+    tried: tuple[Candidate, ...] = ()
 
     def seen(self) -> Statistics:
         """Return the statistics; a pass that needs them runs after `ranges`."""

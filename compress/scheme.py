@@ -81,7 +81,6 @@ class Scheme:
     layers: tuple[Layer, ...]
     ranges: Mapping[str, Range]
     profile: Profile
-    correct_bias: bool = False
     codes: Mapping[str, Codes] = dataclasses.field(default_factory=dict)
     biases: Mapping[str, Array] = dataclasses.field(default_factory=dict)
 
@@ -101,3 +100,14 @@ class Scheme:
     def layer(self, node: str) -> Layer | None:
         """Return the layer of a node, or None where the node has no trained weights."""
         return next((layer for layer in self.layers if layer.node == node), None)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Candidate:
+    """A whole model that was tried: its file's bytes, its distance to the original's answers on calibration data, and the
+    drop in points to expect from the select part."""
+
+    bytes: int
+    distance: float
+    drop: float
+    scheme: Scheme

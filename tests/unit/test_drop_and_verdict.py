@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compress.measure import Drop, divergence, paired_drop, soft_drop, verdict
-from compress.passes.bits import most_that_pass, order
-from compress.scheme import Layer, Range
+from compress.passes.bits import score_noise, temperature
+from compress.scheme import Range
 from compress.statistics import BINS, Histogram
 
 MARKS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=200)
@@ -44,14 +44,21 @@ def test_a_changed_answer_costs_what_the_original_thought_of_it() -> None:
     assert soft_drop(original, changed) == pytest.approx(100 * (0.8 + 0.2) / 2)
 
 
-@given(st.integers(0, 60), st.integers(0, 60))
-def test_bisection_finds_the_last_count_that_passes(count: int, limit: int) -> None:
-    assert most_that_pass(count, lambda k: k <= limit) == min(count, limit)
+def test_an_original_that_is_surer_than_right_is_cooled_and_one_too_unsure_is_heated() -> None:
+    chance = np.random.default_rng(0)
+    log_odds = chance.standard_normal((4000, 5)) * 2
+    odds = np.exp(log_odds) / np.exp(log_odds).sum(axis=1, keepdims=True)
+    labels = (odds.cumsum(axis=1) < chance.random((4000, 1))).sum(axis=1)
+    assert temperature(log_odds, labels) == pytest.approx(1, abs=0.1)
+    assert temperature(3 * log_odds, labels) == pytest.approx(3, abs=0.3)
+    assert temperature(log_odds / 2, labels) == pytest.approx(0.5, abs=0.05)
 
 
-def test_layers_with_little_harm_a_weight_come_first() -> None:
-    big, small = Layer("big", "Conv", "w", 0, (64, 64, 3, 3)), Layer("small", "Conv", "v", 0, (4, 4, 1, 1))
-    assert order([small, big], {"big": 0.1, "small": 0.1}) == ["big", "small"]
+def test_noise_on_the_scores_is_measured_against_their_variance() -> None:
+    scores = np.random.default_rng(0).standard_normal((2000, 10))
+    noise = np.random.default_rng(1).standard_normal((2000, 10))
+    assert score_noise(scores, scores + 7) == pytest.approx(0)
+    assert score_noise(scores, scores + 0.1 * noise) == pytest.approx(0.01, rel=0.1)
 
 
 @given(st.lists(st.lists(st.floats(-100, 100), min_size=1, max_size=30), min_size=1, max_size=8))

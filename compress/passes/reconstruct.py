@@ -1,0 +1,221 @@
+"""Find low-bit codes layer after layer, each fed by the layers already rounded, and made to answer as the original does.
+
+What earlier layers get wrong is thus seen by later ones, which make up for it as far as their weights allow: the target
+of each layer is what the float model gives there (asymmetric calibration, as in BRECQ, arXiv 2102.05426, and GPTAQ, arXiv
+2504.02692). What remains of the mean goes into the bias (sequential bias correction, Nagel et al., arXiv 1906.04721).
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from compress import graph
+from compress.emit import BIAS_LIMIT, layer_codes
+from compress.graph import Array
+from compress.measure import batches
+from compress.moments import Moments, measurable, moments, rows_of, weight_of
+from compress.rounding import damped, loss, settle
+from compress.scheme import Layer, Scheme
+from compress.to_torch import Twin
+from compress.weights import Codes
+from skills.ort import Port
+
+DAMPING = 0.01  # of the mean second moment, and more where there are few rows for the inputs
+RIDGE = 0.1  # how strongly weights are held where they are, likewise
+HELD_BY_FEW = 4.0  # so much stronger are they held than damped where rows are few
+MOST_HELD = 1 << 26  # numbers of the largest activation that are kept at once: more samples than that are left out
+
+Tensor = Any
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fit:
+    """A layer's new codes, its float bias (None where the operator takes none), and the squared error of its answers,
+    up to a number that is the same for all fits of a layer."""
+
+    codes: Codes
+    bias: Array | None
+    error: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Problem:
+    """One layer with what it reads and should answer: rounds its weights to any width."""
+
+    layer: Layer
+    weight: Array
+    moments: Moments
+    takes_bias: bool
+    range_bits: int
+    floor: Array
+
+    def fit(self, bits: float) -> Fit:
+        """Return codes of this width whose answers come nearest to the wanted ones, and the bias that goes with them."""
+        seen, rows = self.moments, rows_of(self.layer, self.weight).astype(np.float64)
+        gram, cross = seen.gram, seen.cross
+        if not self.takes_bias:
+            gram = gram + seen.inputs[:, :, None] * seen.inputs[:, None, :]
+            cross = cross + seen.inputs[:, :, None] * seen.missing[:, None, :]
+        few = min(1.0, gram.shape[-1] / seen.count)
+        wanted = rows + np.linalg.solve(damped(gram, RIDGE + HELD_BY_FEW * few), cross).transpose(0, 2, 1)
+        codes, scales = settle(wanted, damped(gram, DAMPING + few), bits, self.range_bits, self.floor)
+        change = codes * scales[..., None].astype(np.float64) - rows
+        error = float(loss(change, gram).sum() - 2 * (change * cross.transpose(0, 2, 1)).sum())
+        bias = None
+        if self.takes_bias:
+            bias = (seen.missing - (change @ seen.inputs[..., None])[..., 0]).reshape(-1).astype(np.float32)
+        stored = Codes(weight_of(self.layer, codes), scales.reshape(-1).astype(np.float32), self.layer.axis, bits)
+        return Fit(stored, bias, error)
+
+
+Choose = Callable[[Problem], Fit | None]
+
+
+def walk(model: Any, scheme: Scheme, x: Array, choose: Choose, say: Callable[[float], None]) -> None:
+    """Run the float model and its rounded form side by side over `x`, and let `choose` fit each layer as it is reached.
+
+    Where it answers None the layer's float weights stay.
+
+    Raises:
+        FormatError: an operator of the graph has no torch counterpart.
+    """
+    pair = _Pair(_with_biases(model, scheme), scheme, x)
+    with torch.no_grad():
+        for at, node in enumerate(pair.nodes):
+            pair.run_exact(node)
+            pair.fit(node, choose)
+            pair.run_coded(node)
+            pair.forget(at)
+            say((at + 1) / len(pair.nodes))
+
+
+class _Pair:
+    """The float model and its rounded form, and the tensors of both that are still needed, batch by batch."""
+
+    def __init__(self, model: Any, scheme: Scheme, x: Array) -> None:
+        self.exact, self.coded = Twin(model), Twin(model)
+        self.nodes = list(model.graph.node)
+        self.values = graph.arrays(model)
+        self.scheme = scheme
+        self.layers = {layer.node: layer for layer in scheme.layers}
+        self.last = {name: at for at, node in enumerate(self.nodes) for name in node.input}
+        self.last |= dict.fromkeys(graph.outputs(model), len(self.nodes))
+        name = model.graph.input[0].name
+        self.flows: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+        for batch in _batches(model, x):
+            value = torch.from_numpy(np.array(batch))
+            self.flows.append(({name: value}, {name: self._coded(name, value)}))
+
+    def run_exact(self, node: Any) -> None:
+        for first, _ in self.flows:
+            first.update(self._outputs(self.exact, node, first))
+
+    def run_coded(self, node: Any) -> None:
+        for _, second in self.flows:
+            made = self._outputs(self.coded, node, second)
+            second.update({name: self._coded(name, value) for name, value in made.items()})
+
+    def fit(self, node: Any, choose: Choose) -> None:
+        """Let the node's layer, if it is one, be rounded."""
+        layer = self.layers.get(node.name)
+        if layer is None:
+            return
+        if not measurable(layer, node):
+            if layer.bits < 32:
+                codes = layer_codes(layer, self.values[layer.weight], self.scheme.profile.weight_bits)
+                self.coded.weights[layer.weight].copy_(torch.from_numpy(codes.restore()))
+            return
+        fit = choose(self._problem(layer, node))
+        if fit is not None:
+            self.coded.weights[layer.weight].copy_(torch.from_numpy(fit.codes.restore()))
+            if fit.bias is not None:
+                self.coded.weights[node.input[2]].copy_(torch.from_numpy(fit.bias))
+
+    def forget(self, at: int) -> None:
+        """Drop what no node behind number `at` reads."""
+        for flows in self.flows:
+            for flow in flows:
+                for name in self.nodes[at].input:
+                    if self.last.get(name) == at:
+                        flow.pop(name, None)
+
+    def _problem(self, layer: Layer, node: Any) -> Problem:
+        weight, scheme = self.values[layer.weight], self.scheme
+        pairs = [(second[node.input[0]], first[node.output[0]]) for first, second in self.flows]
+        takes_bias = layer.op in ("Conv", "Gemm") and len(node.input) > 2 and node.input[2] in self.coded.weights
+        groups = layer.groups if layer.op == "Conv" else 1
+        floor = np.zeros(layer.shape[layer.axis], np.float32)
+        feed = scheme.ranges.get(node.input[0])
+        if takes_bias and feed is not None and layer.compute == "int8":  # below, the bias would overflow int32
+            scale = feed.quant(scheme.profile.activation)[0]
+            floor = (2 * np.abs(self.values[node.input[2]]) / (scale * BIAS_LIMIT)).astype(np.float32)
+        range_bits = scheme.profile.weight_bits if layer.compute == "int8" else 8
+        found = moments(layer, node, weight, pairs)
+        return Problem(layer, weight, found, takes_bias, range_bits, floor.reshape(groups, -1))
+
+    def _outputs(self, twin: Twin, node: Any, flow: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        feeds = {name: flow[name] for name in node.input if name in flow}
+        wanted = [name for name in node.output if name in self.last]
+        return twin.run(feeds, wanted) if feeds and wanted else {}
+
+    def _coded(self, name: str, value: Tensor) -> Tensor:
+        """Return what is left of an activation in 8-bit codes, if it carries any."""
+        limits, kind = self.scheme.ranges.get(name), self.scheme.profile.activation
+        if limits is None:
+            return value
+        scale, zero = limits.quant(kind)
+        low = -128 if kind == "s8" else 0
+        return torch.fake_quantize_per_tensor_affine(value, scale, zero, low, low + 255)
+
+
+def rebuild(model: Any, scheme: Scheme, x: Array, say: Callable[[float], None] = lambda _share: None) -> Scheme:
+    """Return the scheme with codes and biases for the width that each of its layers has."""
+    codes: dict[str, Codes] = {}
+    biases: dict[str, Array] = {}
+
+    def choose(problem: Problem) -> Fit | None:
+        layer = problem.layer
+        if layer.bits == 32:
+            return None
+        fit = problem.fit(layer.bits)
+        codes[layer.node] = fit.codes
+        if fit.bias is not None:
+            biases[layer.node] = fit.bias
+        return fit
+
+    walk(model, scheme, x, choose, say)
+    return scheme.with_codes(codes).with_biases(biases)
+
+
+def _batches(model: Any, x: Array) -> list[Array]:
+    """Cut the samples as the model takes them, and no more of them than memory holds."""
+    item = model.graph.input[0]
+    shape = tuple(d.dim_value or -1 for d in item.type.tensor_type.shape.dim)
+    largest = max((abs(int(np.prod(size[1:]))) for size in graph.shapes(model).values() if len(size) > 1), default=1)
+    if shape[0] < 1:
+        x = x[: max(1, MOST_HELD // largest)]
+    return batches(Port(item.name, x.dtype.name, shape), x)
+
+
+def _with_biases(model: Any, scheme: Scheme) -> Any:
+    """Give every Conv and Gemm of the scheme a bias, so that it can be corrected."""
+    model = graph.copy(model)
+    layers = {layer.node: layer for layer in scheme.layers if layer.op in ("Conv", "Gemm")}
+    stored = graph.arrays(model)
+    for node in model.graph.node:
+        layer = layers.get(node.name)
+        if layer is None or not measurable(layer, node):
+            continue
+        size = layer.shape[layer.axis]
+        given = node.input[2] if len(node.input) > 2 else ""
+        if given and (given not in stored):
+            continue
+        value = stored[given].reshape(-1) if given else np.zeros(size, np.float32)
+        name = f"{node.name}.own bias"
+        model.graph.initializer.append(graph.tensor(name, np.broadcast_to(value, (size,)).astype(np.float32)))
+        del node.input[2:]
+        node.input.append(name)
+    return model
