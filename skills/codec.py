@@ -10,9 +10,9 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from skills import zstd
+from skills import rice, zstd
 from skills.errors import FormatError, MissingExtra
-from skills.split import CODED_KINDS, Coding, Image, Live
+from skills.split import CODED_KINDS, TOP, Coding, Image, Live
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,6 +24,9 @@ MAGIC = b"SK"
 VERSION = 1
 ZSTD_LEVEL = 1  # higher levels gain about one percent on activations and cost twice the time
 MAX_DECODED_BYTES = 64 << 20
+PCM_TOP, PCM_ZERO = 65_535, 32_768
+PCM_STEPS = (1, 32_768, 32_767)  # counts as they are; sound from -1 to 1 as most libraries read 16 bits; as some do
+PCM_TOLERANCE = 1e-3
 DTYPES = {
     "BOOL": "bool", "UINT8": "uint8", "UINT16": "uint16", "UINT32": "uint32", "UINT64": "uint64", "INT8": "int8",
     "INT16": "int16", "INT32": "int32", "INT64": "int64", "FP16": "float16", "FP32": "float32", "FP64": "float64",
@@ -99,18 +102,25 @@ def _total(tensors: Sequence[Live], heads: Sequence[tuple[tuple[int, ...], int]]
 
 
 def calibrated(kind: str, samples: "Array") -> tuple[float, int]:
-    """Return (scale, zero point) of an affine coding: the whole range for u8, all but the outermost 0.1 % for u4.
+    """Return (scale, zero point) of an affine coding: the whole range, for u4 all but the outermost 0.1 %.
 
-    Zero is exactly representable, so what a ReLU has cleared stays clear.
+    Zero is exactly representable, so what a ReLU has cleared stays clear. Sound that was recorded in 16 bits, and raw
+    counts of a sensor, are recognised, and 16-bit codes carry them without any loss.
     """
     import numpy as np
 
     values = np.asarray(samples, np.float32).ravel()
-    top = 255 if kind == "u8" else 15
-    if kind == "u8":
-        low, high = float(values.min()), float(values.max())
-    else:
+    top = TOP[kind]
+    if top == PCM_TOP:
+        for step in PCM_STEPS:
+            codes = values.astype(np.float64) * step
+            whole = np.abs(codes - np.rint(codes)).max(initial=0.0) < PCM_TOLERANCE
+            if whole and codes.min(initial=0.0) >= -PCM_ZERO and codes.max(initial=0.0) < PCM_ZERO:
+                return float(np.float32(1 / step)), PCM_ZERO
+    if kind == "u4":
         low, high = (float(value) for value in np.percentile(values, (0.1, 99.9)))
+    else:
+        low, high = float(values.min()), float(values.max())
     low, high = min(low, 0.0), max(high, 0.0)
     scale = (high - low) / top or 1.0
     return float(np.float32(scale)), round(-low / scale)
@@ -145,10 +155,11 @@ def _encode_one(coding: Coding, at: int, live: Live, array: "Array") -> bytes:
     if coding.kind == "native" or (coding.kind in CODED_KINDS and array.dtype.kind != "f"):
         return zstd.compress(np.ascontiguousarray(array).tobytes(), ZSTD_LEVEL)
     if coding.kind in CODED_KINDS:
-        top = 255 if coding.kind == "u8" else 15
-        values = array * np.float32(1 / coding.scales[at])
-        values += np.float32(coding.zeros[at])
-        codes = np.clip(np.rint(values, out=values), 0, top, out=values).astype(np.uint8).ravel()
+        codes = _codes(coding, at, array)
+        if coding.kind == "rice":
+            return rice.encode(_rows(codes))
+        if coding.kind == "u16":
+            return zstd.compress(_planes(codes), ZSTD_LEVEL)
         if coding.kind == "u4":
             even = np.append(codes, np.uint8(0)) if codes.size % 2 else codes
             return zstd.compress((even[0::2] | even[1::2] << 4).tobytes(), ZSTD_LEVEL)
@@ -163,6 +174,7 @@ def _decode_one(coding: Coding, at: int, live: Live, shape: tuple[int, ...], bod
     import numpy as np
 
     count, dtype = math.prod(shape), np.dtype(DTYPES[live.dtype])
+    codes: Array
     if coding.kind == "native" or (coding.kind in CODED_KINDS and dtype.kind != "f"):
         raw = _exactly(zstd.decompress(body, count * dtype.itemsize), count * dtype.itemsize)
         array = np.frombuffer(raw, dtype).reshape(shape)
@@ -173,13 +185,57 @@ def _decode_one(coding: Coding, at: int, live: Live, shape: tuple[int, ...], bod
         return array
     if coding.kind == "u8":
         codes = np.frombuffer(_exactly(zstd.decompress(body, count), count), np.uint8)
+    elif coding.kind == "u16":
+        planes = np.frombuffer(_exactly(zstd.decompress(body, 2 * count), 2 * count), np.uint8).reshape(2, count)
+        codes = planes[0].astype(np.uint16) | planes[1].astype(np.uint16) << 8
+    elif coding.kind == "rice":
+        axis, time = _time(shape)
+        rows = rice.decode(body, count // time, time)
+        turned = rows.reshape([*(size for at_, size in enumerate(shape) if at_ != axis), time])
+        codes = np.ascontiguousarray(np.moveaxis(turned, -1, axis)).ravel()
     elif coding.kind == "u4":
         packed = np.frombuffer(_exactly(zstd.decompress(body, (count + 1) // 2), (count + 1) // 2), np.uint8)
         codes = np.stack((packed & 15, packed >> 4), 1).ravel()[:count]
     else:
         return normalised(_image(live), _read_pictures(coding, live, shape, body), live.dtype)
-    values = (codes.astype(np.float32) - np.float32(coding.zeros[at])) * np.float32(coding.scales[at])
+    with np.errstate(over="ignore"):
+        values = (codes.astype(np.float32) - np.float32(coding.zeros[at])) * np.float32(coding.scales[at])
+    if not np.isfinite(values).all():
+        raise FormatError(f"the tensor {live.name!r} does not fit its scale of {coding.scales[at]:g}")
     return values.reshape(shape).astype(dtype, copy=False)
+
+
+def _codes(coding: Coding, at: int, array: "Array") -> "Array":
+    """Return the codes of an affine coding; those of `rice` keep their shape, the others lie in a row."""
+    import numpy as np
+
+    top = TOP[coding.kind]
+    values = array * np.float32(1 / coding.scales[at])
+    values += np.float32(coding.zeros[at])
+    codes = np.clip(np.rint(values, out=values), 0, top, out=values).astype(np.uint8 if top < 256 else np.uint16)
+    return codes if coding.kind == "rice" else codes.ravel()
+
+
+def _planes(codes: "Array") -> bytes:
+    """Return the low bytes, then the high ones: the high ones hardly change, and zstd sees that."""
+    import numpy as np
+
+    return bytes((codes & 255).astype(np.uint8).tobytes() + (codes >> 8).astype(np.uint8).tobytes())
+
+
+def _time(shape: Sequence[int]) -> tuple[int, int]:
+    """Return which axis samples follow each other on, and its length: the longest but the batch; the last one wins a tie."""
+    if len(shape) < 2:
+        return 0, shape[0] if shape else 1
+    axis = max(range(1, len(shape)), key=lambda at: (shape[at], at))
+    return axis, shape[axis]
+
+
+def _rows(codes: "Array") -> "Array":
+    import numpy as np
+
+    axis, time = _time(codes.shape)
+    return np.moveaxis(codes.reshape(codes.shape or (1,)), axis, -1).reshape(-1, time)
 
 
 def _read_pictures(coding: Coding, live: Live, shape: tuple[int, ...], body: memoryview) -> "NDArray[np.uint8]":

@@ -169,15 +169,17 @@ def versions() -> dict[str, str]:
     }  # fmt: skip
 
 
-def session(model: bytes | Path, threads: int = 1, *, optimise: bool = True) -> Session:
+def session(model: bytes | Path, threads: int = 1, *, optimise: bool = True, beside: Path | None = None) -> Session:
     """Load a model on the CPU; `optimise=False` keeps the graph as it was written, for looking at tensors inside it.
+
+    A model given as bytes finds its external data in the folder `beside`.
 
     Raises:
         NotFound: there is no such file.
         FormatError: onnxruntime cannot load it, in its own words.
         MissingExtra: onnxruntime is not installed.
     """
-    return _load(model, threads, optimise=optimise, save_to=None)
+    return _load(model, threads, optimise=optimise, save_to=None, beside=beside)
 
 
 def chain(files: Sequence[Path], outputs: Sequence[str], threads: int = 1) -> Chain:
@@ -189,10 +191,11 @@ def chain(files: Sequence[Path], outputs: Sequence[str], threads: int = 1) -> Ch
     return Chain.of([session(file, threads) for file in files], outputs)
 
 
-def audit(model: bytes) -> Audit:
+def audit(model: bytes, beside: Path | None = None) -> Audit:
     """Load `model` fully optimised, read the result back and say what became of each Conv, Gemm and MatMul.
 
-    Rows carry the names that the operators have in `model`, whatever the optimiser fused them into.
+    Rows carry the names that the operators have in `model`, whatever the optimiser fused them into. A model with external
+    data finds it in `beside`.
 
     Raises:
         FormatError: onnxruntime cannot load it.
@@ -204,8 +207,8 @@ def audit(model: bytes) -> Audit:
         raise MissingExtra("the graph audit needs onnx: pip install 'skerry[compress]'") from None
     with tempfile.TemporaryDirectory(prefix="skerry-audit-") as folder:
         path = Path(folder, "optimised.onnx")
-        _load(model, 1, optimise=True, save_to=path)
-        optimised = onnx.load(path)
+        _load(model, 1, optimise=True, save_to=path, beside=beside)
+        optimised = onnx.load(path, load_external_data=False)
     called = onnx.load_model_from_string(model)
     written = expanded(called)
     heavy = [node.name for node in optimised.graph.node if node.op_type in (*INT8_OPS, *FLOAT_OPS)]
@@ -294,7 +297,9 @@ def _timing(values: list[float]) -> Timing:
     return Timing(values[last // 2], values[round(last * 0.9)], values[0], len(values))
 
 
-def _load(model: bytes | Path, threads: int, *, optimise: bool, save_to: Path | None) -> Session:
+def _load(
+    model: bytes | Path, threads: int, *, optimise: bool, save_to: Path | None, beside: Path | None = None
+) -> Session:
     ort = runtime()
     if isinstance(model, Path) and not model.is_file():
         raise NotFound(f"there is no model file {model}")
@@ -306,6 +311,8 @@ def _load(model: bytes | Path, threads: int, *, optimise: bool, save_to: Path | 
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
     if save_to is not None:
         options.optimized_model_filepath = str(save_to)
+    if beside is not None and isinstance(model, bytes):
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(beside))
     start = time.perf_counter()
     try:
         source = str(model) if isinstance(model, Path) else model

@@ -35,6 +35,9 @@ class Profile:
     slowdown: Annotated[
         float | None, Doc("how many times slower than the planning machine it is; used by split"), Limits(min=0.01)
     ] = None
+    memory_mb: Annotated[
+        float | None, Doc("memory that a model may take there, in MiB; used by split"), Limits(min=1)
+    ] = None
     format: Literal["profile/v1"] = "profile/v1"
 
 

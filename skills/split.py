@@ -7,6 +7,7 @@ docs/splitting.md explains the cost model.
 
 import dataclasses
 import hashlib
+import math
 import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
@@ -19,13 +20,14 @@ from skills.wire import Doc, Limits, decode_yaml, encode_json
 MAX_PLAN_BYTES = 1 << 20
 CALL_BYTES = 600  # headers and parameters of one call and its answer, on the wire
 INITIAL_WINDOW_BYTES = 14_600  # ten segments of 1460 bytes: what TCP sends before the first acknowledgement (RFC 6928)
-CODED_KINDS = ("u8", "u4")
+CODED_KINDS = ("u8", "u4", "u16", "rice")
+TOP = {"u4": 15, "u8": 255, "u16": 65_535, "rice": 65_535}  # the largest code of each affine coding
 IMAGE_KINDS = ("pixels", "png", "jpeg")
 
 Positive = Limits(min=1e-9)
 TensorName = Annotated[str, Limits(min=1, max_items=512)]
 CutName = Annotated[str, Limits(pattern=r"local|input|c[1-9]\d{0,2}", hint="local, input or c1, c2, …")]
-Kind = Literal["u8", "u4", "native", "pixels", "png", "jpeg"]
+Kind = Literal["u8", "u4", "u16", "rice", "native", "pixels", "png", "jpeg"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,14 +65,17 @@ class Coding:
 
     kind: Annotated[
         Kind,
-        Doc("u8, u4: affine codes + zstd; native: the tensor's own bytes + zstd; pixels, png, jpeg: an image input"),
+        Doc(
+            "u4, u8, u16: affine codes + zstd; rice: 16-bit codes, predicted along time, without further loss; native: the "
+            "tensor's own bytes + zstd; pixels, png, jpeg: an image input"
+        ),
     ]
     quality: Annotated[int, Limits(min=0, max=100), Doc("of jpeg")] = 0
     scales: Annotated[
         tuple[Annotated[float, Limits(min=1e-30, max=1e30)], ...], Limits(max_items=64), Doc("one per tensor")
     ] = ()
     zeros: Annotated[
-        tuple[Annotated[int, Limits(min=0, max=255)], ...], Limits(max_items=64), Doc("one per tensor")
+        tuple[Annotated[int, Limits(min=0, max=65_535)], ...], Limits(max_items=64), Doc("one per tensor")
     ] = ()
     bytes_p50: Annotated[int, Limits(min=0)] = 0
     bytes_p95: Annotated[int, Limits(min=0)] = 0
@@ -80,10 +85,32 @@ class Coding:
     drop_ci95: Annotated[tuple[float, float] | None, Doc("paired interval of the drop")] = None
     admitted: Annotated[bool, Doc("false: its drop is over the budget, so it is never chosen")] = True
 
+    def __post_init__(self) -> None:
+        if not all(math.isfinite(scale) and scale > 0 for scale in self.scales):
+            raise FormatError(f"coding {self.kind} has the scales {list(self.scales)}: each is a finite number above 0")
+        top = TOP.get(self.kind, 65_535)
+        if any(not 0 <= zero <= top for zero in self.zeros):
+            raise FormatError(
+                f"coding {self.kind} has the zero points {list(self.zeros)}: each lies between 0 and {top}"
+            )
+
     @property
     def name(self) -> str:
         """The word for people: `u4`, `jpeg q90`."""
         return f"jpeg q{self.quality}" if self.kind == "jpeg" else self.kind
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Leak:
+    """What a decoder that was trained for it made of the tensors of a cut: how much of the input they give away."""
+
+    verdict: Annotated[Literal["private", "recoverable", "inconclusive"], Doc("inconclusive counts as not private")]
+    measure: Annotated[
+        Literal["ssim", "explained variance"], Doc("of reconstructed inputs that the decoder was not trained on")
+    ]
+    value: Annotated[float, Limits(min=-1, max=1), Doc("1: the input itself; about 0: nothing of it")]
+    inputs: Annotated[int, Limits(min=0), Doc("how many inputs the decoder was trained and judged on")] = 0
+    flat: Annotated[bool, Doc("whether its held-out loss had stopped falling when it was judged")] = True
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -97,6 +124,8 @@ class Cut:
     tensors: Annotated[tuple[Live, ...], Limits(max_items=64)] = ()
     codings: Annotated[tuple[Coding, ...], Limits(max_items=16)] = ()
     raw: Annotated[bool, Doc("the input itself, or the input in another dress, leaves the device here")] = False
+    memory_mb: Annotated[float, Limits(min=0), Doc("memory that the device's segments take; 0: not measured")] = 0.0
+    leak: Annotated[Leak | None, Doc("with private: what the audit found")] = None
 
     def __post_init__(self) -> None:
         for coding in self.codings:
@@ -154,8 +183,10 @@ class Verdict:
 class Policy:
     """How the device decides between requests; a person may edit every line of it."""
 
-    minimize: Literal["latency", "bytes"] = "latency"
-    slo_ms: Annotated[float | None, Limits(min=0.001), Doc("with minimize: bytes, the slowest answer allowed")] = None
+    minimize: Annotated[Literal["latency", "bytes"], Doc("what the best answer has least of")] = "latency"
+    slo_ms: Annotated[float | None, Limits(min=0.001), Doc("the slowest answer allowed; minimize: bytes needs it")] = (
+        None
+    )
     pin: Annotated[CutName | None, Doc("always use this cut while the tail answers")] = None
     overhead_ms: Annotated[float, Limits(min=0), Doc("one remote call without its bytes, on a link without delay")] = (
         3.0
@@ -194,6 +225,14 @@ class Plan:
     reply_bytes: Annotated[
         int, Limits(min=0), Doc("what comes back for one input; the link is taken to be as fast both ways")
     ] = 0
+    memory_mb: Annotated[
+        float | None, Limits(min=1), Doc("memory of the device; a cut that needs more is not used")
+    ] = None
+    device: Annotated[
+        str,
+        Limits(max_items=100),
+        Doc("the enrolled device that the device's times were measured on; empty: this machine"),
+    ] = ""
     policy: Policy = Policy()
     shared: SharedData | None = None
     verdicts: Annotated[tuple[Verdict, ...], Limits(max_items=64)] = ()
@@ -353,11 +392,22 @@ def admitted(plan: Plan, private: bool | None = None) -> Iterator[tuple[Cut, Cod
     yield plan.cut("local"), None
     least = plan.cut(plan.min_cut).after if private and plan.min_cut else 0
     for cut in plan.cuts:
-        if cut.name == "local" or (private and (cut.raw or cut.name == "input" or cut.after < least)):
+        if cut.name == "local" or not fits(plan, cut) or (private and not keeps_private(cut, least)):
             continue
         for coding in cut.codings:
             if coding.admitted:
                 yield cut, coding
+
+
+def keeps_private(cut: Cut, least: int = 0) -> bool:
+    """Return whether a cut may be used where the input must not leave: an audit that is there must have said `private`."""
+    audited = cut.leak is None or cut.leak.verdict == "private"
+    return audited and not cut.raw and cut.name != "input" and cut.after >= least
+
+
+def fits(plan: Plan, cut: Cut) -> bool:
+    """Return whether the device has the memory for its side of a cut."""
+    return plan.memory_mb is None or cut.memory_mb <= plan.memory_mb
 
 
 def choose_cut(
@@ -372,6 +422,8 @@ def choose_cut(
         for cut, coding in admitted(plan, private)
         if coding is None or estimate.up
     ]
+    if len(choices) > 1 and not fits(plan, choices[0].cut):
+        del choices[0]  # staying local would need more memory than there is
     if plan.policy.pin is not None:
         choices = [choice for choice in choices if choice.cut.name == plan.policy.pin] or choices[:1]
     slo_ms = plan.policy.slo_ms if slo_ms is None else slo_ms

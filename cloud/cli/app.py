@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 import skills
-from cloud.cli import fleet, host, skill, story, workshop
+from cloud.cli import fleet, host, skill, splitting, story, workshop
 from cloud.cli.command import group
 
 HELP = """Take trained models to fleets of small devices and keep them right there.
@@ -36,7 +36,7 @@ def build() -> typer.Typer:
     """Return all commands."""
     app = group(HELP, order=ORDER)
     app.callback()(_options)
-    for part in (story, workshop, skill, host, fleet):
+    for part in (story, workshop, splitting, skill, host, fleet):
         part.register(app)
     return app
 

@@ -1,4 +1,4 @@
-"""`skerry compress` and `skerry split`: the workshop's two rooms from the command line."""
+"""`skerry compress`: the workshop from the command line."""
 
 from pathlib import Path
 from typing import Annotated, cast, get_args
@@ -7,7 +7,7 @@ import typer
 
 from cloud.cli.command import command
 from cloud.cli.screen import Screen
-from skills.errors import FormatError, Interrupted, UsageError
+from skills.errors import Interrupted, UsageError
 from skills.units import parse_duration
 
 PANEL = "Models"
@@ -26,15 +26,6 @@ def register(app: typer.Typer) -> None:
             "skerry compress retrained.onnx --data data.npz -o small --recipe small/recipe.yaml",
         ),
     )(compress)
-    command(
-        app,
-        "split",
-        panel=PANEL,
-        examples=(
-            "skerry split photos.onnx --data photos.npz --device-slowdown 10 --link 20mbit/30ms -o plan",
-            "skerry split photos.onnx --data photos.npz -o plan --private",
-        ),
-    )(split)
 
 
 def compress(
@@ -146,81 +137,3 @@ def interrupted(out: Path) -> str:
         return "interrupted; nothing is left half-written"
     kept = f"the best model so far is in {best_folder(out)}" if best_folder(out).is_dir() else f"{out} is as it was"
     return f"interrupted; {kept}; the same command with --resume goes on from here, rm -r {workdir(out)} forgets it"
-
-
-def split(
-    screen: Screen,
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx file.")],
-    data: Annotated[Path, typer.Option("--data", metavar="FILE", help="An .npz with x and, if known, y.")],
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="FOLDER", help="Where split.yaml and the segments go.")],
-    device: Annotated[
-        str | None, typer.Option("--device", metavar="PROFILE", help="Profile (.yaml or name) of the device.")
-    ] = None,
-    slowdown: Annotated[
-        float | None,
-        typer.Option(
-            "--device-slowdown",
-            metavar="TIMES",
-            help="How many times slower than this machine the device is.",
-            show_default="10",
-        ),
-    ] = None,
-    link: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--link",
-            metavar="RATE/RTT",
-            help="A network to judge, like 20mbit/30ms; may be repeated.",
-            show_default="1, 5, 20, 100mbit/30ms",
-        ),
-    ] = None,
-    private: Annotated[
-        bool, typer.Option("--private", help="The input may not leave the device, not even compressed.")
-    ] = False,
-    min_cut: Annotated[
-        str | None,
-        typer.Option("--min-cut", metavar="TENSOR", help="With --private: nothing before this tensor may leave."),
-    ] = None,
-    max_drop: Annotated[
-        float, typer.Option("--max-drop", metavar="POINTS", help="How much a coding may cost, in percentage points.")
-    ] = 1.0,
-) -> None:
-    """Find out whether and where to cut a model between device and cloud.
-
-    Staying local and sending the compressed input are candidates beside every true cut; the verdict says plainly when
-    splitting does not pay.
-    """
-    from cloud.split import LINKS
-    from cloud.split import split as run
-    from skills.split import parse_link
-
-    links = tuple(parse_link(text) for text in link) if link else LINKS
-    factor = device_slowdown(device, slowdown)
-    with screen.progress("splitting") as step:
-        report = run(
-            model, data, slowdown=factor, links=links, private=private, min_cut=min_cut, max_drop=max_drop, out=out,
-            progress=lambda stage, done, of: step(stage, done / of if of else 0.0),
-        )  # fmt: skip
-    from cloud.cli import findings
-
-    screen.result(findings.split_json(report), lambda: findings.split_table(report.plan, links))
-    screen.say(f"[dim]{out / 'report.html'} shows every cut[/dim]")
-
-
-def device_slowdown(device: str | None, slowdown: float | None) -> float:
-    """Return how many times slower the device is, from the option or its profile.
-
-    Raises:
-        UsageError: both were given.
-        FormatError: the profile does not say.
-    """
-    if slowdown is not None and device is not None:
-        raise UsageError("give either --device or --device-slowdown")
-    if device is None:
-        return 10.0 if slowdown is None else slowdown
-    from compress import profiles
-
-    profile = profiles.find(device)
-    if profile.slowdown is None:
-        raise FormatError(f"the profile {device} does not say how fast the device is: give --device-slowdown")
-    return profile.slowdown

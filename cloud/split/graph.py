@@ -7,6 +7,7 @@ takes along those that it needs. A cut is a set of nodes that contains all the p
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from skills.errors import FormatError
@@ -150,13 +151,20 @@ def read_flow(model: Any, types: Mapping[str, tuple[int, tuple[int, ...]]] | Non
     shapes = tensor_types(model) if types is None else types
     elements = {name: math.prod(size if size > 0 else 1 for size in shape) for name, (_, shape) in shapes.items()}
     ops, known, flowing = [], set(inputs) | constants, set(inputs)
+    stored: dict[str, Sequence[int]] = {item.name: item.dims for item in graph.initializer}
+    made = {name: node for node in graph.node for name in node.output}
     for index in ordered(graph, known):
         node = graph.node[index]
         reads = [name for name in needs(node) if name in flowing]
         if reads:
             flowing |= set(node.output)
             outputs = tuple(name for name in node.output if name)
-            ops.append(Op(index, node.op_type, tuple(dict.fromkeys(reads)), outputs, _cost(node, graph, elements)))
+            ops.append(
+                Op(index, node.op_type, tuple(dict.fromkeys(reads)), outputs, _cost(node, stored, made, elements))
+            )
+    still = [item.name for item in graph.output if item.name not in flowing]
+    if still:
+        raise FormatError(f"the model's output {still[0]!r} depends on no input: remove it, then split")
     return Flow(inputs, tuple(item.name for item in graph.output), tuple(ops), elements)
 
 
@@ -168,6 +176,7 @@ def needs(node: Any) -> Iterator[str]:
     for attribute in node.attribute:
         for graph in [attribute.g] if attribute.HasField("g") else attribute.graphs:
             own = {item.name for item in [*graph.input, *graph.initializer]}
+            own |= {item.values.name for item in graph.sparse_initializer}
             for inner in graph.node:
                 yield from (name for name in needs(inner) if name not in own)
                 own |= set(inner.output)
@@ -212,10 +221,13 @@ def tensor_types(model: Any) -> dict[str, tuple[int, tuple[int, ...]]]:
     return found
 
 
-def observed_types(model: Any, feeds: Mapping[str, Any]) -> dict[str, tuple[int, tuple[int, ...]]]:
+def observed_types(
+    model: Any, feeds: Mapping[str, Any], source: Path | None = None
+) -> dict[str, tuple[int, tuple[int, ...]]]:
     """Return (element type, shape) of every tensor as it comes out of a real run; a size that follows the batch is -1.
 
-    Inference alone leaves holes where a shape is computed. A model with a fixed batch is run once.
+    Inference alone leaves holes where a shape is computed. A model with a fixed batch is run once. `source` is where the
+    model's external data lies.
     """
     import onnx
 
@@ -228,7 +240,7 @@ def observed_types(model: Any, feeds: Mapping[str, Any]) -> dict[str, tuple[int,
     inputs = [item.name for item in wide.graph.input if item.name not in constants]
     names = [name for node in wide.graph.node for name in node.output if name]
     wide.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    session = ort.session(wide.SerializeToString(), optimise=False)
+    session = ort.session(wide.SerializeToString(), optimise=False, beside=source)
     free = all(port.shape and port.shape[0] == -1 for port in session.inputs)
     runs = [
         {name: feeds[name][:1].repeat(size, 0) if size > 1 else feeds[name][:1] for name in inputs}
@@ -268,22 +280,16 @@ def _without_weights(model: Any) -> Any:
     return slim
 
 
-def _cost(node: Any, graph: Any, elements: Mapping[str, int]) -> float:
+def _cost(
+    node: Any, stored: Mapping[str, Sequence[int]], made: Mapping[str, Any], elements: Mapping[str, int]
+) -> float:
     """Return roughly how many multiplications a node takes; only ratios matter, and only for the shortlist."""
     out = sum(elements.get(name, 1) for name in node.output)
     if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul", "QLinearConv", "ConvInteger"):
-        inner = {item.name: item.dims for item in graph.initializer}.get(node.input[1])
-        if inner is None:
-            inner = _unpacked_dims(node.input[1], graph)
+        name = node.input[3] if node.op_type == "QLinearConv" else node.input[1]
+        while name not in stored and name in made and made[name].input:
+            name = made[name].input[0]  # a packed weight is unfolded by Cast, DequantizeLinear, Mul, …
+        inner = stored.get(name, ())
         per_output = math.prod(inner[1:]) if node.op_type != "MatMul" and inner else (inner[0] if inner else 64)
         return float(out * max(per_output, 1))
     return float(out)
-
-
-def _unpacked_dims(name: str, graph: Any) -> Sequence[int]:
-    """Follow a packed weight (initializer, Cast, DequantizeLinear or Mul) to the stored tensor."""
-    made = {output: node for node in graph.node for output in node.output}
-    dims: dict[str, Sequence[int]] = {item.name: item.dims for item in graph.initializer}
-    while name not in dims and name in made and made[name].input:
-        name = made[name].input[0]
-    return dims.get(name, ())

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 def read_model(model: Path | bytes) -> tuple[bytes | Path, Any]:
     """Return the model for the runtime, and its graph; one newer than the runtime is lowered as `compress` does it.
 
+    External data stays where it is: a graph of a few kB stands for a model of many GB.
+
     Raises:
         NotFound: there is no such file.
         FormatError: not ONNX, or a file whose weights lie outside and are missing.
@@ -27,16 +29,16 @@ def read_model(model: Path | bytes) -> tuple[bytes | Path, Any]:
         raise MissingExtra("splitting a model needs onnx: pip install 'skerry[cloud]'") from None
     try:
         if isinstance(model, bytes):
-            return _lowered(model, onnx.load_model_from_string(model))
+            return _lowered(model, onnx.load_model_from_string(model), None)
         if not model.is_file():
             raise NotFound(f"there is no model file {model}")
-        return _lowered(model, onnx.load(model))
+        return _lowered(model, onnx.load(model, load_external_data=False), model.parent)
     except (DecodeError, ValueError, OSError, onnx.checker.ValidationError) as error:
         name = model if isinstance(model, Path) else "the model"
         raise FormatError(f"{name} is no ONNX model that can be read: {error}") from None
 
 
-def _lowered(model: Path | bytes, graph: Any) -> tuple[bytes | Path, Any]:
+def _lowered(model: Path | bytes, graph: Any, beside: Path | None) -> tuple[bytes | Path, Any]:
     if graph.functions:  # a cut may lie inside one, and what one hides must not pass for computing
         from onnx import inliner
 
@@ -46,8 +48,12 @@ def _lowered(model: Path | bytes, graph: Any) -> tuple[bytes | Path, Any]:
     if opset <= ort.MAX_OPSET and graph.ir_version <= ort.MAX_IR:
         return model, graph
     if opset > ort.MAX_OPSET:
+        from onnx import external_data_helper
+
         from compress.passes.canonicalise import canonicalise
 
+        if beside is not None:
+            external_data_helper.load_external_data_for_model(graph, str(beside))
         graph = canonicalise(graph)
     graph.ir_version = min(graph.ir_version, ort.MAX_IR)
     return graph.SerializeToString(), graph

@@ -8,20 +8,21 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cloud.split.export import commented
 from cloud.split.graph import Flow, observed_types, read_flow
 from cloud.split.images import recognise
 from cloud.split.inputs import check_fit, read_data, read_model
+from cloud.split.memory import measured_mb
 from cloud.split.profile import Costs, gated, measure, measure_coding, possible_codings, scorer
 from cloud.split.report import render_html, report_json
 from cloud.split.segment import Pieces, Types, write_segments
 from cloud.split.shortlist import Candidate, candidate, shortlist
-from cloud.split.verdict import LINKS, ever_best, judge
+from cloud.split.verdict import LINKS, ever_best, judge, options
 from skills import codec, ort
 from skills.errors import FormatError, UsageError
 from skills.files import fsync_directory, sha256_file, sha256_hex, storage_errors, write_atomic
-from skills.split import Coding, Cut, Image, Link, Millis, Plan, Verdict, plan_hash
+from skills.split import Coding, Cut, Image, Link, Millis, Plan, Policy, Verdict, plan_hash
 from skills.timer import Dilated, Local, Timer
-from skills.wire import encode_yaml
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 
-HEADER = """A split plan: how this model is cut between a device and its tail in the cloud; docs/splitting.md explains it.
-You may edit `policy` (pin a cut, change the hysteresis), `private`, `min_cut`, `network` and the measured times.
-Segments, tensors, codings and their scales are fixed: the tail knows the plan by a hash over them."""
 ASSUMED = Link(20, 30)
 SHORT_ROUNDS = 8
 GATE_S = 20.0  # how long inputs beyond the timed ones may keep on proving the budget
@@ -59,6 +57,10 @@ def split(
     private: bool = False,
     min_cut: str | None = None,
     max_drop: float = 1.0,
+    objective: str = "latency",
+    slo_ms: float | None = None,
+    memory_mb: float | None = None,
+    head_tail: bool = False,
     out: Path,
     image: Image | None = None,
     most_cuts: int = 8,
@@ -74,6 +76,8 @@ def split(
     a picture is recognised from the data unless `image` says how it is normalised. `min_cut` names a tensor: with
     `private` no cut before it is used. `max_drop` is in percentage points, for every coding of every cut; it is
     judged on up to `most_gate` inputs, as many as fit in some seconds, while times and scales come of `most_samples`.
+    `objective` is latency or bytes (within `slo_ms`); a cut whose segments need more than `memory_mb` on the device is not
+    used. `head_tail` also writes head.onnx and tail.onnx of the best true cut, for runtimes that know no segments.
 
     Raises:
         UsageError: `out` exists and is no split plan, or a value is out of range.
@@ -82,21 +86,23 @@ def split(
     """
     start = time.monotonic()
     _check(out, slowdown, max_drop, links)
+    policy = _policy(objective, slo_ms)
     raw, graph = read_model(model)
+    beside = model.parent if isinstance(model, Path) else None
     feeds, labels = read_data(data, graph)
-    check_fit(feeds, ort.session(raw).inputs)
+    check_fit(feeds, ort.session(raw, beside=beside).inputs)
     count = min(len(next(iter(feeds.values()))), max(most_samples, most_gate))
     every = [{name: array[at : at + 1] for name, array in feeds.items()} for at in range(count)]
     samples, more = every[:most_samples], every[most_samples:]
     progress("reading the graph", 0, 1)
-    types = observed_types(graph, feeds)
+    types = observed_types(graph, feeds, beside)
     flow = read_flow(graph, types)
     if image is None and len(flow.inputs) == 1:
         image = recognise(feeds[flow.inputs[0]])
     if min_cut is not None and min_cut not in flow.producer():
         raise UsageError(f"the model has no tensor {min_cut!r} for the minimum cut")
     device: Timer = Dilated(slowdown) if slowdown > 1 else Local()
-    task = Task(raw, graph, flow, types, samples, more, labels, image, device, max_drop, progress)
+    task = Task(raw, beside, graph, flow, types, samples, more, labels, image, device, max_drop, progress)
     cuts = shortlist(flow, most_cuts, min_cut)
     progress("reading the graph", 1, 1)
     with storage_errors(out):
@@ -119,8 +125,9 @@ def split(
             sha256_hex(model) if isinstance(model, bytes) else sha256_file(model),
             timed.pieces.live[0], timed.pieces.outputs, timed.pieces.segments, _cuts(kept, timed, codings), network,
             float(slowdown), private, _least(kept, flow, min_cut), float(max_drop), gate.metric, gate.inputs, reply_bytes=reply,
-            whole=round(gate.whole, 6), shared=timed.pieces.shared,
+            whole=round(gate.whole, 6), shared=timed.pieces.shared, policy=policy, memory_mb=memory_mb,
         )  # fmt: skip
+        plan = _weighed(plan, work)
         plan = dataclasses.replace(plan, verdicts=tuple(judge(plan, link) for link in links))
         details = _details(timed, kept, gate, rounds) | {
             "seconds": round(time.monotonic() - start, 1),
@@ -130,7 +137,10 @@ def split(
             ],
         }
         shutil.rmtree(work / "first")
-        write_atomic(work / "split.yaml", encode_yaml(plan, HEADER).encode())
+        best = default_cut(plan) if head_tail else None
+        if best is not None:
+            details |= {"head_tail": _head_tail(task, kept[best.after - 1], best.name, work)}
+        write_atomic(work / "split.yaml", commented(plan).encode())
         write_atomic(work / "report.json", report_json(plan, details))
         write_atomic(work / "report.html", render_html(plan, details).encode())
         _publish(work, out)
@@ -165,6 +175,7 @@ class Task:
     """What is measured, on what, and for which device."""
 
     raw: bytes | Path
+    beside: Path | None  # where the model's external data lies
     graph: Any
     flow: Flow
     types: Types
@@ -181,12 +192,13 @@ class Task:
         with storage_errors(folder):
             (folder / "segments").mkdir(parents=True)
         pieces = write_segments(
-            self.graph, self.flow, [cut.prefix for cut in cuts], folder / "segments", self.types, self.image
-        )
+            self.graph, self.flow, [cut.prefix for cut in cuts], folder / "segments", self.types, self.image,
+            source=self.beside,
+        )  # fmt: skip
         unused = set(self.flow.inputs) - {live.name for live in pieces.live[0]}
         if unused:
             raise FormatError(f"the model's input {min(unused)!r} is used by nothing: remove it, then split")
-        whole = ort.session(self.raw)
+        whole = ort.session(self.raw, beside=self.beside)
         chain = ort.chain([folder / segment.file for segment in pieces.segments], self.flow.outputs)
         gap = largest_gap(chain, self.samples[:8], [whole.run(sample) for sample in self.samples[:8]])
         ticker = _ticker(self.progress, stage, rounds)
@@ -195,7 +207,7 @@ class Task:
 
     def code(self, cuts: Sequence[Candidate], timed: Timed) -> Gate:
         """Measure every coding of every cut on all samples, then judge the budget on more inputs while time lasts."""
-        whole, live = ort.session(self.raw), timed.pieces.live
+        whole, live = ort.session(self.raw, beside=self.beside), timed.pieces.live
         truths = [whole.run(sample) for sample in self.samples]
         score = scorer(truths[0], self.flow.outputs, self.labels is not None)
 
@@ -244,6 +256,46 @@ def _check(out: Path, slowdown: float, max_drop: float, links: Sequence[Link]) -
         raise UsageError("no link was given: name at least one, like 20mbit/30ms")
     if out.exists() and not (out / "split.yaml").is_file() and not (out.is_dir() and not any(out.iterdir())):
         raise UsageError(f"{out} exists and is no split plan: name a folder that does not exist yet")
+
+
+def _policy(objective: str, slo_ms: float | None) -> Policy:
+    if objective not in ("latency", "bytes"):
+        raise UsageError(f"the objective is {objective!r}, expected latency or bytes")
+    if slo_ms is not None and not 0.001 <= slo_ms <= 3.6e6:
+        raise UsageError(f"the slowest answer allowed is {slo_ms:g} ms: give milliseconds above 0")
+    if objective == "bytes" and slo_ms is None:
+        raise UsageError(
+            "the objective bytes needs a limit on time (--slo-ms): without one, staying local always sends the fewest"
+        )
+    return Policy(minimize="bytes" if objective == "bytes" else "latency", slo_ms=slo_ms)
+
+
+def _weighed(plan: Plan, folder: Path) -> Plan:
+    """Return the plan with the memory that each cut takes on the device."""
+    weights = (0.0, *measured_mb([folder / segment.file for segment in plan.segments]))
+    cuts = tuple(
+        dataclasses.replace(cut, memory_mb=weights[cut.after]) if cut.after < len(weights) else cut for cut in plan.cuts
+    )
+    return dataclasses.replace(plan, cuts=cuts)
+
+
+def default_cut(plan: Plan) -> Cut | None:
+    """Return the best true cut on the assumed network, whether it beats the other options or not; None where there is none."""
+    ranked = [*options(plan, plan.network), *options(plan, plan.network, every=True)]
+    return next((one.cut for one in ranked if one.cut.name not in ("local", "input")), None)
+
+
+def _head_tail(task: "Task", cut: Candidate, name: str, folder: Path) -> dict[str, object]:
+    """Write head.onnx and tail.onnx, plain models that any runtime takes."""
+    pieces = write_segments(
+        task.graph, task.flow, [cut.prefix], folder, task.types, task.image, "", ("head.onnx", "tail.onnx"),
+        "head_tail.bin", task.beside,
+    )  # fmt: skip
+    return {"cut": name, "tensors": list(cut.tensors), "files": [path.lstrip("/") for path in _written(pieces)]}
+
+
+def _written(pieces: Pieces) -> list[str]:
+    return [one.file for one in pieces.segments] + ([pieces.shared.file] if pieces.shared else [])
 
 
 def _cuts(cuts: Sequence[Candidate], timed: Timed, codings: Sequence[tuple[Coding, ...]]) -> tuple[Cut, ...]:

@@ -2,17 +2,23 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
 from cloud.split.graph import Flow, needs, ordered, tensor_types
 from skills.errors import FormatError
-from skills.files import sha256_file, sha256_hex, write_atomic
+from skills.files import sha256_file, sha256_hex, write_atomic, write_atomic_pieces
 from skills.split import Image, Live, Segment, SharedData
 
 # A constant used on both sides of a cut is written twice when it is small, and once, as external data, when it is not.
 SMALL_BYTES = 1024
+# A segment with more constants than this keeps them as external data: one protobuf holds at most 2 GiB.
+INLINE_BYTES = 1 << 30
+COPY_BYTES = 16 << 20
+PAGE_BYTES = 4096  # onnxruntime maps external data by pages
 SHARED_FILE = "shared.bin"
 
 Types = Mapping[str, tuple[int, tuple[int, ...]]]
@@ -36,8 +42,14 @@ def write_segments(
     types: Types | None = None,
     image: Image | None = None,
     base: str = "segments",
+    names: Sequence[str] = (),
+    shared_name: str = SHARED_FILE,
+    source: Path | None = None,
 ) -> Pieces:
     """Write len(prefixes)+1 segment files to `folder`; each prefix must contain the one before it.
+
+    The files are called 0.onnx, 1.onnx, … unless `names` says otherwise. `source` is where the model's external data lies:
+    it is copied piece by piece and never held in memory as a whole.
 
     Raises:
         FormatError: prefixes that are not nested or not closed, or a live tensor whose type cannot be inferred.
@@ -46,28 +58,106 @@ def write_segments(
     types = tensor_types(model) if types is None else types
     bounds = [frozenset[int](), *prefixes, frozenset(range(len(flow.ops)))]
     alive = [flow.live(prefix) for prefix in bounds[:-1]] + [flow.outputs]
-    owners: dict[str, set[int]] = {}
-    bodies = []
+    makers, order = _constant_nodes(model)
+    stored = {item.name: Constant(item, source) for item in model.graph.initializer}
+    bodies, owners = [], dict[str, set[int]]()
     for at, (before, upto) in enumerate(itertools.pairwise(bounds)):
-        nodes = _with_constants(model, [flow.ops[op].index for op in sorted(upto - before)])
+        nodes = _with_constants(model, [flow.ops[op].index for op in sorted(upto - before)], makers, order)
         bodies.append(nodes)
         for index in nodes:
             for name in needs(model.graph.node[index]):
                 owners.setdefault(name, set()).add(at)
-    large = [
-        item for item in model.graph.initializer if len(owners.get(item.name, ())) > 1 and item.ByteSize() > SMALL_BYTES
-    ]
-    shared, places = _write_shared(large, folder, base)
+    shared, places = _write_shared(_outside(stored, owners, len(bodies)), folder, base, shared_name)
     segments = []
     for at, nodes in enumerate(bodies):
         reads, gives = _ports(flow, bounds[at], bounds[at + 1], alive[at + 1])
-        piece = _piece(model, nodes, reads, gives, types, places)
+        piece = _piece(model, nodes, reads, gives, types, stored, places)
         data = piece.SerializeToString()
-        name = f"{at}.onnx"
+        name = names[at] if names else f"{at}.onnx"
         write_atomic(folder / name, data)
         segments.append(Segment(f"{base}/{name}", sha256_hex(data), len(data), reads, gives))
-    described = tuple(tuple(_live(name, types, flow, image) for name in names) for names in alive[:-1])
+    described = tuple(tuple(_live(name, types, flow, image) for name in names_) for names_ in alive[:-1])
     return Pieces(tuple(segments), shared, described, tuple(_live(name, types, flow, None) for name in flow.outputs))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Constant:
+    """An initializer, and where its bytes lie when they are not in the model's own file."""
+
+    item: Any
+    source: Path | None
+
+    @property
+    def outside(self) -> bool:
+        """Whether the bytes lie in a file beside the model."""
+        return int(self.item.data_location) == 1
+
+    @property
+    def size(self) -> int:
+        """How many bytes the values take."""
+        return (
+            int(self.item.ByteSize()) if not self.outside else int(self._reference().get("length") or self._computed())
+        )
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the bytes as ONNX stores them raw, a few MiB at once."""
+        from onnx import numpy_helper
+
+        if not self.outside:
+            raw = self.item.raw_data
+            yield (
+                raw
+                if self.item.HasField("raw_data")
+                else numpy_helper.from_array(numpy_helper.to_array(self.item)).raw_data
+            )
+            return
+        reference = self._reference()
+        name, left = str(reference.get("location", "")), self.size
+        file = (self.source or Path()) / name
+        if self.source is None or not file.resolve().is_relative_to(self.source.resolve()):
+            raise FormatError(f"the constant {self.item.name!r} lies in {name!r}, which is not beside the model")
+        if not file.is_file() or file.stat().st_size < int(reference.get("offset") or 0) + left:
+            raise FormatError(f"the constant {self.item.name!r} lies in {name!r}, which is missing or too short")
+        with file.open("rb") as data:
+            data.seek(int(reference.get("offset") or 0))
+            while left > 0:
+                piece = data.read(min(COPY_BYTES, left))
+                left -= len(piece)
+                yield piece
+
+    def inline(self) -> Any:
+        """Return the initializer with its values in it."""
+        if not self.outside:
+            return self.item
+        inside = type(self.item)()
+        inside.name, inside.data_type = self.item.name, self.item.data_type
+        inside.dims.extend(self.item.dims)
+        inside.raw_data = b"".join(self.pieces())
+        return inside
+
+    def _reference(self) -> dict[str, str]:
+        return {entry.key: entry.value for entry in self.item.external_data}
+
+    def _computed(self) -> int:
+        from onnx import helper
+
+        count = math.prod(self.item.dims)
+        if self.item.data_type in (21, 22, 23):  # INT4, UINT4, FLOAT4: two in a byte
+            return int((count + 1) // 2)
+        return int(count) * int(helper.tensor_dtype_to_np_dtype(self.item.data_type).itemsize)
+
+
+def _outside(stored: Mapping[str, Constant], owners: Mapping[str, set[int]], count: int) -> list[Constant]:
+    """Return the constants that are written to the file beside the segments: those of several, and those of a very large one."""
+    mine = [
+        sum(one.size for name, one in stored.items() if at in owners.get(name, ())) > INLINE_BYTES
+        for at in range(count)
+    ]
+    return [
+        one
+        for name, one in stored.items()
+        if one.size > SMALL_BYTES and (len(owners.get(name, ())) > 1 or any(mine[at] for at in owners.get(name, ())))
+    ]
 
 
 def _check_nested(flow: Flow, prefixes: Sequence[frozenset[int]]) -> None:
@@ -84,37 +174,35 @@ def _check_nested(flow: Flow, prefixes: Sequence[frozenset[int]]) -> None:
         before = prefix
 
 
-def _with_constants(model: Any, indices: Iterable[int]) -> list[int]:
+def _with_constants(
+    model: Any, indices: Iterable[int], constant: AbstractSet[int], order: Mapping[int, int]
+) -> list[int]:
     """Return the nodes and, before them, the constant nodes that they read."""
-    made = {name: at for at, node in enumerate(model.graph.node) for name in node.output}
+    made = {name: at for at in constant for name in model.graph.node[at].output}
     flowing = set(indices)
     found, todo = set(flowing), [name for index in flowing for name in needs(model.graph.node[index])]
-    constant = _constant_nodes(model)
     while todo:
         at = made.get(todo.pop())
-        if at is not None and at in constant and at not in found:
+        if at is not None and at not in found:
             found.add(at)
             todo += needs(model.graph.node[at])
-    order = {index: place for place, index in enumerate(_topological(model))}
     return sorted(found, key=order.__getitem__)
 
 
-def _topological(model: Any) -> list[int]:
-    names = {item.name for item in [*model.graph.initializer, *model.graph.input]}
-    return list(ordered(model.graph, names))
-
-
-def _constant_nodes(model: Any) -> set[int]:
-    initial = {item.name for item in model.graph.initializer}
-    flowing = {item.name for item in model.graph.input if item.name not in initial}
-    constant = set()
-    for index in _topological(model):
-        node = model.graph.node[index]
+def _constant_nodes(model: Any) -> tuple[set[int], dict[int, int]]:
+    """Return the nodes that depend on no input, and the place of every node in an order that works."""
+    graph = model.graph
+    initial = {item.name for item in graph.initializer} | {item.values.name for item in graph.sparse_initializer}
+    flowing = {item.name for item in graph.input if item.name not in initial}
+    constant, order = set(), {}
+    for place, index in enumerate(ordered(graph, initial | flowing)):
+        node = graph.node[index]
+        order[index] = place
         if any(name in flowing for name in needs(node)):
             flowing |= set(node.output)
         else:
             constant.add(index)
-    return constant
+    return constant, order
 
 
 def _ports(
@@ -138,7 +226,8 @@ def _piece(
     reads: Sequence[str],
     gives: Sequence[str],
     types: Types,
-    places: dict[str, tuple[int, int]],
+    stored: Mapping[str, Constant],
+    places: Mapping[str, tuple[str, int, int]],
 ) -> Any:
     import onnx
 
@@ -160,7 +249,7 @@ def _piece(
         if item.name in places:
             graph.initializer.append(_external(item, *places[item.name]))
         else:
-            graph.initializer.append(item)
+            graph.initializer.append(stored[item.name].inline())
     graph.sparse_initializer.extend(item for item in model.graph.sparse_initializer if item.values.name in used)
     for target, names in ((graph.input, reads), (graph.output, gives)):
         for name in names:
@@ -177,34 +266,36 @@ def _piece(
 
 
 def _write_shared(
-    large: Sequence[Any], folder: Path, base: str
-) -> tuple[SharedData | None, dict[str, tuple[int, int]]]:
+    large: Sequence[Constant], folder: Path, base: str, name: str
+) -> tuple[SharedData | None, dict[str, tuple[str, int, int]]]:
     if not large:
         return None, {}
-    from onnx import numpy_helper
+    places: dict[str, tuple[str, int, int]] = {}
 
-    blob, places = bytearray(), {}
-    for item in large:
-        raw = (
-            item.raw_data
-            if item.HasField("raw_data")
-            else numpy_helper.from_array(numpy_helper.to_array(item)).raw_data
-        )
-        blob += b"\0" * (-len(blob) % 4096)  # onnxruntime maps external data by pages
-        places[item.name] = (len(blob), len(raw))
-        blob += raw
-    write_atomic(folder / SHARED_FILE, bytes(blob))
-    return SharedData(f"{base}/{SHARED_FILE}", sha256_file(folder / SHARED_FILE), len(blob)), places
+    def pieces() -> Iterator[bytes]:
+        at = 0
+        for one in large:
+            padding = -at % PAGE_BYTES
+            yield b"\0" * padding
+            at += padding
+            start = at
+            for piece in one.pieces():
+                at += len(piece)
+                yield piece
+            places[one.item.name] = (name, start, at - start)
+
+    write_atomic_pieces(folder / name, pieces())
+    return SharedData(f"{base}/{name}", sha256_file(folder / name), (folder / name).stat().st_size), places
 
 
-def _external(item: Any, offset: int, length: int) -> Any:
+def _external(item: Any, file: str, offset: int, length: int) -> Any:
     import onnx
 
     outside = onnx.TensorProto()
     outside.name, outside.data_type = item.name, item.data_type
     outside.dims.extend(item.dims)
     outside.data_location = onnx.TensorProto.EXTERNAL
-    for key, value in (("location", SHARED_FILE), ("offset", str(offset)), ("length", str(length))):
+    for key, value in (("location", file), ("offset", str(offset)), ("length", str(length))):
         outside.external_data.add(key=key, value=value)
     return outside
 

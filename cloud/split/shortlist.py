@@ -14,7 +14,7 @@ from cloud.split.graph import Flow
 
 INFINITE = 1e18
 DEVICE, TAIL = "device", "tail"
-BITS_PER_ELEMENT = 3.0  # u4 + zstd on trained activations
+MAX_TENSORS = 64
 # Sweep of the shortlist: bytes per multiplication-time from starved to lavish, in steps of a factor of two.
 BANDWIDTHS = tuple(2.0**step for step in range(-8, 9))
 SLOWDOWNS = (3.0, 10.0, 30.0)
@@ -53,7 +53,12 @@ def shortlist(flow: Flow, most: int = 8, keep: str | None = None) -> tuple[Candi
     kept = flow.ancestors(keep) if keep is not None else None
     if kept is not None:
         found[kept] = None
-    return _nested([candidate(flow, prefix) for prefix in found], most, kept)
+    # What has no size (a sequence, an optional) and what a plan has no room for cannot cross.
+    every = [candidate(flow, prefix) for prefix in found]
+    fit = [
+        cut for cut in every if len(cut.tensors) <= MAX_TENSORS and all(name in flow.elements for name in cut.tensors)
+    ]
+    return _nested(fit, most, kept)
 
 
 def candidate(flow: Flow, prefix: frozenset[int]) -> Candidate:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 
-from skills.split import Choice, Coding, Cut, Estimate, Link, Plan, Verdict, admitted, predict_ms
+from skills.split import Choice, Coding, Cut, Estimate, Link, Plan, Verdict, admitted, choose_cut, fits, predict_ms
 
 FEW = 20  # fewer inputs say next to nothing about a share
 LINKS = (Link(1, 30), Link(5, 30), Link(20, 30), Link(100, 30))
@@ -47,7 +47,7 @@ def options(plan: Plan, link: Link, *, every: bool = False) -> tuple[Choice, ...
 def judge(plan: Plan, link: Link) -> Verdict:
     """Say what to do on `link`, with its rivals: staying local, the compressed input, the best true split."""
     ranked = options(plan, link)
-    best = ranked[0]
+    best, slo_ms = choose_cut(plan, Estimate(link.mbit, link.rtt_ms)), plan.policy.slo_ms
     rivals = [
         one
         for one in (_first(ranked, "local"), _first(ranked, "input"), _first(ranked, "split"))
@@ -66,8 +66,12 @@ def judge(plan: Plan, link: Link) -> Verdict:
         if refused and refused[0].ms < best.ms:
             said.append(f"the compressed input would take {refused[0].ms:.0f} ms but may not leave")
     if _first(ranked, "split") is None:
-        said.append("no split keeps within the budget")
-    text = f"{_order(best)}: {best.ms:.0f} ms" + (f"; {', '.join(said)}" if said else "")
+        said.append(_no_split(plan))
+    if slo_ms is not None and best.ms > slo_ms:
+        said.append(f"nothing keeps the limit of {slo_ms:g} ms")
+    size = f", {best.coding.bytes_p50 if best.coding else 0:,} bytes" if plan.policy.minimize == "bytes" else ""
+    pinned = " (pinned)" if best.cut.name == plan.policy.pin else ""
+    text = f"{_order(best)}{pinned}: {best.ms:.0f} ms{size}" + (f"; {', '.join(said)}" if said else "")
     return Verdict(link, best.cut.name, best.coding.name if best.coding else "", float(f"{best.ms:.4g}"), text)
 
 
@@ -120,6 +124,17 @@ def _input_word(coding: Coding) -> str:
     return {"jpeg": f"JPEG (q{coding.quality})", "png": "PNG", "pixels": "raw pixels"}.get(
         coding.kind, f"input ({coding.name})"
     )
+
+
+def _no_split(plan: Plan) -> str:
+    """Say why no true cut is among the options."""
+    true = [cut for cut in plan.cuts if cut.name not in ("local", "input")]
+    accurate = [cut for cut in true if any(coding.admitted for coding in cut.codings)]
+    if accurate and plan.private and all(cut.leak is not None and cut.leak.verdict != "private" for cut in accurate):
+        return "no split was shown to keep the input private"
+    if accurate and not any(fits(plan, cut) for cut in accurate):
+        return f"no split fits into {plan.memory_mb:g} MiB"
+    return "no split keeps within the budget" if true else "the model has no place to cut it"
 
 
 def _first(ranked: tuple[Choice, ...], kind: str) -> Choice | None:

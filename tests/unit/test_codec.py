@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skills import codec, zstd
+from skills import codec, rice, zstd
 from skills.errors import FormatError
 from skills.split import Coding, Image, Live
 
@@ -110,7 +110,80 @@ def test_a_picture_of_another_size_is_refused_before_it_is_decoded() -> None:
         codec.decode(Coding("png"), (PICTURE,), frame)
 
 
+SOUND = Live("sound", "FP32", (-1, 400))
+MOTION = Live("motion", "FP32", (-1, 3, 50))
+
+
+@given(seed=st.integers(0, 2**32 - 1), step=st.sampled_from([1, 32_768, 32_767]), kind=st.sampled_from(["rice", "u16"]))
+def test_what_was_recorded_in_16_bits_travels_without_any_loss(seed: int, step: int, kind: str) -> None:
+    chance = np.random.default_rng(seed)
+    counts = np.clip(chance.normal(0, chance.choice([3, 300, 30_000]), (2, 400)).cumsum(1), -32_768, 32_767)
+    sound = (np.rint(counts) / step).astype(np.float32)
+    coding = affine(kind, sound)
+    back = codec.decode(coding, (SOUND,), codec.encode(coding, (SOUND,), {"sound": sound}))["sound"]
+    assert np.abs(back - sound).max() <= 1e-6 * np.abs(sound).max()
+    assert np.array_equal(np.rint(back.astype(np.float64) * step), np.rint(counts))
+
+
+@given(seed=st.integers(0, 2**32 - 1), kind=st.sampled_from(["rice", "u16"]))
+def test_any_signal_in_16_bits_is_off_by_half_a_step_at_most(seed: int, kind: str) -> None:
+    motion = np.random.default_rng(seed).normal(2, 5, (2, 3, 50)).astype(np.float32)
+    coding = affine(kind, motion)
+    back = codec.decode(coding, (MOTION,), codec.encode(coding, (MOTION,), {"motion": motion}))["motion"]
+    assert np.abs(back - motion).max() <= coding.scales[0] * 1.02
+
+
+def test_rice_codes_beat_plain_bytes_on_sound() -> None:
+    chance = np.random.default_rng(0)
+    counts = np.rint(3000 * np.sin(np.arange(400) / 20) + chance.normal(0, 20, (1, 400)))
+    sound = (counts / 32_768).astype(np.float32)
+    sizes = {kind: len(codec.encode(affine(kind, sound), (SOUND,), {"sound": sound})) for kind in ("rice", "u16")}
+    assert sizes["rice"] < 0.6 * 800
+    assert sizes["rice"] < 0.8 * sizes["u16"]
+
+
+@given(
+    rows=st.integers(1, 4),
+    time=st.integers(1, 1100),
+    seed=st.integers(0, 2**32 - 1),
+    spread=st.sampled_from([1, 90, 9e4]),
+)
+def test_rice_codes_give_back_every_sample(rows: int, time: int, seed: int, spread: float) -> None:
+    samples = np.clip(np.random.default_rng(seed).normal(30_000, spread, (rows, time)), 0, 65_535).astype(np.int64)
+    assert np.array_equal(rice.decode(rice.encode(samples), rows, time), samples)
+
+
+@given(rows=st.integers(1, 3), time=st.integers(1, 600), data=st.binary(max_size=200))
+def test_any_bytes_are_samples_in_range_or_a_format_error(rows: int, time: int, data: bytes) -> None:
+    with contextlib.suppress(FormatError):
+        found = rice.decode(data, rows, time)
+        assert found.min() >= 0
+        assert found.max() <= 65_535
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 0.0, -1.0])
+def test_a_scale_that_is_no_positive_number_makes_no_coding(scale: float) -> None:
+    with pytest.raises(FormatError, match="finite number above 0"):
+        Coding("u8", scales=(scale,), zeros=(0,))
+
+
+@pytest.mark.parametrize(("kind", "zero"), [("u4", 16), ("u8", 256), ("u8", -1), ("rice", 65_536)])
+def test_a_zero_point_beyond_the_codes_makes_no_coding(kind: str, zero: int) -> None:
+    with pytest.raises(FormatError, match="lies between 0 and"):
+        Coding(kind, scales=(1.0,), zeros=(zero,))  # type: ignore[arg-type]
+
+
+def test_a_scale_that_overflows_the_tensor_is_refused_on_arrival() -> None:
+    coding = Coding("u16", scales=(1e37,), zeros=(0,))
+    body = zstd.compress(b"\xff" * 800, 1)
+    frame = struct.pack(">2sBBII", b"SK", 1, 1, 1, len(body)) + body
+    with pytest.raises(FormatError, match="does not fit its scale"):
+        codec.decode(coding, (SOUND,), frame)
+
+
 CASES = [
+    (affine("rice", np.array([-1.0, 1.0])), (MOTION,), {"motion": np.ones((2, 3, 50), np.float32)}),
+    (affine("u16", np.array([-1.0, 1.0])), (X,), {"x": np.ones((2, 3, 8, 8), np.float32)}),
     (affine("u8", np.array([-1.0, 1.0])), (X,), {"x": np.ones((2, 3, 8, 8), np.float32)}),
     (affine("u4", np.array([-1.0, 1.0])), (X,), {"x": np.ones((1, 3, 8, 8), np.float32)}),
     (Coding("native"), (CODES,), {"codes": np.ones((1, 16), np.uint8)}),

@@ -1,0 +1,192 @@
+"""`skerry split …`: plan a split, and check a plan that a person edited."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cloud.cli.command import Ordered, command
+from cloud.cli.screen import Screen
+from skills.errors import FormatError
+
+if TYPE_CHECKING:
+    from cloud.split.check import Checked
+    from skills.profile import Profile
+
+PANEL = "Models"
+DEFAULT_SLOWDOWN = 10.0
+
+
+class ModelOrCommand(Ordered):
+    """A group that does its own work on `skerry split MODEL …`, and hands on `skerry split check …`."""
+
+    order = ("check",)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Take MODEL and the options here, unless the first word is a command."""
+        below = bool(args) and args[0] in self.commands
+        ctx.meta[self._key(ctx)] = below
+        ctx.allow_interspersed_args = not below
+        return super().parse_args(ctx, args)
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the parameters; none of them is asked for where a command follows."""
+        every = super().get_params(ctx)
+        return [one for one in every if one.name == "help"] if ctx.meta.get(self._key(ctx)) else every
+
+    def _key(self, ctx: Any) -> str:
+        return f"{__name__}.{ctx.command_path}"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    split_app = typer.Typer(
+        cls=ModelOrCommand,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        no_args_is_help=True,
+    )
+    app.add_typer(split_app, name="split", rich_help_panel=PANEL)
+    command(
+        split_app,
+        "",
+        examples=(
+            "skerry split photos.onnx --data photos.npz --device-slowdown 10 --link 20mbit/30ms -o plan",
+            "skerry split photos.onnx --data photos.npz -o plan --private",
+            "skerry split photos.onnx --data photos.npz -o plan --objective bytes --slo-ms 200",
+        ),
+    )(split)
+    command(
+        split_app,
+        "check",
+        examples=("skerry split check plan", "skerry split check plan/split.yaml --model photos.onnx"),
+    )(check)
+
+
+def split(
+    screen: Screen,
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx file.")],
+    data: Annotated[Path, typer.Option("--data", metavar="FILE", help="An .npz with x and, if known, y.")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="FOLDER", help="Where split.yaml and the segments go.")],
+    device: Annotated[
+        str | None, typer.Option("--device", metavar="PROFILE", help="Profile (.yaml or name) of the device.")
+    ] = None,
+    slowdown: Annotated[
+        float | None,
+        typer.Option(
+            "--device-slowdown",
+            metavar="TIMES",
+            help="How many times slower than this machine the device is.",
+            show_default="10",
+        ),
+    ] = None,
+    link: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--link",
+            metavar="RATE/RTT",
+            help="A network to judge, like 20mbit/30ms; may be repeated.",
+            show_default="1, 5, 20, 100mbit/30ms",
+        ),
+    ] = None,
+    objective: Annotated[
+        str, typer.Option("--objective", metavar="latency|bytes", help="What the best answer has least of.")
+    ] = "latency",
+    slo_ms: Annotated[
+        float | None,
+        typer.Option("--slo-ms", metavar="MS", help="The slowest answer allowed; --objective bytes needs it."),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="The input may not leave the device, not even compressed.")
+    ] = False,
+    min_cut: Annotated[
+        str | None,
+        typer.Option("--min-cut", metavar="TENSOR", help="With --private: nothing before this tensor may leave."),
+    ] = None,
+    max_drop: Annotated[
+        float, typer.Option("--max-drop", metavar="POINTS", help="How much a coding may cost, in percentage points.")
+    ] = 1.0,
+    head_tail: Annotated[
+        bool, typer.Option("--head-tail", help="Also write head.onnx and tail.onnx of the best true cut.")
+    ] = False,
+) -> None:
+    """Find out whether and where to cut a model between device and cloud.
+
+    Staying local and sending the compressed input are candidates beside every true cut; the verdict says plainly when
+    splitting does not pay.
+    """
+    from cloud.split import LINKS
+    from cloud.split import split as run
+    from skills.split import parse_link
+
+    links = tuple(parse_link(text) for text in link) if link else LINKS
+    factor, memory_mb = device_limits(device, slowdown)
+    with screen.progress("splitting") as step:
+        report = run(
+            model, data, slowdown=factor, links=links, private=private, min_cut=min_cut, max_drop=max_drop, out=out,
+            objective=objective, slo_ms=slo_ms, memory_mb=memory_mb, head_tail=head_tail,
+            progress=lambda stage, done, of: step(stage, done / of if of else 0.0),
+        )  # fmt: skip
+    from cloud.cli import findings
+
+    screen.result(findings.split_json(report), lambda: findings.split_table(report.plan, links))
+    if head_tail and "head_tail" not in report.details:
+        screen.say("the model has no place to cut it, so there is no head.onnx and no tail.onnx")
+    screen.say(f"[dim]{out / 'report.html'} shows every cut[/dim]")
+
+
+def check(
+    screen: Screen,
+    plan: Annotated[Path, typer.Argument(metavar="FOLDER", help="A plan's folder, or its split.yaml.")],
+    model: Annotated[
+        Path | None, typer.Option("--model", metavar="MODEL", help="The .onnx file that the plan was made from.")
+    ] = None,
+) -> None:
+    """Check a split plan, edited by hand or not: one sentence for each fault.
+
+    Looks at split.yaml, at the hashes, ends and loading of every segment, and at whether the device can do what was
+    pinned; with a model also at whether the segments in a row answer as it does. Ends with 65 when there is a fault.
+    """
+    from cloud.split.check import check_plan
+
+    found = check_plan(plan, model)
+    screen.result(_plain(found), lambda: "\n".join(found.faults) or f"{found.file} is in order")
+    for text in found.remarks:
+        screen.say(text.replace("[", "\\["))
+    if found.faults:
+        count = f"{len(found.faults)} faults" if len(found.faults) > 1 else "one fault"
+        raise FormatError(f"{found.file} has {count}; skerry split makes it anew")
+
+
+def _plain(found: "Checked") -> dict[str, Any]:
+    from skills.split import plan_hash
+
+    return {
+        "file": str(found.file),
+        "plan_hash": None if found.plan is None else plan_hash(found.plan),
+        "faults": list(found.faults),
+        "remarks": list(found.remarks),
+    }
+
+
+def device_limits(device: str | None, slowdown: float | None) -> tuple[float, float | None]:
+    """Return how many times slower the device is, from the option or else its profile, and its memory in MiB.
+
+    Raises:
+        NotFound: there is no such profile.
+        FormatError: neither says how fast the device is.
+    """
+    if device is None:
+        return DEFAULT_SLOWDOWN if slowdown is None else slowdown, None
+    profile = _profile(device)
+    factor = profile.slowdown if slowdown is None else slowdown
+    if factor is None:
+        raise FormatError(f"the profile {device} does not say how fast the device is: give --device-slowdown as well")
+    return factor, profile.memory_mb
+
+
+def _profile(device: str) -> "Profile":
+    from compress import profiles
+
+    return profiles.find(device)

@@ -1,0 +1,253 @@
+"""Is a split.yaml, edited by hand or not, sound? One sentence for each fault, the remaining ones found all the same."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cloud.split.verdict import judge
+from skills import ort
+from skills.errors import FormatError, NotFound, SkerryError
+from skills.files import read_bytes, sha256_file
+from skills.split import CODED_KINDS, MAX_PLAN_BYTES, Cut, Plan, fits, keeps_private, load_plan, plan_hash
+
+# A fault in one of these does not hide the others: the rest of the plan is read without it.
+PERSONAL = ("policy", "network", "min_cut", "memory_mb", "verdicts", "private", "slowdown", "max_drop", "device")
+TOLERANCE = 1e-4
+MAX_REPORT_BYTES = 16 << 20
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Checked:
+    """What was found: faults make the plan useless as it stands, remarks are worth a look."""
+
+    file: Path
+    plan: Plan | None
+    faults: tuple[str, ...]
+    remarks: tuple[str, ...]
+
+
+def check_plan(where: Path, model: Path | None = None) -> Checked:
+    """Check a plan's folder or its split.yaml; with `model` also that it is the one that was cut.
+
+    Raises:
+        NotFound: there is no split.yaml, or no such model file.
+    """
+    file = where / "split.yaml" if where.is_dir() else where
+    text = read_bytes(file, "the split plan", MAX_PLAN_BYTES).decode("utf-8", "replace")
+    if model is not None and not model.is_file():
+        raise NotFound(f"there is no model file {model}")
+    plan, faults = _read(text, file.name)
+    if plan is None:
+        return Checked(file, None, tuple(faults), ())
+    faults += _choices(plan)
+    faults += _flow(plan)
+    missing = list(_files(plan, file.parent))
+    faults += missing
+    if not missing:
+        faults += _pieces(plan, file.parent)
+    if model is not None:
+        faults += _model(plan, file.parent, model, whole=not faults)
+    faults += _as_made(plan, file.parent / "report.json")
+    return Checked(file, plan, tuple(faults), tuple(_remarks(plan)) if not faults else ())
+
+
+def _read(text: str, source: str) -> tuple[Plan | None, list[str]]:
+    """Return the plan and what is wrong with it; faulty personal parts are left out of it, with every line in its place."""
+    try:
+        return load_plan(text, source), []
+    except FormatError as error:
+        first = str(error)
+    spans = dict(_spans(text))
+    bare = _without(text, spans, PERSONAL)
+    try:
+        plan = load_plan(bare, source)
+    except FormatError as error:
+        return None, [str(error)]
+    faults, faulty = [], list[str]()
+    for key in PERSONAL:
+        if key in spans:
+            try:
+                load_plan(_without(text, spans, [other for other in PERSONAL if other != key]), source)
+            except FormatError as error:
+                faults.append(str(error))
+                faulty.append(key)
+    try:
+        plan = load_plan(_without(text, spans, faulty), source)
+    except FormatError as error:
+        faults.append(str(error))
+    return plan, faults or [first]
+
+
+def _spans(text: str) -> Iterator[tuple[str, tuple[int, int]]]:
+    import yaml
+
+    node = yaml.compose(text, Loader=yaml.SafeLoader) if _is_yaml(text) else None
+    if isinstance(node, yaml.MappingNode):
+        keys = [key for key, _ in node.value]
+        ends = [key.start_mark.line for key in keys[1:]] + [len(text.splitlines())]
+        for key, end in zip(keys, ends, strict=True):
+            yield str(key.value), (key.start_mark.line, end)
+
+
+def _is_yaml(text: str) -> bool:
+    import yaml
+
+    try:
+        yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError, ValueError):
+        return False
+    return True
+
+
+def _without(text: str, spans: dict[str, tuple[int, int]], keys: Any) -> str:
+    lines = text.splitlines()
+    for key in keys:
+        first, end = spans.get(key, (0, 0))
+        lines[first:end] = [""] * (end - first)
+    return "\n".join(lines) + "\n"
+
+
+def _choices(plan: Plan) -> Iterator[str]:
+    """What a person decided must be something that the device can do."""
+    pin, least = plan.policy.pin, plan.cut(plan.min_cut).after if plan.min_cut else 0
+    if pin not in (None, "local"):
+        cut = plan.cut(str(pin))
+        if plan.private and not keeps_private(cut, least):
+            yield f"policy.pin is {pin}, but the plan is private and {_why_not_private(cut, least)}"
+        elif not fits(plan, cut):
+            yield f"policy.pin is {pin}, which needs {cut.memory_mb:g} MiB, and the device has {plan.memory_mb:g}"
+        elif not any(coding.admitted for coding in cut.codings):
+            yield f"policy.pin is {pin}, but none of its codings is admitted, so the device would stay local"
+    if plan.policy.minimize == "bytes" and plan.policy.slo_ms is None:
+        yield "policy.minimize is bytes without policy.slo_ms: staying local would always send the fewest"
+    if plan.min_cut and not plan.private:
+        yield f"min_cut is {plan.min_cut}, which counts only with private: true"
+    for cut in plan.cuts:
+        for coding in cut.codings:
+            if coding.admitted and not coding.bytes_p50:
+                yield f"cut {cut.name}: the coding {coding.name} was never measured (its bytes_p50 is 0)"
+
+
+def _why_not_private(cut: Cut, least: int) -> str:
+    if cut.raw or cut.name == "input":
+        return "the input itself leaves there"
+    if cut.leak is not None and cut.leak.verdict != "private":
+        return f"the audit calls it {cut.leak.verdict}"
+    return f"it lies before the minimum cut (segment {least})"
+
+
+def _flow(plan: Plan) -> Iterator[str]:
+    """The tensors of every cut must be those that live on after its segments."""
+    known = {tensor.name for tensor in plan.inputs}
+    for after in range(len(plan.segments) + 1):
+        wanted = {name for segment in plan.segments[after:] for name in segment.inputs}
+        wanted |= {tensor.name for tensor in plan.outputs}
+        later = {name for segment in plan.segments[after:] for name in segment.outputs}
+        for cut in plan.cuts:
+            if cut.after != after or cut.name == "local":
+                continue
+            named = {tensor.name for tensor in cut.tensors}
+            for name in sorted(named - known):
+                yield f"cut {cut.name} names the tensor {name!r}, which no segment before it gives"
+            for name in sorted((wanted & known) - later - named):
+                yield f"cut {cut.name} lacks the tensor {name!r}, which a segment behind it needs"
+            for coding in cut.codings:
+                if coding.kind in CODED_KINDS and len(coding.scales) != len(cut.tensors):
+                    yield f"cut {cut.name}: the coding {coding.name} has {len(coding.scales)} scales for {len(named)} tensors"
+        if after < len(plan.segments):
+            known |= set(plan.segments[after].outputs)
+
+
+def _files(plan: Plan, folder: Path) -> Iterator[str]:
+    pieces = [(one.file, one.sha256) for one in plan.segments]
+    pieces += [(plan.shared.file, plan.shared.sha256)] if plan.shared else []
+    for name, right in pieces:
+        if not (folder / name).is_file():
+            yield f"{name} is missing from {folder}"
+        elif (found := sha256_file(folder / name)) != right:
+            yield f"{name} has sha256 {found[:12]}…, the plan says {right[:12]}…"
+
+
+def _pieces(plan: Plan, folder: Path) -> Iterator[str]:
+    """Every segment must load and have the ends that the plan names."""
+    for segment in plan.segments:
+        try:
+            session = ort.session(folder / segment.file)
+        except SkerryError as error:
+            yield f"{segment.file} does not load: {error}"
+            continue
+        for what, ports, named in (
+            ("input", session.inputs, segment.inputs),
+            ("output", session.outputs, segment.outputs),
+        ):
+            found = {port.name for port in ports}
+            for name in sorted(set(named) - found):
+                yield f"{segment.file} has no {what} {name!r}, it has {', '.join(sorted(found))}"
+
+
+def _model(plan: Plan, folder: Path, model: Path, *, whole: bool) -> Iterator[str]:
+    found = sha256_file(model)
+    if found != plan.model_sha256:
+        yield f"the plan was made from a model with sha256 {plan.model_sha256[:12]}…, {model.name} has {found[:12]}…"
+        return
+    if whole:
+        yield from _answers(plan, folder, model)
+
+
+def _answers(plan: Plan, folder: Path, model: Path) -> Iterator[str]:
+    """The segments in a row must answer as the model does, on one random input."""
+    import numpy as np
+
+    from cloud.split.inputs import read_model
+    from skills.codec import DTYPES
+
+    chance, feeds = np.random.default_rng(0), {}
+    for live in plan.inputs:
+        shape = [1 if size == -1 else size for size in live.shape]
+        kind = np.dtype(DTYPES[live.dtype])
+        feeds[live.name] = (chance.random(shape) if kind.kind == "f" else chance.integers(0, 2, shape)).astype(kind)
+    try:
+        right = ort.session(read_model(model)[0]).run(feeds)
+        chain = ort.chain([folder / one.file for one in plan.segments], [live.name for live in plan.outputs])
+        answers = chain.run(feeds)
+    except SkerryError as error:
+        yield f"the segments do not run: {error}"
+        return
+    for name, array in right.items():
+        gap = float(np.abs(np.asarray(answers[name], np.float64) - np.asarray(array, np.float64)).max(initial=0.0))
+        if not gap <= TOLERANCE * max(1.0, float(np.abs(array).max(initial=0.0))):
+            yield f"the segments' output {name!r} differs from the model's by {gap:.2g}"
+
+
+def _as_made(plan: Plan, report: Path) -> Iterator[str]:
+    """What the tail knows the plan by must be as it was measured; report.json remembers it."""
+    try:
+        made = json.loads(read_bytes(report, "the report", MAX_REPORT_BYTES)).get("plan")
+    except (SkerryError, ValueError, AttributeError):
+        return
+    if made and made != plan_hash(plan):
+        yield (
+            f"a segment, tensor or coding was edited: the plan's hash is {plan_hash(plan)}, it was measured as {made}; "
+            "tails that have the measured plan refuse this one"
+        )
+
+
+def _remarks(plan: Plan) -> Iterator[str]:
+    for verdict in plan.verdicts:
+        now = judge(plan, verdict.link)
+        if (now.cut, now.coding) != (verdict.cut, verdict.coding):
+            yield f"on {verdict.link} it is now: {now.text} (the verdict in the file says {verdict.text})"
+    for cut in plan.cuts:
+        for coding in cut.codings:
+            if coding.admitted and coding.drop > plan.max_drop:
+                yield (
+                    f"cut {cut.name}: the coding {coding.name} is admitted, though its drop of {coding.drop:g} points is over "
+                    f"the budget of {plan.max_drop:g}"
+                )
+    if not fits(plan, plan.cut("local")):
+        yield (
+            f"all segments together need {plan.cut('local').memory_mb:g} MiB, the device has {plan.memory_mb:g}: "
+            "it could not go on by itself while the tail is away"
+        )

@@ -1,0 +1,57 @@
+"""How much memory the segments of a model take, measured in a process that loads and runs one after the other.
+
+`python -m cloud.split.memory FILE…` prints a JSON list of MiB, above what the bare runtime takes: after one segment, two, …
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+DEADLINE_S = 300.0
+
+
+def measured_mb(files: Sequence[Path]) -> tuple[float, ...]:
+    """Return the MiB that the first 1, 2, … segments take, arenas and packed weights included; empty where it cannot be told."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "cloud.split.memory", *map(str, files)],
+            capture_output=True, timeout=DEADLINE_S, check=True,
+        )  # fmt: skip
+        found = json.loads(done.stdout)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return ()
+    return tuple(float(one) for one in found) if len(found) == len(files) else ()
+
+
+def _peak_kb() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1])
+    raise OSError("this system does not tell a process its memory")
+
+
+def _main(files: Sequence[str]) -> None:
+    import numpy as np
+
+    from skills import ort
+
+    ort.runtime()
+    chance, bare = np.random.default_rng(0), _peak_kb()
+    sessions, found = [], []
+    for file in files:
+        one = ort.session(Path(file))
+        sessions.append(one)  # a device keeps them all
+        feeds = {}
+        for port in one.inputs:
+            shape = [1 if size < 0 else size for size in port.shape]
+            kind = np.dtype(port.dtype)
+            feeds[port.name] = (chance.random(shape) if kind.kind == "f" else np.zeros(shape)).astype(kind)
+        one.run(feeds)
+        found.append(round((_peak_kb() - bare) / 1024, 1))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])

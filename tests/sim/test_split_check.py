@@ -1,0 +1,126 @@
+"""A plan that a person edited: what may be edited is honoured, and every fault is one sentence."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cloud.split.check import check_plan
+from cloud.split.export import commented
+from skills.split import Estimate, choose_cut, load_plan
+
+
+@pytest.fixture
+def edited(planned_net: Any, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of the plan in which some text was replaced."""
+
+    def make(*changes: tuple[str, str]) -> Path:
+        folder = tmp_path / "plan"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(planned_net.folder, folder)
+        text = (folder / "split.yaml").read_text()
+        for old, new in changes:
+            assert old in text, old
+            text = text.replace(old, new, 1)
+        (folder / "split.yaml").write_text(text)
+        return folder
+
+    return make
+
+
+def test_a_plan_as_it_was_made_is_in_order_with_its_model(planned_net: Any, tmp_path: Path) -> None:
+    model = tmp_path / "net.onnx"
+    model.write_bytes(planned_net.model)
+    found = check_plan(planned_net.folder, model)
+    assert (found.faults, found.remarks) == ((), ())
+    assert check_plan(planned_net.folder / "split.yaml").faults == ()
+
+
+def test_comments_say_what_may_be_edited_and_change_nothing(planned_net: Any) -> None:
+    text = (planned_net.folder / "split.yaml").read_text()
+    plan = load_plan(text)
+    assert load_plan(commented(plan)) == plan
+    assert text.index("\npolicy:") < text.index("\nsegments:")
+    assert "  pin: null  # always use this cut while the tail answers" in text
+    assert "# From here on the two sides must agree" in text
+
+
+@pytest.mark.parametrize("cut", ["input", "c1", "local"])
+def test_a_cut_that_a_person_pins_is_the_one_that_the_device_takes(cut: str, edited: Any) -> None:
+    folder = edited(("  pin: null", f"  pin: {cut}"))
+    assert check_plan(folder).faults == ()
+    plan = load_plan((folder / "split.yaml").read_text())
+    for mbit in (0.1, 10, 1000):
+        assert choose_cut(plan, Estimate(mbit, 30)).cut.name == cut
+    assert choose_cut(plan, Estimate(10, 30, up=False)).cut.name == "local"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentences"),
+    [
+        ([("pin: null", "pin: c77")], [r"policy.pin is c77, the cuts are"]),
+        ([("pin: null", "pins: null")], [r"line \d+: unknown key 'pins', did you mean 'pin'"]),
+        ([("minimize: latency", "minimize: bytes")], ["without policy.slo_ms"]),
+        ([("pin: null", "pin: input"), ("private: false", "private: true")], ["the input itself leaves there"]),
+        ([("pin: null", "pin: c77"), ("dwell_s: 1.0", "dwell_s: -3"), ("mbit: 20", "mbit: 0")], ["dwell_s", "mbit"]),
+        ([("file: segments/0.onnx", "file: segments/9.onnx")], [r"segments/9.onnx is missing from"]),
+        ([("\nmemory_mb: null", "\nmemory_mb: 4"), ("pin: null", "pin: c1")],
+         [r"needs \d+(\.\d+)? MiB, and the device has 4"]),
+    ],
+)  # fmt: skip
+def test_every_fault_is_named(changes: list[tuple[str, str]], sentences: list[str], edited: Any) -> None:
+    import re
+
+    faults = check_plan(edited(*changes)).faults
+    assert len(faults) >= len(sentences)
+    for sentence in sentences:
+        assert any(re.search(sentence, fault) for fault in faults), faults
+
+
+def test_a_tensor_that_the_model_has_not_is_named_with_its_cut(edited: Any) -> None:
+    folder = edited()
+    plan = load_plan((folder / "split.yaml").read_text())
+    name = plan.cut("c1").tensors[0].name
+    text = (folder / "split.yaml").read_text()
+    at = text.index("- name: c1")
+    (folder / "split.yaml").write_text(text[:at] + text[at:].replace(f"name: {name}", "name: nonsense", 1))
+    faults = check_plan(folder).faults
+    assert any("cut c1 names the tensor 'nonsense', which no segment before it gives" in fault for fault in faults)
+    assert any(f"cut c1 lacks the tensor {name!r}" in fault for fault in faults)
+    assert any("a segment, tensor or coding was edited" in fault for fault in faults)
+
+
+def test_a_coding_that_was_added_by_hand_was_never_measured(edited: Any) -> None:
+    folder = edited()
+    text = (folder / "split.yaml").read_text()
+    at = text.index("codings:\n", text.index("- name: input"))
+    indent = text[:at].rsplit("\n", 1)[1]
+    (folder / "split.yaml").write_text(
+        text[:at] + f"codings:\n{indent}- kind: native\n" + text[at + len("codings:\n") :]
+    )
+    faults = check_plan(folder).faults
+    assert any("the coding native was never measured (its bytes_p50 is 0)" in fault for fault in faults)
+
+
+def test_another_model_and_a_damaged_segment_are_named(edited: Any, planned_net: Any, tmp_path: Path) -> None:
+    other = tmp_path / "other.onnx"
+    other.write_bytes(planned_net.model + b"\n")
+    assert any("other.onnx has" in fault for fault in check_plan(edited(), other).faults)
+    folder = edited()
+    (folder / "segments/1.onnx").write_bytes(b"rubbish")
+    assert any("segments/1.onnx has sha256" in fault for fault in check_plan(folder).faults)
+
+
+def test_edited_costs_are_honoured_and_the_new_verdict_is_remarked(edited: Any) -> None:
+    folder = edited()
+    plan = load_plan((folder / "split.yaml").read_text())
+    slow = plan.cut("local").device_ms
+    text = (folder / "split.yaml").read_text()
+    at = text.index("- name: local")
+    text = text[:at] + text[at:].replace(f"p50: {slow.p50}", "p50: 90000.0", 1)
+    (folder / "split.yaml").write_text(text)
+    found = check_plan(folder)
+    assert found.faults == ()
+    assert any("it is now: " in remark for remark in found.remarks) or all(v.cut != "local" for v in plan.verdicts)
