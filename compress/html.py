@@ -277,14 +277,10 @@ def _recipe(recipe: Recipe) -> str:
             ("passes", escape(" → ".join(recipe.passes)))]  # fmt: skip
     if recipe.choices:
         rows.append(("settled on", escape(", ".join(f"{name}: {option}" for name, option in recipe.choices.items()))))
-    if recipe.groups or recipe.branches:
-        kept = f"{len(recipe.groups)} groups of channels made smaller, {sum(len(g.kept) for g in recipe.groups):,} channels kept in them"
-        gone = f"; {len(recipe.branches)} residual branches removed" if recipe.branches else ""
-        rows.append(("shrunk", kept + gone))
-    rows += [
-        ("training", f"{escape(stage.stage)}: {stage.steps:,} steps of {stage.batch}, rate {stage.rate:g}")
-        for stage in recipe.training
-    ]
+    for stage in recipe.training:
+        gone = f", {len(stage.branches)} residual branches removed" if stage.branches else ""
+        smaller = f"{escape(stage.stage)}: {len(stage.groups)} groups of channels made smaller{gone}; "
+        rows.append(("training", f"{smaller}{stage.steps:,} steps of {stage.batch}, rate {stage.rate:g}"))
     return (
         "<p><code>skerry compress MODEL --data DATA -o OUT --recipe recipe.yaml</code> gives the same bytes again without a "
         f"search.</p>{_rows(('', ''), rows, 'words headless')}"

@@ -50,6 +50,11 @@ class RecipeTraining:
     decay: Annotated[float, Doc("weight decay"), Limits(min=0)] = 0.0
     threads: Annotated[int, Doc("sums depend on it"), Limits(min=1)] = 1
     seed: Count = 0
+    bits: Annotated[Mapping[str, float], Doc("layer -> width that it was trained to, where narrower than 8")] = (
+        dataclasses.field(default_factory=dict)
+    )
+    groups: Annotated[tuple[RecipeGroup, ...], Doc("channels: groups that are not here were kept whole")] = ()
+    branches: Annotated[tuple[str, ...], Doc("residual branches removed: the names of their Adds")] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,8 +74,6 @@ class Recipe:
     choices: Annotated[Mapping[str, str], Doc("pass -> the option it settled on, for those that have several")] = (
         dataclasses.field(default_factory=dict)
     )
-    groups: Annotated[tuple[RecipeGroup, ...], Doc("channels: groups that are not here were kept whole")] = ()
-    branches: Annotated[tuple[str, ...], Doc("residual branches removed: the names of their Adds")] = ()
     training: Annotated[tuple[RecipeTraining, ...], Doc("in order")] = ()
     metric: Annotated[str, Doc("what accuracy means here")] = ""
     preprocessing: Annotated[Preprocessing | None, Doc("how pictures became inputs; absent: inputs were arrays")] = None

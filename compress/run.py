@@ -1,73 +1,40 @@
 """The whole of one compression, from what the user gave to the folder that is written."""
 
 import dataclasses
-import platform
-import statistics
+import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from compress import Goal, Progress, data, folder, graph, measure, metrics, model, profiles
-from compress.data import Splits
-from compress.emit import emit, node_name
-from compress.graph import Array
-from compress.html import page
-from compress.lineage import lineage, parents
-from compress.measure import Drop, Runner
-from compress.metrics import Metric
+from compress import Goal, Progress, data, folder, graph, ladder, learn, measure, metrics, model, profiles
+from compress.conclude import Run, files, report
+from compress.data import Data, Splits
+from compress.emit import widths
+from compress.judge import Emitted, Original, look, result, write
+from compress.measure import Runner
 from compress.passes.bias import BIAS
-from compress.passes.bits import BITS, order
+from compress.passes.bits import BITS
 from compress.passes.canonicalise import CANONICALISE
 from compress.passes.guard import GUARD
 from compress.passes.place import PLACE
 from compress.passes.ranges import RANGES
 from compress.passes.strip import strip
-from compress.pieces import pieces
 from compress.pipeline import CHECK_SAMPLES, Bench, Pass, State, apply
-from compress.recipe import Recipe, RecipeLayer
-from compress.report import Baseline, Details, LayerRow, Report, Result
-from compress.scheme import Scheme
+from compress.report import Moment, Report
 from compress.splits import split
-from skills import ort, zstd
-from skills.errors import SkerryError, UsageError
-from skills.files import sha256_hex
-from skills.profile import Profile
-from skills.wire import encode_json
+from skills import ort
+from skills.errors import FormatError, SkerryError, UsageError
 
 PASSES: tuple[Pass, ...] = (CANONICALISE, RANGES, PLACE, GUARD, BIAS, BITS)
-PACKAGE_LEVEL = 19
-LOADS = 5
-TIMING_ROUNDS = 60
+PLACING: tuple[Pass, ...] = (RANGES, PLACE, GUARD)  # again for each network that training made
+TIME_BUDGET_S = 1800.0
+CALIBRATED_SHARE = 0.35  # of the time that what needs no training may take where training follows
+ENDING_S = 15.0  # kept for the last measurements
 CHANCE_ERRORS = 3  # a metric within so many standard errors of guessing is called chance
-SLOWER = 0.98  # below this speed-up the result is called slower; above it is noise
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Original:
-    """The model that came in, as every later answer is held against it."""
-
-    source: model.Source
-    stripped: bytes
-    session: ort.Session
-    metric: Metric
-    calibrate: Array
-    select: Array
-    report: Array
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Emitted:
-    """A file that could be written: its bytes, loaded in its runtime, and how it does on the report part."""
-
-    state: State
-    file: bytes
-    runner: Runner
-    audit: ort.Audit | None
-    answers: Array
-    drop: Drop
+TRAINED_UP_TO = 0.9  # of the progress bar
 
 
 def run(
@@ -80,41 +47,111 @@ def run(
     seed: int = 0,
     progress: Progress | None = None,
     weights: Path | None = None,
+    *,
+    time_budget: float | None = None,
+    teacher: object | None = None,
+    recipe: Path | None = None,
+    resume: bool = False,
+    metric: str | Callable[..., Any] | None = None,
     passes: Sequence[Pass] = PASSES,
 ) -> Report:
     """Compress; see `compress.compress` for the contract. `passes` is there to put further ones in."""
-    start = time.monotonic()
-    say: Progress = progress or (lambda _stage, _share, _best: None)
+    began = time.monotonic()
+    budget = TIME_BUDGET_S if time_budget is None else time_budget
     out = Path(out)
-    _check_arguments(max_drop, goal, seed)
+    _check_arguments(max_drop, goal, seed, budget)
     folder.check_out(out)
+    work = _Work(out, resume, began, budget, progress or (lambda _stage, _share, _best: None))
     profile = profiles.find(device)
-    say("reading the model and the data", 0.0, "")
-    samples = data.load(given)
-    original, splits, warnings = _meet(model.load(source, weights, samples.x), samples, seed)
-    state = State(_parse(original.stripped))
-    state = apply(
-        passes,
-        state,
-        _benches(profile, splits, original, max_drop, goal, say, passes),
-        original.calibrate[:CHECK_SAMPLES],
-    )
-    say("writing the model and measuring it", 0.9, "")
-    emitted = _emit(state, profile, splits, original, max_drop)
-    say("timing it against the original", 0.95, _best(original, emitted))
-    report = _report(original, emitted, profile, splits, max_drop, goal, seed, warnings, time.monotonic() - start)
-    say("done", 1.0, _best(original, emitted))
-    folder.write_folder(out, _files(report, emitted, original, profile, samples, splits, passes))
-    return report
+    work.say("reading the model and the data", 0.0)
+    samples = None if given is None else data.load(given, metric)
+    read = model.load(source, weights, None if samples is None else samples.x)
+    original, splits, samples, warnings = _meet(read, samples, teacher, seed)
+    shown = original.metric
+    if shown.needs_labels and splits.select.y is None:
+        shown = metrics.unlabelled(original.select, splits.select.x)
+    bench = Bench(
+        profile, splits, shown, original.calibrate, original.select, max_drop, goal, lambda _share, _best: None, seed=seed
+    )  # fmt: skip
+    learns = splits.train is not None and not samples.synthetic and not _whole_numbers(original)
+    work.calibrated = CALIBRATED_SHARE if learns else 1.0
+
+    state, plain = _calibrated(passes, State(_parse(original.stripped)), bench, original, work, learns)
+    candidates = [write("calibrated", state, profile, splits, original, shown)]
+    if plain is not None:
+        candidates.insert(0, write("plain int8", plain, profile, splits, original, shown))
+    work.found(candidates[-1], original)
+    stages: dict[str, tuple[learn.Stage, ...]] = {}
+    trained: list[Emitted] = []
+    if learns:
+        for at, reached in enumerate(_climb(state, bench, original, work)):
+            emitted = _trained(f"trained {at + 1}", reached, state, bench, original, work)
+            stages[emitted.name] = reached.stages
+            trained.append(emitted)
+            work.found(emitted, original)
+            if emitted.drop_select > ladder.HOPELESS * max(max_drop, 1.0):
+                break
+    work.say("looking at the report part", TRAINED_UP_TO + 0.02)
+    families = [[look(one, splits.report, original) for one in family] for family in (candidates, trained)]
+    judged = [one for family in families for one in family]
+    chosen = result(families, max_drop)
+    work.say("timing it against the original", TRAINED_UP_TO + 0.05)
+    found = Run(
+        original, samples, splits, profile, max_drop, goal, seed, budget, warnings, tuple(step.name for step in passes),
+        stages, tuple(work.trail), _inputs(teacher, recipe), began,
+    )  # fmt: skip
+    done = report(found, chosen, judged, candidates[0] if plain is not None else None)
+    folder.write_folder(out, files(found, done, chosen, judged))
+    folder.forget(out)
+    work.say("done", 1.0)
+    return done
 
 
-def _check_arguments(max_drop: float, goal: str, seed: int) -> None:
+class _Work:
+    """Where a run stands: its time, its progress bar, what it keeps beside OUT, and the best so far."""
+
+    def __init__(self, out: Path, resume: bool, began: float, budget: float, progress: Progress) -> None:
+        self.out, self.began, self.budget, self.progress = out, began, budget, progress
+        if not resume:
+            folder.forget(out)
+        self.cache = folder.Cache(folder.workdir(out) / "cache")
+        self.calibrated = 1.0
+        self.trail: list[Moment] = []
+        self.best = ""
+        self.shown = 0.0
+
+    def say(self, stage: str, share: float) -> None:
+        self.shown = max(self.shown, share)
+        self.progress(stage, self.shown, self.best)
+
+    def left(self, share: float = 1.0) -> float:
+        return max(0.0, share * (self.budget - ENDING_S) - (time.monotonic() - self.began))
+
+    def spent(self) -> float:
+        """Return how far the run is by the clock, 0..1."""
+        return min(1.0, (time.monotonic() - self.began) / self.budget)
+
+    def found(self, emitted: Emitted, original: Original) -> None:
+        """Keep a candidate on the disk as the best so far and say so."""
+        ratio = len(original.stripped) / len(emitted.file)
+        minutes = (time.monotonic() - self.began) / 60
+        self.trail.append(Moment(round(minutes, 2), round(ratio, 3), round(emitted.drop_select, 4), emitted.name))
+        self.best = f"{ratio:.1f}x smaller, {emitted.drop_select:+.2f} points on select"
+        kind = "tflite" if emitted.audit is None else "onnx"
+        folder.write_folder(
+            folder.best_folder(self.out), {f"model.{kind}": emitted.file, "best.txt": self.best.encode()}
+        )
+
+
+def _check_arguments(max_drop: float, goal: str, seed: int, budget: float) -> None:
     if not 0 <= max_drop <= 100:
         raise UsageError(f"the budget is {max_drop:g} points, expected 0 to 100")
     if goal not in ("size", "latency", "both"):
         raise UsageError(f"the goal is '{goal}', expected size, latency or both")
     if seed < 0:
         raise UsageError(f"the seed is {seed}, expected 0 or more")
+    if not budget > 0:
+        raise UsageError(f"the time budget is {budget:g} seconds, expected more than 0")
 
 
 def _parse(stripped: bytes) -> Any:
@@ -123,7 +160,70 @@ def _parse(stripped: bytes) -> Any:
     return onnx.load_model_from_string(stripped)
 
 
-def _meet(source: model.Source, samples: data.Data, seed: int) -> tuple[Original, Splits, tuple[str, ...]]:
+def _calibrated(
+    passes: Sequence[Pass], state: State, bench: Bench, original: Original, work: _Work, learns: bool
+) -> tuple[State, State | None]:
+    """Do all that needs no training; return where it ended, and the plain 8-bit form if it went on from one."""
+    upto = 0.3 if learns else TRAINED_UP_TO
+
+    def at(step: Pass) -> Bench:
+        place = list(passes).index(step)
+        return dataclasses.replace(
+            bench,
+            say=lambda share, best: work.say(
+                f"{step.title}{': ' + best if best else ''}", upto * (place + share) / len(passes)
+            ),
+            left=lambda: work.left(work.calibrated),
+        )
+
+    kept = [step for step in passes if step.name not in ("bias", "bits", "reconstruct")]
+    rest = [step for step in passes if step not in kept]
+    reference = original.calibrate[:CHECK_SAMPLES]
+    plain = apply(kept, state, at, reference)
+    if not rest or plain.scheme is None or not plain.scheme.layers:
+        return plain, None
+    return apply(rest, plain, at, reference), plain
+
+
+def _climb(state: State, bench: Bench, original: Original, work: _Work) -> Iterable[learn.Reached]:
+    """Train one smaller network after the other."""
+    train = bench.splits.train
+    if train is None:
+        return ()
+    labels = train.y if original.metric.name in ("top1", "macro_f1") and train.y is not None else None
+
+    def say(stage: str, _share: float) -> None:
+        work.say(f"training: {stage}", min(TRAINED_UP_TO, 0.3 + 0.6 * work.spent()))
+
+    lesson = learn.Lesson(
+        bench.splits.calibrate, train, original.session, original.teacher, labels, bench.goal,  # type: ignore[arg-type]
+        widths(state.model, bench.profile), bench.seed, os.cpu_count() or 1, work.left, work.cache.get, work.cache.put, say,
+    )  # fmt: skip
+    return learn.climb(state.model, lesson)
+
+
+def _trained(
+    name: str, reached: learn.Reached, before: State, bench: Bench, original: Original, work: _Work
+) -> Emitted:
+    """Place a trained network on its runtime and write it with the codes that it was trained to."""
+    state = apply(PLACING, State(reached.trained.model, notes=before.notes), lambda _step: bench)
+    scheme = state.planned()
+    known = {layer.node for layer in scheme.layers}
+    scheme = scheme.with_bits({node: width for node, width in reached.bits.items() if node in known})
+    scheme = scheme.with_codes({node: codes for node, codes in reached.trained.codes.items() if node in known})
+    work.say("measuring what was trained", work.shown)
+    stage = reached.stages[-1]
+    note = (
+        f"Trained in {len(reached.stages)} rungs, the last for {stage.settings.steps} steps of {stage.settings.batch} inputs; "
+        f"{len(stage.shrink.without)} residual branches and channels of {len(stage.shrink.keep)} groups were removed."
+    )
+    state = dataclasses.replace(state, scheme=scheme, notes=(*state.notes, note))
+    return write(name, state, bench.profile, bench.splits, original, bench.metric)
+
+
+def _meet(
+    source: model.Source, given: Data | None, teacher: object | None, seed: int
+) -> tuple[Original, Splits, Data, tuple[str, ...]]:
     """Hold model and data against each other and let the original answer every part."""
     stripped_model = strip(source.model)
     stripped = stripped_model.SerializeToString()
@@ -131,23 +231,59 @@ def _meet(source: model.Source, samples: data.Data, seed: int) -> tuple[Original
     if graph.opset(stripped_model) > ort.MAX_OPSET or stripped_model.ir_version > ort.MAX_IR:
         runnable = CANONICALISE.run(State(stripped_model), _NO_BENCH).model.SerializeToString()
     session = ort.session(runnable)
+    samples = data.synthetic(session.inputs[0], seed) if given is None else given
     data.check_fit(samples, session.inputs[0])
     splits = split(samples, seed)
     few = splits.calibrate.x[: max(1, session.inputs[0].shape[0])]
     first = measure.answers(session, few)
     metric = metrics.choose(samples, first, few)
-    answers = [measure.answers(session, part.x) for part in (splits.calibrate, splits.select, splits.report)]
-    if not all(np.isfinite(part).all() for part in answers):
+    calibrate, select, end = (
+        measure.answers(session, part.x) for part in (splits.calibrate, splits.select, splits.report)
+    )
+    if not all(np.isfinite(part).all() for part in (calibrate, select, end)):
         raise SkerryError(f"{source.name} answers NaN or infinity on this data: is it preprocessed as in training?")
-    original = Original(source, runnable, session, metric, *answers)
-    return original, splits, _warnings(original, splits)
+    original = Original(
+        source, runnable, session, metric, calibrate, select, end, _teacher(teacher, session, few, first)
+    )
+    return original, splits, samples, _warnings(original, splits, samples)
+
+
+def _teacher(teacher: object | None, session: ort.Session, few: np.ndarray[Any, Any], first: Any) -> Runner:
+    """Return who is learned from: the original, or the model given for that.
+
+    Raises:
+        FormatError: the teacher's input or output is not the model's.
+    """
+    if teacher is None:
+        return session
+    read = model.load(teacher, None, few)
+    other = ort.session(strip(read.model).SerializeToString())
+    takes, wants = other.inputs[0], session.inputs[0]
+    if takes.dtype != wants.dtype or takes.shape[1:] != wants.shape[1:]:
+        raise FormatError(
+            f"the teacher {read.name} takes {takes.dtype} {list(takes.shape[1:])}, "
+            f"the model {wants.dtype} {list(wants.shape[1:])}"
+        )
+    answer = measure.answers(other, few)
+    if answer.shape != first.shape:
+        raise FormatError(
+            f"the teacher {read.name} answers {list(answer.shape[1:])}, the model {list(first.shape[1:])}"
+        )
+    return other
 
 
 # The pass CANONICALISE never looks at its bench.
 _NO_BENCH: Any = None
 
 
-def _warnings(original: Original, splits: Splits) -> tuple[str, ...]:
+def _whole_numbers(original: Original) -> bool:
+    """Return whether the model cannot be trained by what it answers: its first output is no float."""
+    return original.calibrate.dtype.kind != "f"
+
+
+def _warnings(original: Original, splits: Splits, samples: Data) -> tuple[str, ...]:
+    if samples.synthetic:
+        return (data.NO_DATA,)
     found = []
     # A user's own metric that fails does so here, before anything is searched.
     right = original.metric.of(original.report, splits.report, original.report)
@@ -164,199 +300,13 @@ def _warnings(original: Original, splits: Splits) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _benches(
-    profile: Profile,
-    splits: Splits,
-    original: Original,
-    max_drop: float,
-    goal: str,
-    say: Progress,
-    passes: Sequence[Pass],
-) -> Callable[[Pass], Bench]:
-    """Return what makes a pass's bench: its share of the progress bar starts where the one before ended."""
-    metric = original.metric
-    if metric.needs_labels and splits.select.y is None:
-        metric = metrics.unlabelled(original.select, splits.select.x)
+def _inputs(teacher: object | None, recipe: Path | None) -> dict[str, str]:
+    """Return the hashes of what else went in, where it is a file."""
+    from skills.files import sha256_file
 
-    def bench(step: Pass) -> Bench:
-        at = list(passes).index(step)
-
-        def tell(share: float, best: str) -> None:
-            say(step.title, 0.05 + 0.85 * (at + share) / len(passes), best)
-
-        return Bench(profile, splits, metric, original.calibrate, original.select, max_drop, goal, tell)
-
-    return bench
-
-
-def _emit(state: State, profile: Profile, splits: Splits, original: Original, max_drop: float) -> Emitted:
-    """Emit the scheme; where the report part contradicts the search, step back to fewer 4-bit layers, at most twice.
-
-    That is the only use of the report part for a choice, it goes one way only, and the notes say that it happened.
-    """
-    best = _judge(state, profile, splits, original)
-    scheme = state.scheme
-    if best.drop.points <= max_drop or scheme is None:
-        return best
-    narrow = [layer for layer in scheme.layers if layer.bits == 4]
-    ranked = order(narrow, {layer.node: state.harm.get(layer.node, 0.0) for layer in narrow})
-    for keep in sorted({len(ranked) // 2, 0} - {len(ranked)}, reverse=True):
-        note = (
-            f"With {len(narrow)} layers in 4 bits the report part lost {best.drop.points:.2f} points, more than the "
-            f"search foresaw: stepped back to {keep}."
-        )
-        stepped = scheme.with_bits(dict.fromkeys(ranked[keep:], 8))
-        again = _judge(
-            dataclasses.replace(state, scheme=stepped, notes=(*state.notes, note)), profile, splits, original
-        )
-        if again.drop.points < best.drop.points:
-            best = again
-        if best.drop.points <= max_drop:
-            break
-    return best
-
-
-def _judge(state: State, profile: Profile, splits: Splits, original: Original) -> Emitted:
-    quantized = state.model if state.scheme is None else emit(state.model, state.scheme, state.seen())
-    written = quantized.SerializeToString()
-    audit: ort.Audit | None = None
-    runner: Runner
-    if profile.runtime == "litert":
-        from compress import tflite
-
-        file = tflite.lower(quantized)
-        runner = tflite.session(file)
-        tflite.check_same(runner, ort.session(written), splits.calibrate.x)
-    else:
-        file = written
-        runner = ort.session(file)
-        audit = ort.audit(file)
-        if state.scheme is not None and profile.arch == platform.machine():
-            check_audit(audit, state.scheme)
-    answers = measure.answers(runner, splits.report.x)
-    drop = measure.drop(original.metric, splits.report, original.report, answers)
-    return Emitted(state, file, runner, audit, answers, drop)
-
-
-def check_audit(audit: ort.Audit, scheme: Scheme) -> None:
-    """Hold the optimised graph against the scheme.
-
-    Raises:
-        SkerryError: a layer that should compute in int8 stayed float; names the layer and the cause.
-    """
-    names = {node_name(at): layer for at, layer in enumerate(scheme.layers)}
-    for row in audit.stayed_float:
-        layer = names.get(row.node)
-        if layer is not None and layer.compute == "int8":
-            raise SkerryError(f"the runtime left {layer.op} '{layer.node}' in float: {row.reason}")
-    planned = sum(layer.compute == "int8" for layer in scheme.layers)
-    found = sum(row.int8 for row in audit.rows)
-    if found < planned:
-        raise SkerryError(f"{planned} layers should compute in int8, the runtime made {found} int8 kernels")
-
-
-def _best(original: Original, emitted: Emitted) -> str:
-    return f"{len(original.stripped) / len(emitted.file):.1f}x smaller, {emitted.drop.points:+.2f} points"
-
-
-def _report(
-    original: Original, emitted: Emitted, profile: Profile, splits: Splits, max_drop: float, goal: Goal, seed: int,
-    warnings: tuple[str, ...], seconds: float,
-) -> Report:  # fmt: skip
-    began = time.monotonic()
-    sample = splits.report.x[: max(1, original.session.inputs[0].shape[0])]
-    times = measure.race({"before": original.session, "after": emitted.runner}, sample, TIMING_ROUNDS)
-    speedup = times["before"].p50_ms / times["after"].p50_ms
-    if speedup < SLOWER:
-        warnings = (*warnings, f"The result is slower than what came in: {speedup:.2f} times its speed.")
-    if profile.arch != platform.machine():
-        warnings = (*warnings, f"Timed on this machine ({platform.machine()}), not on a {profile.name} device.")
-    before, after = (
-        original.metric.of(answers, splits.report, original.report) for answers in (original.report, emitted.answers)
-    )
-    size, package = len(original.stripped), len(zstd.compress(original.stripped, PACKAGE_LEVEL))
-    small, small_package = len(emitted.file), len(zstd.compress(emitted.file, PACKAGE_LEVEL))
-    baseline = Baseline(
-        round(before, 6), original.source.bytes_input, size, package,
-        round(times["before"].p50_ms, 4), round(times["before"].p90_ms, 4), _load_ms(lambda: ort.session(original.stripped)),
-    )  # fmt: skip
-    result = Result(
-        round(after, 6), small, small_package, round(times["after"].p50_ms, 4),
-        round(times["after"].p90_ms, 4), _load_ms(lambda: _open(emitted.file, profile)),
-    )  # fmt: skip
-    drop = emitted.drop
-    details = Details(
-        original.source.name, "model.tflite" if profile.runtime == "litert" else "model.onnx", max_drop, goal, seed,
-        _rows(emitted), emitted.audit.counts if emitted.audit else {}, emitted.state.notes, warnings,
-        {name: len(part) for name, part in splits.parts().items()},
-        data_level="training" if splits.train is not None else "calibration" if splits.report.y is not None else "unlabelled",
-        unit=original.metric.unit,
-        pieces_before=pieces(original.stripped),
-        pieces_after=pieces(emitted.file) if profile.runtime == "onnxruntime" else {},
-        samples_for_proof=measure.samples_for_proof(drop, max_drop),
-    )  # fmt: skip
-    return Report(
-        original.metric.name, measure.verdict(drop, max_drop), round(drop.points, 4), (round(drop.lo, 4), round(drop.hi, 4)),
-        drop.n, baseline, result, round(size / small, 3), round(size / small_package, 3), round(speedup, 3), profile.name,
-        threads=1, batch=len(sample), seconds=round(seconds + time.monotonic() - began, 2), details=details,
-    )  # fmt: skip
-
-
-def _open(file: bytes, profile: Profile) -> Runner:
-    if profile.runtime == "litert":
-        from compress import tflite
-
-        return tflite.session(file)
-    return ort.session(file)
-
-
-def _load_ms(load: Callable[[], Runner]) -> float:
-    return round(statistics.median(load().load_ms for _ in range(LOADS)), 3)
-
-
-def _rows(emitted: Emitted) -> tuple[LayerRow, ...]:
-    scheme = emitted.state.scheme
-    if scheme is None:
-        return ()
-    audited = {row.node: row for row in emitted.audit.rows} if emitted.audit else {}
-    rows = []
-    for at, layer in enumerate(scheme.layers):
-        row = audited.get(node_name(at))
-        rows.append(
-            LayerRow(
-                layer.node, layer.op, layer.compute, layer.bits, layer.count, 4 * layer.count, layer.stored_bytes,
-                row.kernel if row else "", row.reason if row else "",
-                {4: emitted.state.harm[layer.node]} if layer.node in emitted.state.harm else {},
-            )
-        )  # fmt: skip
-    return tuple(rows)
-
-
-def _files(
-    report: Report,
-    emitted: Emitted,
-    original: Original,
-    profile: Profile,
-    samples: data.Data,
-    splits: Splits,
-    passes: Sequence[Pass],
-) -> Mapping[str, bytes]:
-    import json
-
-    details = report.details
-    scheme = emitted.state.scheme
-    layers = scheme.layers if scheme is not None else ()
-    inputs = parents(samples, model=original.source.sha256)
-    recipe = Recipe(
-        profile, details.max_drop, details.goal, details.seed, tuple(step.name for step in passes),
-        tuple(RecipeLayer(item.node, item.compute, item.bits) for item in layers),
-        metric=report.metric_name, preprocessing=samples.preprocessing, least_runtime=details.least_runtime, inputs=inputs,
-    )  # fmt: skip
-    trace = lineage(sha256_hex(emitted.file), inputs, splits, details.seed, profile.name)
+    given = {"teacher": teacher, "recipe": recipe}
     return {
-        details.model_file: emitted.file,
-        "report.html": page(report, recipe, trace).encode(),
-        "recipe.yaml": recipe.encode(),
-        "lineage.json": encode_json(trace),
-        "report.json": (json.dumps(report.to_json(), indent=1, allow_nan=False) + "\n").encode(),
+        name: sha256_file(Path(value))
+        for name, value in given.items()
+        if isinstance(value, (str, Path)) and Path(value).is_file()
     }

@@ -41,7 +41,7 @@ class Settings:
     """How to train. `labels` is the weight of the true labels beside the teacher's answers."""
 
     steps: int
-    rate: float = 2e-3
+    rate: float = 8e-4
     batch: int = 128
     temperature: float = 4.0
     labels: float = 0.1
@@ -208,7 +208,7 @@ def fit(
 ) -> Trained:
     """Train for `settings.steps` steps of one cosine of the learning rate, then settle the statistics and fold them.
 
-    `labels` are class numbers of the rows of `views`, used on the unmoved view and beside the teacher on the others.
+    `labels` are class numbers of the rows of `views`, or None.
     The same arguments give the same weights on the same machine.
     """
     began = time.monotonic()

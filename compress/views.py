@@ -1,7 +1,8 @@
-"""What a student learns from: the training inputs, as they are and moved a little, and what the teacher says to each.
+"""What a student learns from: the training inputs moved a little, in several ways, and what the teacher says to each.
 
 The teacher answers the very inputs that the student sees, so moving them can never make an answer wrong: a consistent
-teacher (Beyer et al., CVPR 2022, arXiv 2106.05237). Each view is answered once and kept, which makes it as cheap as a label.
+teacher (Beyer et al., CVPR 2022, arXiv 2106.05237). The inputs as they are stay out: the teacher mostly knows them by heart,
+and what it says to them tells little. Each view is answered once and kept, which makes it as cheap as a label.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ ASKED_AT_ONCE = 2000
 
 
 class Views:
-    """The training inputs `x` in `count` views; the first is the inputs as they are.
+    """The training inputs `x` in `count` views, or as they are where nothing is known of how they may be moved.
 
     `kept(key, make)` returns the bytes kept under a key, or makes and keeps them.
     """
@@ -29,12 +30,13 @@ class Views:
         self, x: Array, teacher: Runner, count: int, seed: int, kept: Callable[[str, Callable[[], bytes]], bytes]
     ) -> None:
         self.x, self.teacher, self.seed, self.kept = x, teacher, seed, kept
-        self.count = count if x.dtype.kind == "f" and x.ndim in (3, 4) else 1
+        self.first = 1 if movable(x) else 0
+        self.count = count if movable(x) else 1
         self._answers: dict[int, Array] = {}
 
     def inputs(self, view: int, rows: Array) -> Array:
         """Return the inputs of these rows as this view shows them."""
-        return moved(self.x[rows], rows, view, self.seed)
+        return moved(self.x[rows], rows, self.first + view, self.seed)
 
     def answers(self, view: int, say: Callable[[float], None] = lambda _share: None) -> Array:
         """Return the teacher's answers to every row of a view."""
@@ -54,6 +56,11 @@ class Views:
             found.append(answers(self.teacher, self.inputs(view, rows)).astype(np.float32))
             say((rows[-1] + 1) / len(self.x))
         return np.concatenate(found)
+
+
+def movable(x: Array) -> bool:
+    """Return whether inputs are series or pictures, which can be moved in time or space."""
+    return x.dtype.kind == "f" and x.ndim in (3, 4)
 
 
 def moved(x: Array, rows: Array, view: int, seed: int) -> Array:

@@ -1,0 +1,238 @@
+"""What a run leaves behind: the report with its figures, and the files of the result folder."""
+
+import dataclasses
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+from compress import Goal, channels, measure
+from compress.data import Data, Splits
+from compress.emit import least_runtime, node_name
+from compress.html import page
+from compress.judge import Emitted, Judged, Original
+from compress.learn import Stage
+from compress.lineage import lineage, parents
+from compress.measure import Runner
+from compress.pieces import pieces
+from compress.recipe import Recipe, RecipeGroup, RecipeLayer, RecipeTraining
+from compress.report import Baseline, DataLevel, Details, LayerRow, Moment, Point, Report, Result
+from skills import ort, zstd
+from skills.files import sha256_hex
+from skills.profile import Profile
+from skills.wire import encode_json
+
+PACKAGE_LEVEL = 19
+LOADS = 5
+TIMING_ROUNDS = 60
+SLOWER = 0.98  # below this speed-up the result is called slower; above it is noise
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Run:
+    """What was asked and what was found on the way."""
+
+    original: Original
+    samples: Data
+    splits: Splits
+    profile: Profile
+    max_drop: float
+    goal: Goal
+    seed: int
+    time_budget: float
+    warnings: tuple[str, ...]
+    passes: tuple[str, ...]
+    stages: Mapping[str, tuple[Stage, ...]]  # name of a trained candidate -> how it was trained
+    trail: tuple[Moment, ...]
+    inputs: Mapping[str, str]  # hashes of teacher, recipe, …
+    began: float
+
+
+def report(run: Run, chosen: Judged, all_judged: Sequence[Judged], plain: Emitted | None) -> Report:
+    """Time the result against the original and put everything into the report."""
+    original, emitted, drop = run.original, chosen.emitted, chosen.drop
+    sample = run.splits.report.x[: max(1, original.session.inputs[0].shape[0])]
+    shown = front(all_judged, chosen)
+    times = measure.race(
+        {"before": original.session, "after": emitted.runner}
+        | {one.emitted.name: one.emitted.runner for one in shown if one is not chosen},
+        sample, TIMING_ROUNDS,
+    )  # fmt: skip
+    speedup = times["before"].p50_ms / times["after"].p50_ms
+    warnings = run.warnings
+    if speedup < SLOWER:
+        warnings = (*warnings, f"The result is slower than what came in: {speedup:.2f} times its speed.")
+    if run.profile.arch != platform.machine():
+        warnings = (*warnings, f"Timed on this machine ({platform.machine()}), not on a {run.profile.name} device.")
+    before, after = (
+        original.metric.of(answers, run.splits.report, original.report) for answers in (original.report, chosen.answers)
+    )
+    size, package = len(original.stripped), len(zstd.compress(original.stripped, PACKAGE_LEVEL))
+    small, small_package = len(emitted.file), len(zstd.compress(emitted.file, PACKAGE_LEVEL))
+    baseline = Baseline(
+        round(before, 6), original.source.bytes_input, size, package,
+        round(times["before"].p50_ms, 4), round(times["before"].p90_ms, 4), _load_ms(lambda: ort.session(original.stripped)),
+    )  # fmt: skip
+    result = Result(
+        round(after, 6), small, small_package, round(times["after"].p50_ms, 4),
+        round(times["after"].p90_ms, 4), _load_ms(lambda: open_file(emitted.file, run.profile)),
+    )  # fmt: skip
+    scheme = emitted.state.scheme
+    details = Details(
+        original.source.name, _model_file(run.profile), run.max_drop, run.goal, run.seed,
+        _rows(emitted), emitted.audit.counts if emitted.audit else {}, emitted.state.notes, warnings,
+        {name: len(part) for name, part in run.splits.parts().items()},
+        data_level=_level(run), unit=original.metric.unit,
+        pareto=tuple(_point(one, chosen, times, at) for at, one in enumerate(shown)),
+        trail=run.trail, time_budget=run.time_budget,
+        pieces_before=pieces(original.stripped),
+        pieces_after=pieces(emitted.file) if run.profile.runtime == "onnxruntime" else {},
+        bytes_plain=len(plain.file) if plain is not None else None,
+        weights=(_total(channels.params(_float(original))), _total(channels.params(emitted.state.model))),
+        macs=(_total(channels.macs(_float(original))), _total(channels.macs(emitted.state.model))),
+        samples_for_proof=measure.samples_for_proof(drop, run.max_drop),
+        least_runtime=f"onnxruntime {_version(least_runtime(scheme))}"
+        if scheme is not None and run.profile.runtime == "onnxruntime" else "",
+    )  # fmt: skip
+    return Report(
+        original.metric.name, measure.verdict(drop, run.max_drop), round(drop.points, 4),
+        (round(drop.lo, 4), round(drop.hi, 4)), drop.n, baseline, result, round(size / small, 3),
+        round(size / small_package, 3), round(speedup, 3), run.profile.name, threads=1, batch=len(sample),
+        seconds=round(time.monotonic() - run.began, 2), details=details,
+    )  # fmt: skip
+
+
+def front(judged: Sequence[Judged], chosen: Judged) -> list[Judged]:
+    """Return the chosen file and those that no other beats in both size and drop, the largest first. Pure."""
+    kept = [
+        one
+        for one in judged
+        if one is chosen
+        or not any(
+            other is not one
+            and len(other.emitted.file) <= len(one.emitted.file)
+            and other.drop.points <= one.drop.points
+            and (len(other.emitted.file), other.drop.points) != (len(one.emitted.file), one.drop.points)
+            for other in judged
+        )
+    ]
+    return sorted(kept, key=lambda one: -len(one.emitted.file))
+
+
+def files(run: Run, done: Report, chosen: Judged, all_judged: Sequence[Judged]) -> Mapping[str, bytes]:
+    """Return every file of the result folder by name."""
+    emitted, details = chosen.emitted, done.details
+    scheme = emitted.state.scheme
+    layers = scheme.layers if scheme is not None else ()
+    inputs = parents(run.samples, model=run.original.source.sha256, **dict(run.inputs))
+    recipe = Recipe(
+        run.profile, run.max_drop, run.goal, run.seed, run.passes,
+        tuple(RecipeLayer(item.node, item.compute, item.bits) for item in layers),
+        training=tuple(_training(at, stage) for at, stage in enumerate(run.stages.get(emitted.name, ()))),
+        metric=done.metric_name, preprocessing=run.samples.preprocessing, least_runtime=details.least_runtime,
+        inputs=inputs,
+    )  # fmt: skip
+    trace = lineage(
+        sha256_hex(emitted.file), inputs, None if run.samples.synthetic else run.splits, run.seed, run.profile.name
+    )
+    named = {one.emitted.name: one.emitted.file for one in all_judged}
+    return {
+        details.model_file: emitted.file,
+        "report.html": page(done, recipe, trace).encode(),
+        "recipe.yaml": recipe.encode(),
+        "lineage.json": encode_json(trace),
+        "report.json": (json.dumps(done.to_json(), indent=1, allow_nan=False) + "\n").encode(),
+        "search.json": _search(run, done),
+    } | {point.file: named[point.name] for point in details.pareto if point.file and not point.chosen}
+
+
+def open_file(file: bytes, profile: Profile) -> Runner:
+    """Load a result in its runtime."""
+    if profile.runtime == "litert":
+        from compress import tflite
+
+        return tflite.session(file)
+    return ort.session(file)
+
+
+def _search(run: Run, done: Report) -> bytes:
+    """Return what the search came by: the trade-offs kept, and what the time bought."""
+    rows = {
+        "pareto": [dataclasses.asdict(point) for point in done.details.pareto],
+        "trail": [dataclasses.asdict(moment) for moment in run.trail],
+    }
+    return (json.dumps(rows, indent=1, allow_nan=False) + "\n").encode()
+
+
+def _point(one: Judged, chosen: Judged, times: Mapping[str, ort.Timing], at: int) -> Point:
+    emitted = one.emitted
+    name = "after" if one is chosen else emitted.name
+    kind = "tflite" if emitted.audit is None else "onnx"
+    return Point(
+        emitted.name, len(emitted.file), len(zstd.compress(emitted.file, PACKAGE_LEVEL)), round(one.drop.points, 4),
+        (round(one.drop.lo, 4), round(one.drop.hi, 4)), round(emitted.drop_select, 4), round(times[name].p50_ms, 4),
+        one is chosen, f"model.{kind}" if one is chosen else f"pareto/{at}.{kind}",
+    )  # fmt: skip
+
+
+def _training(at: int, stage: Stage) -> RecipeTraining:
+    settings = stage.settings
+    return RecipeTraining(
+        f"rung {at + 1}", settings.steps, settings.batch, settings.rate, views=stage.views,
+        temperature=settings.temperature, labels=settings.labels, decay=settings.decay, threads=settings.threads,
+        seed=settings.seed, bits=dict(stage.bits), branches=stage.shrink.without,
+        groups=tuple(RecipeGroup(number, tuple(kept)) for number, kept in sorted(stage.shrink.keep.items())),
+    )  # fmt: skip
+
+
+def _level(run: Run) -> DataLevel:
+    if run.samples.synthetic:
+        return "none"
+    if run.splits.train is not None:
+        return "training"
+    return "calibration" if run.splits.report.y is not None else "unlabelled"
+
+
+def _model_file(profile: Profile) -> Literal["model.onnx", "model.tflite"]:
+    return "model.tflite" if profile.runtime == "litert" else "model.onnx"
+
+
+def _float(original: Original) -> object:
+    import onnx
+
+    return onnx.load_model_from_string(original.stripped)
+
+
+def _total(counts: Mapping[str, int]) -> int:
+    return sum(counts.values())
+
+
+def _version(numbers: Sequence[int]) -> str:
+    return ".".join(map(str, numbers))
+
+
+def _load_ms(load: Callable[[], Runner]) -> float:
+    return round(statistics.median(load().load_ms for _ in range(LOADS)), 3)
+
+
+def _rows(emitted: Emitted) -> tuple[LayerRow, ...]:
+    scheme = emitted.state.scheme
+    if scheme is None:
+        return ()
+    audited = {row.node: row for row in emitted.audit.rows} if emitted.audit else {}
+    rows = []
+    for at, layer in enumerate(scheme.layers):
+        row = audited.get(node_name(at))
+        rows.append(
+            LayerRow(
+                layer.node, layer.op, layer.compute, layer.bits, layer.count, 4 * layer.count, layer.stored_bytes,
+                row.kernel if row else "", row.reason if row else "", _harm(emitted.state.harm.get(layer.node)),
+            )
+        )  # fmt: skip
+    return tuple(rows)
+
+
+def _harm(found: object) -> dict[float, float]:
+    return {4: found} if isinstance(found, float) else dict(found or {})  # type: ignore[call-overload]

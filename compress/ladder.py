@@ -1,0 +1,82 @@
+"""Which networks are trained, in which order and for how long: decided before anything is known of how they do. Pure.
+
+Each rung keeps less of the network and stores it in fewer bits than the one before, and starts from its weights, so
+training is never thrown away. A longer time budget buys more steps on each rung, not other rungs.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+BATCH = 128
+LEAST_STEPS = 60  # fewer teach nothing
+MOST_EPOCHS = 150  # more than that on one rung has not been seen to help
+SPENT = 0.92  # of the time that is left goes into training, the rest into measuring
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rung:
+    """How much of the network's cost is kept, how many bits a weight takes on average, and its share of the time."""
+
+    kept: float
+    bits: float
+    share: float
+
+
+RUNGS = (Rung(0.82, 3.2, 0.30), Rung(0.66, 3.0, 0.25), Rung(0.52, 2.8, 0.25), Rung(0.40, 2.6, 0.20))
+HOPELESS = 5.0  # times the budget lost on select: nothing behind this rung will be within it
+
+
+def rungs(goal: str, widths: tuple[float, ...]) -> tuple[Rung, ...]:
+    """Return the rungs to climb: with `latency` as goal, or a target without narrow widths, weights stay in 8 bits."""
+    narrow = goal != "latency" and min(widths) < 8
+    return tuple(rung if narrow else dataclasses.replace(rung, bits=8.0) for rung in RUNGS)
+
+
+def batch(samples: int) -> int:
+    """Return how many samples one step sees: fewer where there are few."""
+    return max(16, min(BATCH, samples // 16))
+
+
+def steps(at: int, climbed: tuple[Rung, ...], left_s: float, step_s: float, samples: int) -> int:
+    """Return for how many steps rung number `at` is trained, 0 if the time is too short to be of use.
+
+    `left_s` is what is left for this rung and those behind it. The count is rounded down to two leading binary digits: two
+    runs whose steps take about as long then make the same plan.
+    """
+    share = climbed[at].share / sum(rung.share for rung in climbed[at:])
+    each = max(1, samples // batch(samples))
+    count = int(min(SPENT * share * left_s / max(step_s, 1e-6), MOST_EPOCHS * each))
+    if count < LEAST_STEPS:
+        return 0
+    grain = 1 << max(0, count.bit_length() - 2)
+    return count // grain * grain
+
+
+def assign(
+    weights: Mapping[str, int], harm: Mapping[str, Mapping[float, float]], widths: tuple[float, ...], bits: float
+) -> dict[str, float]:
+    """Return a width for each layer so that a weight takes at most `bits` on average and the harm's sum is small.
+
+    `weights` counts each layer's weights; `harm` says what a width alone costs a layer (8 bits cost nothing; a width that
+    was not measured is not used). From 8 bits down, the step that does least harm for the bits it saves goes first.
+    """
+    now = dict.fromkeys(weights, 8.0)
+    total = sum(weights.values())
+    used = 8.0 * total
+    while used > bits * total:
+        best: tuple[float, str, float] | None = None
+        for name, width in now.items():
+            known = harm.get(name, {})
+            for lower in widths:
+                if lower >= width or lower not in known:
+                    continue
+                worse = max(known[lower] - (known.get(width, 0.0) if width < 8 else 0.0), 1e-9)
+                rate = worse / ((width - lower) * weights[name])
+                if best is None or (rate, name, lower) < best:
+                    best = rate, name, lower
+        if best is None:
+            break
+        _, name, lower = best
+        used -= (now[name] - lower) * weights[name]
+        now[name] = lower
+    return now

@@ -1,0 +1,246 @@
+"""Climb the ladder: shrink, choose widths, train, and hand on what came out, one rung after the other."""
+
+import dataclasses
+import functools
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from compress import graph, ladder
+from compress.channels import survivors
+from compress.data import Part
+from compress.graph import Array
+from compress.ladder import Rung
+from compress.measure import Runner, answers, divergence
+from compress.passes.place import find_layers
+from compress.scheme import HEAVY, Layer
+from compress.shrinking import SAMPLES, Goal, Shrink, choose
+from compress.shrinking import lift as put_back
+from compress.to_torch import Twin
+from compress.train import Checkpoint, Settings, Spread, Student, Trained, fit, spreads
+from compress.views import Views, movable, moved
+from compress.weights import encode
+
+VIEWS = 4
+TIMED_STEPS = 4
+LEAST_WEIGHTS = 256  # a layer with fewer stays in 8 bits: narrower ones would save nothing
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stage:
+    """What one rung did, complete enough to do it again."""
+
+    shrink: Shrink
+    bits: Mapping[str, float]  # layer → width, for those narrower than 8
+    settings: Settings
+    views: int
+    seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Reached:
+    """A rung that was climbed: the smaller network with its trained weights and codes, and all stages up to here."""
+
+    trained: Trained
+    bits: Mapping[str, float]
+    stages: tuple[Stage, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Lesson:
+    """What training may use. `kept` and `keep` read and write the resume store; `teacher` answers as the output should."""
+
+    calibrate: Part
+    train: Part
+    original: Runner
+    teacher: Runner
+    labels: Array | None
+    goal: Goal
+    widths: tuple[float, ...]
+    seed: int
+    threads: int
+    left: Callable[[], float]
+    get: Callable[[str], bytes | None]
+    put: Callable[[str, bytes], None]
+    say: Callable[[str, float], None]
+
+    def kept(self, key: str, make: Callable[[], bytes]) -> bytes:
+        """Return what is kept under a key, or make and keep it."""
+        found = self.get(key)
+        if found is None:
+            found = make()
+            self.put(key, found)
+        return found
+
+
+def climb(model: Any, lesson: Lesson, planned: Sequence[Stage] | None = None) -> Iterator[Reached]:
+    """Yield what each rung comes to, until the time is spent or, with `planned`, those stages are done again.
+
+    `model` is the canonicalised float graph. Later rungs are smaller; each starts from the one before.
+    """
+    model = with_biases(model)
+    full, done = model, Shrink()
+    stages: tuple[Stage, ...] = ()
+    x = lesson.calibrate.x  # moved: what the original answers to inputs that it was trained on says little
+    x = moved(x, np.arange(len(x)), 1, lesson.seed) if movable(x) else x
+    wanted = answers(lesson.original, x[:SAMPLES])
+    views = Views(lesson.train.x, lesson.teacher, planned[0].views if planned else VIEWS, lesson.seed, lesson.kept)
+    usual = ladder.rungs(lesson.goal, lesson.widths)
+    for at in range(len(planned) if planned is not None else len(usual)):
+        lesson.say("choosing what to remove", 0.0)
+        if planned is not None:
+            shrink = planned[at].shrink
+        else:
+            shrink = choose(
+                full, done, x[:SAMPLES], wanted, usual[at].kept, lesson.goal,
+                lambda share: lesson.say("choosing what to remove", share),
+            )  # fmt: skip
+        small = shrink.apply(full)
+        bits = dict(planned[at].bits) if planned is not None else _widths(small, lesson, usual[at], x[:SAMPLES], wanted)
+        layers = [
+            dataclasses.replace(layer, bits=bits[layer.node])
+            for layer in find_layers(small)
+            if layer.op in HEAVY and layer.node in bits
+        ]
+        student = Student(small, layers, _spreads(model, full, done, shrink, x))
+        if planned is not None:
+            settings = planned[at].settings
+        else:
+            settings = _settings(student, views, lesson, usual, at)
+            if settings.steps == 0:
+                return
+        key = f"rung-{at}-" + hashlib.sha256(repr((shrink, sorted(bits.items()), settings)).encode()).hexdigest()[:24]
+        for view in range(min(views.count, 1 + settings.steps // max(1, len(views.x) // settings.batch))):
+            views.answers(view, lambda share: lesson.say("asking the teacher", share))
+        trained = fit(
+            student, views, lesson.labels, settings, lambda share: lesson.say("training", share),
+            Checkpoint(functools.partial(lesson.get, key), functools.partial(lesson.put, key)),
+        )  # fmt: skip
+        full, done = put_back(full, shrink, trained.model), shrink
+        stages = (*stages, Stage(shrink, bits, settings, views.count, trained.seconds))
+        yield Reached(trained, bits, stages)
+
+
+def heavy(model: Any) -> list[Layer]:
+    """Return the layers whose weights are trained to codes: not tables and recurrent ones."""
+    return [layer for layer in find_layers(model) if layer.op in HEAVY]
+
+
+def with_biases(model: Any) -> Any:
+    """Return the graph with a bias at every convolution: what is trained behind it ends there."""
+    changed = graph.copy(model)
+    values = graph.arrays(model)
+    for node in changed.graph.node:
+        if node.op_type not in ("Conv", "ConvTranspose") or len(node.input) > 2 or node.input[1] not in values:
+            continue
+        weight = values[node.input[1]]
+        groups = int(graph.attributes(node).get("group", 1))
+        width = weight.shape[0] if node.op_type == "Conv" else weight.shape[1] * groups
+        name = f"{node.output[0]}.bias"
+        changed.graph.initializer.append(graph.tensor(name, np.zeros(width, np.float32)))
+        node.input.append(name)
+    return changed
+
+
+def sensitivity(
+    model: Any,
+    layers: Sequence[Layer],
+    widths: Sequence[float],
+    x: Array,
+    original: Array,
+    say: Callable[[float], None],
+) -> dict[str, dict[float, float]]:
+    """Return how far each layer alone, rounded to each width, moves the answers from the original's."""
+    twin = Twin(model).eval()
+    values = graph.arrays(model)
+    inputs = torch.from_numpy(np.ascontiguousarray(x))
+    found: dict[str, dict[float, float]] = {}
+    with torch.no_grad():
+        plain = divergence(original, twin(inputs).numpy())
+        for at, layer in enumerate(layers):
+            row = found[layer.node] = {}
+            for width in widths:
+                rounded = torch.from_numpy(encode(values[layer.weight], layer.axis, width).restore())
+                twin.on_weight[layer.weight] = lambda _weight, rounded=rounded: rounded
+                row[width] = max(divergence(original, twin(inputs).numpy()) - plain, 0.0)
+            del twin.on_weight[layer.weight]
+            say((at + 1) / len(layers))
+    return found
+
+
+def _widths(small: Any, lesson: Lesson, rung: Rung, x: Array, wanted: Array) -> dict[str, float]:
+    """Return the layers that are stored narrower than in 8 bits, and how narrow."""
+    able = [layer for layer in heavy(small) if layer.count >= LEAST_WEIGHTS and not layer.depthwise]
+    narrow = tuple(width for width in lesson.widths if 2 <= width < 8)
+    if not able or not narrow or rung.bits >= 8:
+        return {}
+    before = torch.get_num_threads()
+    torch.set_num_threads(lesson.threads)
+    try:
+        harm = sensitivity(small, able, narrow, x, wanted, lambda share: lesson.say("weighing the layers", share))
+    finally:
+        torch.set_num_threads(before)
+    chosen = ladder.assign({layer.node: layer.count for layer in able}, harm, narrow, rung.bits)
+    return {node: width for node, width in chosen.items() if width < 8}
+
+
+def _settings(student: Student, views: Views, lesson: Lesson, usual: tuple[Rung, ...], at: int) -> Settings:
+    """Return the settings of a rung, its steps counted out from how long a few of them take."""
+    batch = ladder.batch(len(views.x))
+    settings = Settings(TIMED_STEPS, batch=batch, threads=lesson.threads, seed=lesson.seed)
+    if len(views.x) < batch:
+        return dataclasses.replace(settings, steps=0)
+    rows = np.arange(min(batch, len(views.x)))
+    step_s = time_a_step(student, views.inputs(0, rows), settings)
+    asking = 0.0
+    if at == 0:
+        few = views.x[: min(64, len(views.x))]
+        began = time.monotonic()
+        lesson.teacher.run({lesson.teacher.inputs[0].name: few}, [lesson.teacher.outputs[0].name])
+        asking = (time.monotonic() - began) / len(few) * len(views.x) * views.count
+    count = ladder.steps(at, usual, max(0.0, lesson.left() - asking), step_s, len(views.x))
+    return dataclasses.replace(settings, steps=count)
+
+
+def time_a_step(student: Student, x: Array, settings: Settings) -> float:
+    """Return the seconds of one training step, leaving the student as it was."""
+    from compress.train import half_precision
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(settings.threads)
+    modules = student.modules()
+    state = {name: value.clone() for name, value in modules.state_dict().items()}
+    modules.train()
+    times = []
+    inputs = torch.from_numpy(np.ascontiguousarray(x))
+    try:
+        for _ in range(TIMED_STEPS):
+            began = time.monotonic()
+            with torch.autocast("cpu", torch.bfloat16, enabled=half_precision("cpu")):
+                answer = student.twin(inputs)
+            answer.float().square().mean().backward()
+            modules.zero_grad(set_to_none=True)
+            times.append(time.monotonic() - began)
+        modules.load_state_dict(state)
+    finally:
+        torch.set_num_threads(before)
+    return sorted(times)[len(times) // 2]
+
+
+def _spreads(model: Any, full: Any, done: Shrink, shrink: Shrink, x: Array) -> dict[str, Spread]:
+    """Return the spreads behind each convolution of the network as it was last trained, for the channels that stay."""
+    had, stay = survivors(model, done.keep), survivors(model, shrink.keep)
+    found: dict[str, Spread] = {}
+    for name, pair in spreads(done.apply(full), x).items():
+        kept = stay.get(name)
+        if kept is None or kept[0] != 1:
+            found[name] = pair
+            continue
+        have = had[name][1] if name in had else None
+        at = kept[1] if have is None else np.searchsorted(have, kept[1])
+        found[name] = pair[0][at], pair[1][at]
+    return found

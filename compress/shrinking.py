@@ -1,0 +1,190 @@
+"""Choose which channels and residual branches go, so that a network loses least for what it saves.
+
+Everything is planned in the numbering of the graph that came in, whatever was removed or trained since: removed parts
+count as zeros, which is what `channels.shrink` makes of them. A candidate's harm is the distance of the answers without
+it to the original's, on a few calibration inputs; the cheapest harm for what it saves goes first, and after each round
+everything is measured anew, since harms do not add up.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from compress import graph
+from compress.channels import Branch, Group, branches, groups, macs, params, rounded, shrink
+from compress.graph import Array
+from compress.measure import divergence
+from compress.saliency import contribution
+from compress.to_torch import Twin
+
+ROUNDS = 3
+SAMPLES = 128
+CHUNK = 0.25  # of a group's channels go at once
+LEAST_KEPT = 0.25  # of a group's channels stay
+WIDE = 32  # from so many channels on, kept counts are multiples of 8; of 4 below
+
+Goal = Literal["size", "latency", "both"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shrink:
+    """What to remove: the units that stay in each group cut, and the Adds whose residual branch goes."""
+
+    keep: Mapping[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    without: tuple[str, ...] = ()
+
+    def apply(self, model: Any) -> Any:
+        """Return the smaller graph."""
+        return shrink(model, self.keep, [branch for branch in branches(model) if branch.add in self.without])
+
+
+def cost(model: Any, whole: Any, goal: Goal) -> float:
+    """Return what is left of a network's cost, 0..1: weights for size, multiplications for latency, half and half for both."""
+    parts = []
+    if goal != "latency":
+        parts.append(sum(params(model).values()) / max(1, sum(params(whole).values())))
+    if goal != "size":
+        parts.append(sum(macs(model).values()) / max(1, sum(macs(whole).values())))
+    return sum(parts) / len(parts)
+
+
+def choose(
+    model: Any, now: Shrink, x: Array, original: Array, target: float, goal: Goal,
+    say: Callable[[float], None] = lambda _share: None,
+) -> Shrink:  # fmt: skip
+    """Return `now` and more to remove, until at most `target` of the cost of `model` is left or nothing more can go.
+
+    `original` is what the network answered to `x` before anything was removed.
+    """
+    probe = _Probe(model, x, original)
+    left = cost(now.apply(model), model, goal)
+    for turn in range(ROUNDS):
+        if left <= target:
+            break
+        until = target + (left - target) * (ROUNDS - 1 - turn) / (ROUNDS - turn)
+        plain = probe.harm(now)
+        found = []
+        steps = list(probe.candidates(now))
+        for at, step in enumerate(steps):
+            saved = left - cost(step.apply(model), model, goal)
+            if saved > 0:
+                found.append((max(probe.harm(step) - plain, 0.0) / saved, at, step))
+            say((turn + (at + 1) / len(steps)) / ROUNDS)
+        if not found:
+            break
+        for _, _, step in sorted(found, key=lambda row: row[:2]):
+            now = _joined(now, step)
+            left = cost(now.apply(model), model, goal)
+            if left <= until:
+                break
+    say(1.0)
+    return now
+
+
+def lift(model: Any, done: Shrink, trained: Any) -> Any:
+    """Return `model` with the weights of `trained`, a trained form of `done.apply(model)`, put back where they were."""
+    places = graph.copy(model)
+    for item in places.graph.initializer:
+        value = graph.array(item)
+        if value.dtype == np.float32:
+            item.CopyFrom(graph.tensor(item.name, np.arange(value.size, dtype=np.int64).reshape(value.shape)))
+    where = graph.arrays(done.apply(places))
+    new = graph.arrays(trained)
+    full = graph.copy(model)
+    for item in full.graph.initializer:
+        at = where.get(item.name)
+        if at is not None and at.dtype == np.int64 and item.name in new and new[item.name].shape == at.shape:
+            value = graph.array(item).copy()
+            if value.dtype == np.float32:
+                value.reshape(-1)[at.reshape(-1)] = new[item.name].reshape(-1)
+                item.CopyFrom(graph.tensor(item.name, value))
+    return full
+
+
+def _joined(one: Shrink, other: Shrink) -> Shrink:
+    """Return what both remove."""
+    keep = dict(one.keep)
+    for number, units in other.keep.items():
+        keep[number] = tuple(unit for unit in keep.get(number, units) if unit in set(units))
+    return Shrink(keep, tuple(dict.fromkeys((*one.without, *other.without))))
+
+
+class _Probe:
+    """The network with parts of it at zero, and how far its answers then are from the original's."""
+
+    def __init__(self, model: Any, x: Array, original: Array) -> None:
+        self.model, self.original = model, original
+        self.twin = Twin(model).eval()
+        self.x = torch.from_numpy(np.ascontiguousarray(x))
+        self.groups: tuple[Group, ...] = groups(model)
+        self.branches: dict[str, Branch] = {branch.add: branch for branch in branches(model)}
+        self.values = graph.arrays(model)
+        self.inner = {
+            node.name: next(name for name in node.input if name != self.branches[node.name].kept)
+            for node in model.graph.node
+            if node.name in self.branches
+        }
+        self.power: dict[str, Array] = {}
+
+    def harm(self, state: Shrink) -> float:
+        """Return the distance to the original's answers with these parts removed."""
+        self._mask(state)
+        with torch.no_grad():
+            return divergence(self.original, self.twin(self.x).numpy())
+
+    def candidates(self, state: Shrink) -> list[Shrink]:
+        """Return the next steps: each branch that is left, and the least channels of each group that is wide enough."""
+        self._mask(state)
+        self._look()
+        gone = {name for add in state.without for name in self.branches[add].nodes}
+        found = [
+            dataclasses.replace(state, without=(*state.without, add))
+            for add in self.branches
+            if add not in state.without
+        ]
+        for number, group in enumerate(self.groups):
+            units = state.keep.get(number, tuple(range(group.size)))
+            multiple = 8 if group.size >= WIDE else 4
+            least = rounded(group.size * LEAST_KEPT, multiple, multiple)
+            stay = max(rounded(len(units) - group.size * CHUNK, multiple, least), least)
+            if stay >= len(units) or set(group.makers) <= gone or not group.makers:
+                continue
+            scores = contribution(self.values, group, self.power)
+            best = sorted(sorted(units, key=lambda unit: -scores[unit])[:stay])
+            found.append(dataclasses.replace(state, keep={**state.keep, number: tuple(best)}))
+        return found
+
+    def _mask(self, state: Shrink) -> None:
+        self.twin.on_weight.clear()
+        self.twin.on_tensor.clear()
+        masks: dict[str, Array] = {}
+        for number, kept in state.keep.items():
+            group = self.groups[number]
+            removed = np.setdiff1d(np.arange(group.size), kept)
+            for member in group.members:
+                if member.role != "makes" or member.weight not in self.twin.weights:
+                    continue
+                mask = masks.setdefault(member.weight, np.ones(self.values[member.weight].shape, np.float32))
+                np.moveaxis(mask, member.axis, 0)[member.index[removed].reshape(-1)] = 0
+        for name, mask in masks.items():
+            self.twin.on_weight[name] = torch.from_numpy(mask).mul
+        for add in state.without:
+            self.twin.on_tensor[self.inner[add]] = torch.zeros_like
+
+    def _look(self) -> None:
+        """Take the mean square of each channel that a layer reads."""
+        reads = [m for group in self.groups for m in group.members if m.role == "reads"]
+        sizes = {m.tensor: self.values[m.weight].shape[m.axis] for m in reads}
+        fed = set(self.twin.inputs)
+        with torch.no_grad():
+            found = self.twin.run({self.twin.inputs[0]: self.x}, [name for name in sizes if name not in fed])
+        for name, value in found.items():
+            over = [axis for axis in range(value.ndim) if axis != _channel_axis(value, sizes[name])]
+            self.power[name] = (value.double() ** 2).mean(over).numpy()
+
+
+def _channel_axis(value: Any, size: int) -> int:
+    return 1 if value.shape[1] == size else int(value.ndim) - 1
