@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from cloud.split import segment
 from cloud.split.graph import observed_types, read_flow
+from cloud.split.inputs import read_model
 from cloud.split.segment import Pieces, write_segments
 from cloud.split.shortlist import shortlist
 from skills import ort
@@ -120,8 +122,8 @@ def test_packed_low_bit_weights_unfold_in_the_segment_that_uses_them(tmp_path: P
     model = wrap(nodes, constants, [last])
     x = np.ones((1, WIDTH), np.float32)
     pieces, chain = split_at(model, [frozenset({0})], tmp_path, x)
-    for at, segment in enumerate(pieces.segments):
-        stored = onnx.load(tmp_path / segment.file.lstrip("/")).graph.initializer
+    for at, piece in enumerate(pieces.segments):
+        stored = onnx.load(tmp_path / piece.file.lstrip("/")).graph.initializer
         assert [item.name for item in stored if item.data_type == TensorProto.INT4] == [f"packed{at}"]
     np.testing.assert_allclose(
         chain.run({"t0": x})[last], ort.session(model.SerializeToString()).run({"t0": x})[last], rtol=1e-5
@@ -184,3 +186,150 @@ def test_the_shortlisted_cuts_of_a_small_net_keep_its_answers(kind: str, small_n
     for before, after in itertools.pairwise([*pieces.live, pieces.outputs]):
         assert before
         assert after
+
+
+def outside(model: Any, folder: Path) -> Path:
+    """Write the model with all its constants in a file beside it."""
+    path = folder / "model.onnx"
+    onnx.save_model(model, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    return path
+
+
+def three_products() -> Any:
+    nodes = [
+        helper.make_node("MatMul", ["t0", "shared"], ["t1"]),
+        helper.make_node("MatMul", ["t1", "back"], ["t2"]),
+        helper.make_node("MatMul", ["t2", "shared"], ["t3"]),
+    ]
+    back = numpy_helper.from_array(np.random.default_rng(1).standard_normal((200, WIDTH)).astype(np.float32), "back")
+    return wrap(nodes, [big("shared", 0), back], ["t3"])
+
+
+@pytest.mark.parametrize("limit", [1 << 30, 4000])
+def test_external_data_is_never_read_into_the_graph_and_very_large_segments_keep_theirs_outside(
+    limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segment, "INLINE_BYTES", limit)
+    right = ort.session(three_products().SerializeToString())
+    path = outside(three_products(), tmp_path)
+    raw, graph = read_model(path)
+    assert graph.ByteSize() < 1500
+    x = np.random.default_rng(2).standard_normal((2, WIDTH)).astype(np.float32)
+    types = observed_types(graph, {"t0": x}, tmp_path)
+    flow = read_flow(graph, types)
+    folder = tmp_path / "segments"
+    folder.mkdir()
+    pieces = write_segments(graph, flow, [frozenset({0}), frozenset({0, 1})], folder, types, source=tmp_path)
+    chain = ort.chain([folder.parent / one.file for one in pieces.segments], flow.outputs)
+    np.testing.assert_allclose(chain.run({"t0": x})["t3"], right.run({"t0": x})["t3"], rtol=1e-5)
+    np.testing.assert_array_equal(ort.session(raw).run({"t0": x})["t3"], right.run({"t0": x})["t3"])
+    assert pieces.shared is not None
+    held = [one for one in pieces.segments if one.bytes > 4000]
+    assert len(held) == (0 if limit == 4000 else 1)
+
+
+@pytest.mark.parametrize("fault", ["missing", "short", "elsewhere"])
+def test_external_data_that_is_not_there_or_lies_elsewhere_is_one_sentence(fault: str, tmp_path: Path) -> None:
+    graph = read_model(outside(three_products(), tmp_path))[1]
+    if fault == "missing":
+        (tmp_path / "weights.bin").unlink()
+    elif fault == "short":
+        (tmp_path / "weights.bin").write_bytes(b"\0" * 5000)
+    else:
+        for item in graph.graph.initializer:
+            item.external_data[0].value = "../weights.bin"
+    flow = read_flow(graph)
+    with pytest.raises(FormatError, match="is missing or too short|which is not beside the model"):
+        write_segments(graph, flow, [frozenset({0})], tmp_path, source=tmp_path)
+
+
+def test_names_that_a_loop_inside_a_branch_captures_cross_the_cut(tmp_path: Path) -> None:
+    body = helper.make_graph(
+        [
+            helper.make_node("Add", ["sum_in", "t1"], ["sum_out"]),
+            helper.make_node("Identity", ["go_in"], ["go_out"]),
+        ],
+        "body",
+        [
+            helper.make_tensor_value_info("turn", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go_in", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("sum_in", TensorProto.FLOAT, None),
+        ],
+        [
+            helper.make_tensor_value_info("go_out", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("sum_out", TensorProto.FLOAT, None),
+        ],
+    )
+    yes = helper.make_graph(
+        [helper.make_node("Loop", ["three", "", "t0"], ["looped"], body=body)],
+        "yes", [], [helper.make_tensor_value_info("looped", TensorProto.FLOAT, None)],
+    )  # fmt: skip
+    no = helper.make_graph(
+        [helper.make_node("Mul", ["t2", "weight"], ["negative"])],
+        "no", [], [helper.make_tensor_value_info("negative", TensorProto.FLOAT, None)],
+    )  # fmt: skip
+    nodes = [
+        helper.make_node("Mul", ["t0", "weight"], ["t1"]),
+        helper.make_node("Neg", ["t1"], ["t2"]),
+        helper.make_node("ReduceSum", ["t0"], ["sum"], keepdims=0),
+        helper.make_node("Greater", ["sum", "zero"], ["positive"]),
+        helper.make_node("If", ["positive"], ["t3"], then_branch=yes, else_branch=no),
+    ]
+    constants = [
+        numpy_helper.from_array(np.float32(2), "weight"), numpy_helper.from_array(np.float32(0), "zero"),
+        numpy_helper.from_array(np.int64(3), "three"),
+    ]  # fmt: skip
+    model = wrap(nodes, constants, ["t3"])
+    assert set(read_flow(model).live(frozenset({0, 1, 2, 3}))) == {"t0", "t1", "t2", "positive"}
+    for sign in (1, -1):
+        x = np.full((1, WIDTH), sign, np.float32)
+        right = ort.session(model.SerializeToString()).run({"t0": x})["t3"]
+        for at in range(1, 5):
+            folder = tmp_path / f"{sign}{at}"
+            folder.mkdir()
+            _, chain = split_at(model, [frozenset(range(at))], folder, x)
+            assert np.array_equal(chain.run({"t0": x})["t3"], right)
+
+
+def test_an_output_that_depends_on_no_input_is_refused() -> None:
+    nodes = [helper.make_node("Relu", ["t0"], ["t1"]), helper.make_node("Neg", ["w"], ["t2"])]
+    with pytest.raises(FormatError, match="output 't2' depends on no input"):
+        read_flow(wrap(nodes, [numpy_helper.from_array(np.ones((1, WIDTH), np.float32), "w")], ["t1", "t2"]))
+
+
+def quantized(model: Any) -> Any:
+    """Put QuantizeLinear and DequantizeLinear behind every node."""
+    nodes = []
+    for node in model.graph.node:
+        given = node.output[0]
+        node.output[0] = f"{given}.float"
+        nodes += [
+            node,
+            helper.make_node("QuantizeLinear", [f"{given}.float", "step", "middle"], [f"{given}.codes"]),
+            helper.make_node("DequantizeLinear", [f"{given}.codes", "step", "middle"], [given]),
+        ]
+    constants = [
+        *model.graph.initializer, numpy_helper.from_array(np.float32(0.05), "step"),
+        numpy_helper.from_array(np.uint8(128), "middle"),
+    ]  # fmt: skip
+    return wrap(nodes, constants, [item.name for item in model.graph.output])
+
+
+@settings(max_examples=25, deadline=None)
+@given(model=models(), data=st.data())
+def test_a_chain_cut_at_codes_is_bit_equal_to_the_whole(
+    model: Any, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    model = quantized(model)
+    flow = read_flow(model)
+    glued, prefixes = flow.glued(), [frozenset[int]()]
+    for size in range(1, len(flow.ops)):
+        prefix = frozenset(range(size))
+        if not set(flow.live(prefix)) & glued and data.draw(st.booleans()):
+            prefixes.append(prefix)
+    x = np.random.default_rng(0).standard_normal((2, WIDTH)).astype(np.float32)
+    _, chain = split_at(model, prefixes[1:], tmp_path_factory.mktemp("q"), x)
+    whole = ort.session(model.SerializeToString()).run({"t0": x})
+    found = chain.run({"t0": x})
+    for name, array in whole.items():
+        assert np.array_equal(found[name], array)
