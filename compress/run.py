@@ -19,7 +19,7 @@ from compress.passes.bias import BIAS
 from compress.passes.bits import BITS
 from compress.passes.canonicalise import CANONICALISE
 from compress.passes.guard import GUARD
-from compress.passes.place import PLACE
+from compress.passes.place import PLACE, PLACE_FLOAT
 from compress.passes.ranges import RANGES
 from compress.passes.strip import strip
 from compress.pipeline import CHECK_SAMPLES, Bench, Pass, State, apply
@@ -29,6 +29,7 @@ from skills import ort
 from skills.errors import FormatError, SkerryError, UsageError
 
 PASSES: tuple[Pass, ...] = (CANONICALISE, RANGES, PLACE, GUARD, BIAS, BITS)
+WEIGHTS_ONLY: tuple[Pass, ...] = (CANONICALISE, RANGES, PLACE_FLOAT)  # without data no range of an activation is known
 PLACING: tuple[Pass, ...] = (RANGES, PLACE, GUARD)  # again for each network that training made
 TIME_BUDGET_S = 1800.0
 CALIBRATED_SHARE = 0.35  # of the time that what needs no training may take where training follows
@@ -75,6 +76,8 @@ def run(
     )  # fmt: skip
     learns = splits.train is not None and not samples.synthetic and not _whole_numbers(original)
     work.calibrated = CALIBRATED_SHARE if learns else 1.0
+    if samples.synthetic:
+        passes = WEIGHTS_ONLY
 
     state, plain = _calibrated(passes, State(_parse(original.stripped)), bench, original, work, learns)
     candidates = [write("calibrated", state, profile, splits, original, shown)]

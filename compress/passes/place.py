@@ -191,3 +191,11 @@ def _run(state: State, bench: Bench) -> State:
 
 
 PLACE = Pass("place", "placing int8 operators", _run)
+
+
+def _run_float(state: State, bench: Bench) -> State:
+    scheme = place(state.model, state.seen(), bench.profile, depthwise="float", others="float")
+    return dataclasses.replace(state, scheme=scheme)
+
+
+PLACE_FLOAT = Pass("place-float", "storing weights as whole numbers", _run_float)
