@@ -111,12 +111,12 @@ class Listener:
             raise UsageError(f"--metrics is {listen!r}, expected HOST:PORT")
         if tls is None and host not in LOOPBACK:
             raise UsageError(f"--metrics {listen} is more than loopback: that needs --tls-ca, --tls-cert and --tls-key")
+        context = _context(*tls) if tls is not None else None
         try:
             self._server = _Server((host, int(port)), _handler(metrics, ready), ipv6=":" in host)
         except (OSError, OverflowError) as error:
             raise Unreachable(f"the metrics cannot listen on {listen}: {error}") from None
-        if tls is not None:
-            self._server.context = _context(*tls)
+        self._server.context = context
         self.port = int(self._server.server_address[1])
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(0.2,), name="tail-metrics", daemon=True

@@ -149,6 +149,7 @@ class Server:
         """
         grpc, pb_grpc = _grpc(), oip.service()
         guard = Guard(crl, allowed) if tls is not None else Guard()
+        credentials = _credentials(grpc, tls) if tls is not None else None
         _import_heavy()
         self._metrics, store, budget = Metrics(), Store(tails, threads), ByteBudget()
         self._warmer = Warmer(store, guard.plans, self._metrics, measure_s)
@@ -179,10 +180,10 @@ class Server:
         service = make_service(store, self._engine, self._is_ready, guard.check, budget, self._metrics)
         pb_grpc.add_GRPCInferenceServiceServicer_to_server(service, self._server)
         try:
-            if tls is None:
+            if credentials is None:
                 self.port = int(self._server.add_insecure_port(listen))
             else:
-                self.port = int(self._server.add_secure_port(listen, _credentials(grpc, tls)))
+                self.port = int(self._server.add_secure_port(listen, credentials))
         except RuntimeError:
             self.port = 0
         if self.port == 0:
