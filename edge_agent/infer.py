@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from edge_agent.tail_client import LinkClient, Tail
 from skills import codec, ort
+from skills.confidence import confidence
 from skills.errors import FormatError, NotFound
 from skills.files import read_bytes
 from skills.split import MAX_PLAN_BYTES, Choice, Coding, Estimate, Held, Plan, choose_cut, load_plan, plan_hash, settle
@@ -69,6 +70,8 @@ class SplitModel:
         self._chain = ort.chain(
             [plan_folder / one.file for one in self.plan.segments], [live.name for live in self.plan.outputs]
         )
+        self._small = None if self.plan.small is None else ort.session(plan_folder / self.plan.small.file)
+        self.sure = 1.0  # how sure the last answer of a small model was; 1 where none was asked
         self.timer: Timer = timer or Local()
         self.tail: Tail | None = LinkClient(link) if isinstance(link, Path) else link
         self._deadline_s, self._wait_s, self._private, self._clock = deadline_s, wait_s, private, clock
@@ -92,6 +95,8 @@ class SplitModel:
         """
         start = self._clock()
         choice, reason = self._choose(start)
+        if self._small is not None and self.plan.small is not None:
+            return self._joint(start, choice, reason, inputs, deadline_s)
         if choice.coding is None or self.tail is None:
             outputs: Arrays = self._run(inputs, 0, len(self.plan.segments), choice.cut.device_ms.p50)
             return self._done(start, choice, "local", 0, outputs, reason)
@@ -145,7 +150,9 @@ class SplitModel:
             up=found.up and not refused,
         ), reason
 
-    def _remote(self, start: float, choice: Choice, inputs: "Arrays", deadline_s: float | None) -> "Arrays":
+    def _remote(
+        self, start: float, choice: Choice, inputs: "Arrays", deadline_s: float | None, mine: "Arrays | None" = None
+    ) -> "Arrays":
         tail, cut, coding = self.tail, choice.cut, choice.coding
         if tail is None or coding is None:
             raise FormatError("a remote request needs a tail and a coding")
@@ -153,18 +160,48 @@ class SplitModel:
         values, frame = head.value
         self._learn(head.ms, cut.device_ms.p50 + coding.encode_ms)
         if frame is None:
-            return self._go_on(start, choice, values, 0, "the tensors hold NaN or infinity", None)
+            return self._go_on(start, choice, values, 0, "the tensors hold NaN or infinity", None, mine)
         sent = self._clock()
-        patience = self._patience_s(start, sent, choice, deadline_s)
+        patience = self._patience_s(start, sent, choice, deadline_s, mine is not None)
         request = tail.send(self._hash, cut.name, coding.name, frame, patience + self._rest_s(choice) + 0.05)
         reply = tail.wait(request, patience)
         if reply is not None and reply.outputs is not None and self._complete(reply.outputs):
             return self._done(start, choice, "cloud" if cut.name == "input" else "split", len(frame), reply.outputs, "")
         if reply is None:
-            return self._go_on(start, choice, values, len(frame), f"no answer within {patience * 1e3:.0f} ms", request)
+            return self._go_on(
+                start, choice, values, len(frame), f"no answer within {patience * 1e3:.0f} ms", request, mine
+            )
         if reply.kind == "invalid" or reply.outputs is not None:
             self._refused_until_s = self._clock() + REFUSED_S
-        return self._go_on(start, choice, values, len(frame), reply.error or "the tail's answer lacks an output", None)
+        return self._go_on(
+            start, choice, values, len(frame), reply.error or "the tail's answer lacks an output", None, mine
+        )
+
+    def _joint(self, start: float, choice: Choice, reason: str, inputs: "Arrays", deadline_s: float | None) -> "Arrays":
+        """Ask the small model; where it is not sure, the big one, with the small one's answer in hand.
+
+        While the tail is away the small model's answer counts, with `sure` beside it: it may be all that the device is fast
+        enough for.
+        """
+        small, session = self.plan.small, self._small
+        if small is None or session is None:
+            raise FormatError("the plan has no small model")
+        renamed = {name: inputs[live.name] for live, name in zip(self.plan.inputs, small.inputs, strict=True)}
+        found = self.timer.run(lambda: session.run(renamed)).value
+        mine = {live.name: found[name] for live, name in zip(self.plan.outputs, small.outputs, strict=True)}
+        scores = found[small.outputs[0]]
+        rows = scores if small.scores == "classes" and scores.ndim > 1 else scores[None]
+        self.sure = min((confidence(row, small.scores, small.temperature) for row in rows), default=0.0)
+        if self.sure >= small.threshold:
+            return self._done(start, dataclasses.replace(choice, cut=self.plan.cut("local"), coding=None), "local", 0, mine,
+                              f"the small model is {self.sure:.0%} sure")  # fmt: skip
+        if choice.coding is None or self.tail is None:
+            if not reason and self.plan.policy.pin == "local":
+                outputs = self._run(inputs, 0, len(self.plan.segments), choice.cut.device_ms.p50)
+                return self._done(start, choice, "local", 0, outputs, "")
+            said = f"the small model is only {self.sure:.0%} sure" + (f", and {reason}" if reason else "")
+            return self._done(start, choice, "local", 0, mine, said)
+        return self._remote(start, choice, inputs, self._deadline_s if deadline_s is None else deadline_s, mine)
 
     def _head(self, inputs: "Arrays", choice: Choice) -> tuple["Arrays", bytes | None]:
         values = self._chain.run(inputs, 0, choice.cut.after) if choice.cut.after else dict(inputs)
@@ -178,9 +215,25 @@ class SplitModel:
             return values, None
 
     def _go_on(
-        self, start: float, choice: Choice, values: "Arrays", size: int, reason: str, request: int | None
+        self,
+        start: float,
+        choice: Choice,
+        values: "Arrays",
+        size: int,
+        reason: str,
+        request: int | None,
+        mine: "Arrays | None" = None,
     ) -> "Arrays":
-        """Run the remaining segments here, looking between them whether the reply has come after all."""
+        """Run the remaining segments here, looking between them whether the reply has come after all.
+
+        Where a small model's answer (`mine`) is in hand, that is the answer.
+        """
+        if mine is not None:
+            if request is not None and self.tail is not None:
+                self.tail.cancel(request, late=True)
+            return self._done(
+                start, choice, "continued", size, mine, f"{reason}; the small model is {self.sure:.0%} sure"
+            )
         for at in range(choice.cut.after, len(self.plan.segments)):
             if request is not None and self.tail is not None:
                 reply = self.tail.wait(request, 0)
@@ -215,9 +268,13 @@ class SplitModel:
         """Return how long the segments behind the cut take here."""
         return max(0.0, self.plan.cut("local").device_ms.p90 - choice.cut.device_ms.p50) * self._alpha / 1e3
 
-    def _patience_s(self, start: float, sent: float, choice: Choice, deadline_s: float | None) -> float:
+    def _patience_s(
+        self, start: float, sent: float, choice: Choice, deadline_s: float | None, answered: bool = False
+    ) -> float:
         if deadline_s is None:
             return self._wait_s
+        if answered:  # the small model's answer is there: nothing needs to run here after the wait
+            return max(0.0, min(self._wait_s, start + deadline_s - sent - MARGIN_S))
         spare = start + deadline_s - sent - self._rest_s(choice) - MARGIN_S
         if self._rest_s(choice) <= deadline_s:
             return max(0.0, min(self._wait_s, spare))

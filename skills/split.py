@@ -198,6 +198,40 @@ class Policy:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Small:
+    """A small model that answers on the device when it is sure; only hard inputs go on to the plan's own, big model.
+
+    Whatever becomes of such a question, its answer is there: when the big one's does not come in time, this one's counts.
+    """
+
+    file: str
+    sha256: Sha256
+    bytes: Annotated[int, Limits(min=1)]
+    inputs: Annotated[tuple[TensorName, ...], Limits(min=1, max_items=32), Doc("in the order of the plan's inputs")]
+    outputs: Annotated[tuple[TensorName, ...], Limits(min=1, max_items=32), Doc("in the order of the plan's outputs")]
+    scores: Annotated[
+        Literal["classes", "detections"],
+        Doc(
+            "what its first output holds: logits over classes, or scores from 0 to 1 of what was found; none found is hard"
+        ),
+    ] = "classes"
+    temperature: Annotated[
+        float, Limits(min=0.01, max=100), Doc("divides the logits, so that they tell true shares")
+    ] = 1.0
+    threshold: Annotated[float, Limits(min=0, max=1), Doc("below this share the big model is asked; may be edited")] = (
+        0.8
+    )
+    asked: Annotated[float, Limits(min=0, max=1), Doc("measured share of inputs that the big model is asked about")] = (
+        1.0
+    )
+    accuracy: Annotated[float, Limits(min=0, max=1), Doc("of both together, on inputs that chose nothing")] = 0.0
+    drop: Annotated[float, Doc("percentage points lost against asking the big model always")] = 0.0
+    drop_ci95: Annotated[tuple[float, float] | None, Doc("paired interval of the drop")] = None
+    samples: Annotated[int, Limits(min=0), Doc("how many inputs that was measured on")] = 0
+    device_ms: Annotated[Millis, Doc("the small model on the device")] = Millis(0.0, 0.0)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
     """Segments, cuts, codings and measured costs of one model on one class of device."""
 
@@ -235,6 +269,7 @@ class Plan:
     ] = ""
     policy: Policy = Policy()
     shared: SharedData | None = None
+    small: Annotated[Small | None, Doc("joint inference: a small model that is asked first")] = None
     verdicts: Annotated[tuple[Verdict, ...], Limits(max_items=64)] = ()
     format: Literal["split/v1"] = "split/v1"
 
@@ -271,11 +306,13 @@ class Plan:
             raise FormatError(f"no segment gives the output {min(absent)!r}")
 
     def files(self) -> Iterator[str]:
-        """Yield the paths of the segments and their shared constants, relative to split.yaml."""
+        """Yield the paths of the segments, their shared constants and the small model, relative to split.yaml."""
         for segment in self.segments:
             yield segment.file
         if self.shared is not None:
             yield self.shared.file
+        if self.small is not None:
+            yield self.small.file
 
     def cut(self, name: str) -> Cut:
         """Return the cut of that name.

@@ -139,9 +139,14 @@ def _kept(plan: "Plan", drop: float) -> str:
 
 
 def _refused(plan: "Plan", name: str) -> tuple[str, ...]:
+    from skills.split import fits, keeps_private
+
     cut = plan.cut(name)
-    private = plan.private and (cut.raw or name == "input")
-    why = "may not leave" if private else "over the budget"
+    why = "over the budget"
+    if plan.private and not keeps_private(cut, plan.cut(plan.min_cut).after if plan.min_cut else 0):
+        why = cut.leak.verdict if cut.leak is not None and not cut.raw else "may not leave"
+    elif not fits(plan, cut):
+        why = f"needs {cut.memory_mb:.0f} MiB"
     least = min((coding.bytes_p50 for coding in cut.codings), default=0)
     return (
         name,

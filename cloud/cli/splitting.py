@@ -98,7 +98,7 @@ def split(
         typer.Option("--slo-ms", metavar="MS", help="The slowest answer allowed; --objective bytes needs it."),
     ] = None,
     private: Annotated[
-        bool, typer.Option("--private", help="The input may not leave the device, not even compressed.")
+        bool, typer.Option("--private", help="The input may not leave the device, not even compressed or rebuilt.")
     ] = False,
     min_cut: Annotated[
         str | None,
@@ -114,7 +114,8 @@ def split(
     """Find out whether and where to cut a model between device and cloud.
 
     Staying local and sending the compressed input are candidates beside every true cut; the verdict says plainly when
-    splitting does not pay.
+    splitting does not pay. With --private, a decoder is trained for each cut (20 s of processor time at most); a cut from
+    which it rebuilds inputs is not used, nor is one on fewer than 200 inputs.
     """
     from cloud.split import LINKS
     from cloud.split import split as run
@@ -125,7 +126,7 @@ def split(
     with screen.progress("splitting") as step:
         report = run(
             model, data, slowdown=factor, links=links, private=private, min_cut=min_cut, max_drop=max_drop, out=out,
-            objective=objective, slo_ms=slo_ms, memory_mb=memory_mb, head_tail=head_tail,
+            objective=objective, slo_ms=slo_ms, memory_mb=memory_mb, head_tail=head_tail, audit=private,
             progress=lambda stage, done, of: step(stage, done / of if of else 0.0),
         )  # fmt: skip
     from cloud.cli import findings

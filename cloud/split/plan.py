@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cloud.split import leak
 from cloud.split.export import commented
 from cloud.split.graph import Flow, observed_types, read_flow
 from cloud.split.images import recognise
@@ -16,10 +17,10 @@ from cloud.split.memory import measured_mb
 from cloud.split.profile import Costs, gated, measure, measure_coding, possible_codings, scorer
 from cloud.split.report import render_html, report_json
 from cloud.split.segment import Pieces, Types, write_segments
-from cloud.split.shortlist import Candidate, candidate, shortlist
+from cloud.split.shortlist import Candidate, candidate, shortlist, single_tensor_cuts
 from cloud.split.verdict import LINKS, ever_best, judge, options
 from skills import codec, ort
-from skills.errors import FormatError, UsageError
+from skills.errors import FormatError, MissingExtra, UsageError
 from skills.files import fsync_directory, sha256_file, sha256_hex, storage_errors, write_atomic
 from skills.split import Coding, Cut, Image, Link, Millis, Plan, Policy, Verdict, plan_hash
 from skills.timer import Dilated, Local, Timer
@@ -61,6 +62,7 @@ def split(
     slo_ms: float | None = None,
     memory_mb: float | None = None,
     head_tail: bool = False,
+    audit: bool = False,
     out: Path,
     image: Image | None = None,
     most_cuts: int = 8,
@@ -77,7 +79,8 @@ def split(
     `private` no cut before it is used. `max_drop` is in percentage points, for every coding of every cut; it is
     judged on up to `most_gate` inputs, as many as fit in some seconds, while times and scales come of `most_samples`.
     `objective` is latency or bytes (within `slo_ms`); a cut whose segments need more than `memory_mb` on the device is not
-    used. `head_tail` also writes head.onnx and tail.onnx of the best true cut, for runtimes that know no segments.
+    used. With `private` and `audit`, cuts from which a decoder could rebuild inputs, or about which that cannot be told, are not
+    used either. `head_tail` also writes head.onnx and tail.onnx of the best true cut, for runtimes that know no segments.
 
     Raises:
         UsageError: `out` exists and is no split plan, or a value is out of range.
@@ -128,14 +131,23 @@ def split(
             whole=round(gate.whole, 6), shared=timed.pieces.shared, policy=policy, memory_mb=memory_mb,
         )  # fmt: skip
         plan = _weighed(plan, work)
+        leaks: dict[str, Any] = {}
+        if private and audit:
+            plan, leaks["privacy_audit"] = task.audited(plan, timed)
         plan = dataclasses.replace(plan, verdicts=tuple(judge(plan, link) for link in links))
-        details = _details(timed, kept, gate, rounds) | {
-            "seconds": round(time.monotonic() - start, 1),
-            "model": model.name if isinstance(model, Path) else "",
-            "considered": [
-                {"tensors": list(cut.tensors), "work_before": round(cut.share, 4), "kept": cut in kept} for cut in cuts
-            ],
-        }
+        details = (
+            _details(timed, kept, gate, rounds)
+            | leaks
+            | {
+                "seconds": round(time.monotonic() - start, 1),
+                "model": model.name if isinstance(model, Path) else "",
+                "considered": [
+                    {"tensors": list(cut.tensors), "work_before": round(cut.share, 4), "kept": cut in kept}
+                    for cut in cuts
+                ],
+            }
+        )
+        details |= {"segment_audit": segment_audit(task, timed.pieces, work)}
         shutil.rmtree(work / "first")
         best = default_cut(plan) if head_tail else None
         if best is not None:
@@ -204,6 +216,36 @@ class Task:
         ticker = _ticker(self.progress, stage, rounds)
         costs, whole_ms = measure(chain, whole, range(len(cuts) + 2), self.samples, self.device, rounds, ticker)
         return Timed(pieces, chain, costs, whole_ms, gap)
+
+    def audited(self, plan: Plan, timed: Timed) -> tuple[Plan, dict[str, Any]]:
+        """Return the plan with what each cut gives away of the input, and the facts of that audit."""
+        import numpy as np
+
+        samples = [*self.samples, *self.more][: leak.MOST_INPUTS]
+        true = [cut for cut in plan.cuts if cut.name not in ("local", "input") and not cut.raw]
+        first = _shallowest(self.flow)
+        shallow = ort.session(_with_output(self.graph, first), optimise=False, beside=self.beside) if first else None
+        kept: dict[str, list[list[Any]]] = {cut.name: [[] for _ in cut.tensors] for cut in true}
+        control = []
+        for sample in samples:
+            for cut in true:
+                values = timed.chain.run(sample, 0, cut.after)
+                for into, live in zip(kept[cut.name], cut.tensors, strict=True):
+                    into.append(leak.prepared(values[live.name]))
+            if shallow is not None and first is not None:
+                control.append(leak.prepared(shallow.run(sample, [first])[first]))
+        tensors = {name: [np.concatenate(one) for one in parts] for name, parts in kept.items()}
+        whole = np.concatenate([sample[self.flow.inputs[0]] for sample in samples])
+        if self.image is not None:
+            whole = codec.pixels(self.image, whole).transpose(0, 3, 1, 2).astype(np.float32) / 255
+        proof = [np.concatenate(control)] if control else next(iter(tensors.values()), [whole])
+
+        def told(done: int, of: int) -> None:
+            self.progress("auditing what leaves", done, of)
+
+        found, facts = leak.audit(whole, tensors, proof, picture=self.image is not None, progress=told)
+        cuts = tuple(dataclasses.replace(cut, leak=found.get(cut.name)) for cut in plan.cuts)
+        return dataclasses.replace(plan, cuts=cuts), facts | {"control_tensor": first}
 
     def code(self, cuts: Sequence[Candidate], timed: Timed) -> Gate:
         """Measure every coding of every cut on all samples, then judge the budget on more inputs while time lasts."""
@@ -279,10 +321,54 @@ def _weighed(plan: Plan, folder: Path) -> Plan:
     return dataclasses.replace(plan, cuts=cuts)
 
 
+def _shallowest(flow: Flow) -> str | None:
+    """Return the first tensor that computes something of the input and alone carries it: what leaks most."""
+    disguised = flow.disguised()
+    for prefix in sorted(single_tensor_cuts(flow), key=len):
+        (name,) = flow.live(prefix)
+        if name not in disguised:
+            return name
+    return None
+
+
+def _with_output(graph: Any, name: str) -> bytes:
+    import onnx
+
+    wide = onnx.ModelProto()
+    wide.CopyFrom(graph)
+    del wide.graph.output[:]
+    wide.graph.output.append(onnx.ValueInfoProto(name=name))
+    return bytes(wide.SerializeToString())
+
+
 def default_cut(plan: Plan) -> Cut | None:
     """Return the best true cut on the assumed network, whether it beats the other options or not; None where there is none."""
     ranked = [*options(plan, plan.network), *options(plan, plan.network, every=True)]
     return next((one.cut for one in ranked if one.cut.name not in ("local", "input")), None)
+
+
+def segment_audit(task: "Task", pieces: Pieces, folder: Path) -> dict[str, Any] | None:
+    """Say of a quantized model how many heavy operators of each segment compute in int8, and how many did in the whole.
+
+    None for a model that has none. A segment whose constants lie outside is not looked at.
+    """
+    if not any(op.kind in ("QuantizeLinear", "DequantizeLinear", "QLinearConv") for op in task.flow.ops):
+        return None
+    try:
+        whole = ort.audit(task.raw if isinstance(task.raw, bytes) else task.raw.read_bytes(), task.beside)
+        rows: list[dict[str, Any]] = []
+        for one in pieces.segments:
+            found = ort.audit((folder / one.file).read_bytes(), (folder / one.file).parent)
+            rows.append({"file": one.file, "heavy": len(found.rows), "float": [row.node for row in found.stayed_float]})
+    except (FormatError, MissingExtra):
+        return None
+    lost = {name for row in rows for name in row["float"]} - {row.node for row in whole.stayed_float}
+    return {
+        "whole_heavy": len(whole.rows),
+        "whole_float": len(whole.stayed_float),
+        "segments": rows,
+        "lost": sorted(lost),
+    }
 
 
 def _head_tail(task: "Task", cut: Candidate, name: str, folder: Path) -> dict[str, object]:

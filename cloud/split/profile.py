@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from skills import codec
+from skills.errors import FormatError
 from skills.split import Coding, Kind, Live, Millis
 from skills.timer import Timer
 
@@ -127,6 +128,8 @@ def measure_coding(
             start = time.perf_counter()
             decoded = codec.decode(coding, tensors, frame)
             decode_ms = (time.perf_counter() - start) * 1e3
+        if coding.kind == "native":
+            _check_exact(tensors, one, decoded)
         sizes.append(len(frame))
         encodes.append(encode_ms)
         decodes.append(decode_ms)
@@ -137,6 +140,15 @@ def measure_coding(
         decode_ms=_rounded(_at(decodes, 0.5)),
     )  # fmt: skip
     return measured, answers
+
+
+def _check_exact(tensors: Sequence[Live], sent: "Arrays", arrived: "Arrays") -> None:
+    """What travels as it is must arrive as it was: then the answer behind it is the same by construction."""
+    import numpy as np
+
+    for live in tensors:
+        if not np.array_equal(sent[live.name], arrived[live.name]):
+            raise FormatError(f"the tensor {live.name!r} did not arrive as it was sent")
 
 
 def gated(coding: Coding, reference: Sequence[float], marks: Sequence[float], max_drop: float) -> Coding:

@@ -9,12 +9,37 @@ from cloud.split.verdict import describe, options, proof, warning
 from skills.split import Choice, Plan, plan_hash
 from skills.wire import encode_json, to_plain
 
-PRIVACY = (
-    "private: raw or compressed input never leaves the device, and no cut before the declared minimum is used. "
+RULE = "private: raw or compressed input never leaves the device, and no cut before the declared minimum is used. "
+UNAUDITED = (
     "This is no proof against reconstruction: what leaves are activations, and whether the input can be rebuilt from "
     "them was not audited."
 )
 OPEN = "the compressed input may leave the device"
+
+
+def privacy(plan: Plan, details: Mapping[str, Any]) -> str:
+    """Say in words what may leave, and what an audit found about it."""
+    if not plan.private:
+        return OPEN
+    facts, seen = details.get("privacy_audit"), [cut for cut in plan.cuts if cut.leak is not None]
+    if facts is None:
+        return RULE + UNAUDITED
+    words = {
+        "private": "kept private: the decoder learnt next to nothing",
+        "recoverable": "recoverable: the decoder rebuilt inputs that it had never seen",
+        "inconclusive": "inconclusive, and so not used",
+    }
+    said = [
+        f"{cut.name} is {words[cut.leak.verdict]} ({cut.leak.value:.2f} {facts['measure']})" for cut in seen if cut.leak
+    ]
+    control = f"; the control on the shallowest tensor reached {facts['control']:.2f}" if "control" in facts else ""
+    why = f" {_sentence(facts['why'])}" if "why" in facts else ""
+    return (
+        f"{RULE}For each cut a decoder was trained on three quarters of {facts['inputs']} inputs to rebuild the others; above "
+        f"{max(facts['threshold'], facts['floor'] + 0.05):.2f} {facts['measure']} an input counts as recoverable{control}."
+        f"{why} {_sentence('; '.join(said)) if said else 'There is no cut to audit.'} This is a measure of risk, no guarantee: "
+        "somebody with more data may rebuild more."
+    )
 
 
 def report_json(plan: Plan, details: Mapping[str, Any]) -> bytes:
@@ -24,9 +49,10 @@ def report_json(plan: Plan, details: Mapping[str, Any]) -> bytes:
         "plan": plan_hash(plan),
         "device": {
             "slowdown": plan.slowdown,
-            "measured": "this machine, every device time multiplied: no live device was used",
+            "measured": measured_on(plan),
+            "memory_mb": plan.memory_mb,
         },
-        "privacy": PRIVACY if plan.private else OPEN,
+        "privacy": privacy(plan, details),
         "metric_name": plan.metric,
         "samples": plan.samples,
         "proof": proof(plan),
@@ -42,6 +68,13 @@ def report_json(plan: Plan, details: Mapping[str, Any]) -> bytes:
     return encode_json(body)
 
 
+def measured_on(plan: Plan) -> str:
+    """Say which of the two was used: a live device, or this machine slowed down as a profile declares."""
+    if plan.device:
+        return f"the enrolled device {plan.device}, by its own agent"
+    return "this machine, every device time multiplied: no live device was used"
+
+
 def render_html(plan: Plan, details: Mapping[str, Any]) -> str:
     """Return the report as one HTML page without anything from outside."""
     say, style = html.escape, (Path(__file__).parent / "report.css").read_text()
@@ -52,8 +85,7 @@ def render_html(plan: Plan, details: Mapping[str, Any]) -> str:
     local = plan.cut("local").device_ms.p50
     charts = "".join(f"<h2>{say(str(verdict.link))}</h2>{_chart(plan, verdict.link)}" for verdict in plan.verdicts)
     facts = (
-        f"The device was taken to be {plan.slowdown:g} times slower than this machine; no live device was used. Staying "
-        f"local takes {local:.0f} ms there. {say(_sentence(proof(plan)))} A coding that "
+        f"{say(_device(plan))} Staying local takes {local:.0f} ms there{_memory(plan)}. {say(_sentence(proof(plan)))} A coding that "
         f"loses more than {plan.max_drop:g} points is refused. The segments in a row differ from the whole by at most "
         f"{details.get('max_abs_difference', 0):.1e}, and take {details['chain_ms_here']['p50']:.1f} ms here against "
         f"{details['whole_ms_here']['p50']:.1f} ms for the whole."
@@ -65,7 +97,7 @@ def render_html(plan: Plan, details: Mapping[str, Any]) -> str:
 <title>Split report {plan_hash(plan)}</title>
 <style>{style}</style></head><body>
 <h1>Split report</h1><p class="soft">plan {plan_hash(plan)} · model {plan.model_sha256[:12]}…</p>
-<h2>What to do on each link</h2>{verdicts}{warned}<p>{facts}</p><p><b>Privacy.</b> {say(PRIVACY if plan.private else OPEN)}</p>
+<h2>What to do on each link</h2>{verdicts}{warned}<p>{facts}</p><p><b>Privacy.</b> {say(_sentence(privacy(plan, details)))}</p>
 <p class="key soft"><span style="background:var(--split)"></span>split<span style="background:var(--input)"></span>compressed
 input<span style="background:var(--local)"></span>local<span style="background:var(--refused)"></span>refused: over the budget,
 or input that may not leave (» a bar that is cut off)</p>
@@ -129,8 +161,21 @@ def _table(plan: Plan, details: Mapping[str, Any]) -> str:
     return f"<table>{head}{''.join(rows)}</table>"
 
 
+def _device(plan: Plan) -> str:
+    if plan.device:
+        return f"The device's times were measured on {plan.device}, by its own agent."
+    return f"The device was taken to be {plan.slowdown:g} times slower than this machine; no live device was used."
+
+
+def _memory(plan: Plan) -> str:
+    need = plan.cut("local").memory_mb
+    if not need:
+        return ""
+    return f" and {need:.0f} MiB" + (f" of its {plan.memory_mb:g}" if plan.memory_mb is not None else "")
+
+
 def _sentence(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}."
+    return f"{text[0].upper()}{text[1:]}" + ("" if text.endswith(".") else ".")
 
 
 def _option(one: Choice) -> dict[str, object]:

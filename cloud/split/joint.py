@@ -1,0 +1,184 @@
+"""A small model on the device, hard inputs to the big one: its temperature and threshold, chosen on data.
+
+Calibration: temperature scaling (Guo et al., ICML 2017), because miscalibrated exits hurt (Pacheco et al., 2020). The
+threshold is the lowest with which both together reach the target on one half of the data; the other half says what they
+really reach.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cloud.split.export import commented
+from cloud.split.inputs import check_fit, read_data, read_model
+from cloud.split.profile import paired_drop
+from skills import ort
+from skills.confidence import confidence
+from skills.errors import FormatError, NotReached, UsageError
+from skills.files import read_bytes, sha256_hex, write_atomic
+from skills.split import MAX_PLAN_BYTES, Estimate, Link, Millis, Plan, Small, choose_cut, load_plan
+from skills.timer import Dilated, Local, Timer
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+    Arrays = Mapping[str, NDArray[Any]]
+
+LEAST_INPUTS = 100
+MOST_INPUTS = 2000
+FOLDER = "small"
+ROUNDS = 20
+MAX_MODEL_BYTES = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Joined:
+    """What a small and a big model reach together, on inputs that chose nothing."""
+
+    small: Small
+    alone: float  # accuracy of the small model
+    big: float
+    together: float
+    drop_ci95: tuple[float, float]  # of both together against the big model, percentage points
+    inputs: int
+    text: str
+
+
+def join(plan_folder: Path, small: Path, data: "Path | Arrays", target: float | None = None, seed: int = 0) -> Joined:
+    """Add a small model to the split plan of a big one: split.yaml is written anew, the model is put beside it.
+
+    `target` is the accuracy to reach together, from 0 to 1; without it, the big model's less the plan's `max_drop`.
+
+    Raises:
+        NotFound, FormatError: the plan, model or data is missing or does not fit.
+        NotReached: not even asking about every input reaches the target; the plan is as it was.
+    """
+    import numpy as np
+
+    file = plan_folder / "split.yaml"
+    plan = load_plan(read_bytes(file, "the split plan", MAX_PLAN_BYTES).decode("utf-8", "replace"), str(file))
+    raw, graph = read_model(small)
+    feeds, labels = read_data(data, graph)
+    session = ort.session(raw, beside=small.parent)
+    check_fit(feeds, session.inputs)
+    inputs, outputs = _ends(session, plan)
+    count = min(len(next(iter(feeds.values()))), MOST_INPUTS)
+    if count < LEAST_INPUTS:
+        raise FormatError(f"the data has {count} inputs: to choose a threshold takes at least {LEAST_INPUTS}")
+    chain = ort.chain([plan_folder / one.file for one in plan.segments], [live.name for live in plan.outputs])
+    rows = [{name: array[at : at + 1] for name, array in feeds.items()} for at in range(count)]
+    mine = [session.run(row)[outputs[0]] for row in rows]
+    theirs = [
+        chain.run({live.name: row[name] for live, name in zip(plan.inputs, inputs, strict=True)})[plan.outputs[0].name]
+        for row in rows
+    ]
+    if mine[0].ndim != 2 or mine[0].shape != theirs[0].shape:
+        raise FormatError(
+            f"the small model answers {mine[0].shape}, the big one {theirs[0].shape}: both must give one row of class scores"
+        )
+    scores, big = np.concatenate(mine), np.concatenate(theirs)
+    truth = big.argmax(1) if labels is None else np.asarray(labels[:count])
+    order = np.random.default_rng(seed).permutation(count)
+    fit, judge = order[: count // 2], order[count // 2 :]
+    temperature = fit_temperature(scores[fit], truth[fit])
+    sure = np.array([confidence(row, "classes", temperature) for row in scores])
+    right_small, right_big = scores.argmax(1) == truth, big.argmax(1) == truth
+    goal = float(right_big[fit].mean()) - plan.max_drop / 100 if target is None else target
+    threshold = choose_threshold(sure[fit], right_small[fit], right_big[fit], goal)
+    kept = sure[judge] >= threshold
+    both = np.where(kept, right_small[judge], right_big[judge])
+    drop, interval = paired_drop(right_big[judge].astype(float), both.astype(float))
+    content = raw if isinstance(raw, bytes) else read_bytes(raw, "the small model", MAX_MODEL_BYTES)
+    found = Small(
+        f"{FOLDER}/{small.name}", sha256_hex(content), len(content), inputs, outputs, "classes", round(temperature, 4),
+        round(threshold, 6), round(float(1 - kept.mean()), 4), round(float(both.mean()), 4), drop, interval, len(judge),
+        _timed(session, rows, plan),
+    )  # fmt: skip
+    (plan_folder / FOLDER).mkdir(exist_ok=True)
+    write_atomic(
+        plan_folder / found.file, content
+    )  # 1. The model lies there. A crash leaves a file that no plan names.
+    joined = dataclasses.replace(plan, small=found)
+    write_atomic(file, commented(joined).encode())  # 2. Commit point: the plan names it.
+    return Joined(
+        found, float(right_small[judge].mean()), float(right_big[judge].mean()), float(both.mean()), interval, len(judge),
+        describe(joined, joined.network),
+    )  # fmt: skip
+
+
+def fit_temperature(scores: "Array", truth: "Array") -> float:
+    """Return the temperature from 0.05 to 20 under which the scores' likelihood of the truth is greatest."""
+    import numpy as np
+
+    def loss(log_t: float) -> float:
+        scaled = scores.astype(np.float64) / math.exp(log_t)
+        scaled -= scaled.max(1, keepdims=True)
+        return float((np.log(np.exp(scaled).sum(1)) - scaled[np.arange(len(truth)), truth]).mean())
+
+    low, high = math.log(0.05), math.log(20)
+    ratio = (math.sqrt(5) - 1) / 2
+    for _ in range(60):  # golden section: the loss has one valley in log temperature
+        one, two = high - ratio * (high - low), low + ratio * (high - low)
+        low, high = (low, two) if loss(one) < loss(two) else (one, high)
+    return math.exp((low + high) / 2)
+
+
+def choose_threshold(sure: "Array", right_small: "Array", right_big: "Array", target: float) -> float:
+    """Return the lowest threshold (most answers here) with which both together are right as often as `target` says.
+
+    Raises:
+        UsageError: the target is no share.
+        NotReached: no threshold reaches it.
+    """
+    import numpy as np
+
+    if not 0 < target <= 1:
+        raise UsageError(f"the target is {target:g}: it is the share of right answers, above 0 and at most 1")
+    best = 0.0
+    for threshold in (0.0, *np.unique(sure), 2.0):
+        reached = float(np.where(sure >= threshold, right_small, right_big).mean())
+        best = max(best, reached)
+        if reached >= target:
+            return float(min(threshold, 1.0)) if threshold < 2 else 1.0
+    raise NotReached(f"both models together reach {best:.1%} at best, the target is {target:.1%}")
+
+
+def describe(plan: Plan, link: Link) -> str:
+    """Say in words what the small model saves on `link`: T = small + share asked about x the big model's best option."""
+    small = plan.small
+    if small is None:
+        return "there is no small model"
+    best = choose_cut(plan, Estimate(link.mbit, link.rtt_ms))
+    expected = small.device_ms.p50 + small.asked * best.ms
+    word = "pays" if expected < best.ms else "does not pay"
+    return (
+        f"the small model answers {1 - small.asked:.0%} by itself in {small.device_ms.p50:.3g} ms and asks about the rest "
+        f"({best.cut.name}, {best.ms:.0f} ms): {expected:.0f} ms on average against {best.ms:.0f} ms, so it {word}; "
+        f"together they reach {small.accuracy:.1%}, {0 - small.drop:+.1f} points against the big model"
+    )
+
+
+def _ends(session: ort.Session, plan: Plan) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the small model's inputs and outputs in the order of the plan's."""
+    found = []
+    for what, ports, wanted in (("input", session.inputs, plan.inputs), ("output", session.outputs, plan.outputs)):
+        names = {port.name for port in ports}
+        if names == {live.name for live in wanted}:
+            found.append(tuple(live.name for live in wanted))
+        elif len(ports) == len(wanted):
+            found.append(tuple(port.name for port in ports))
+        else:
+            raise FormatError(f"the small model has {len(ports)} {what}s, the big one {len(wanted)}")
+    return found[0], found[1]
+
+
+def _timed(session: ort.Session, rows: "Sequence[Arrays]", plan: Plan) -> Millis:
+    device: Timer = Dilated(plan.slowdown) if plan.slowdown > 1 else Local()
+    taken = ort.interleaved({"small": lambda: session.run(rows[0])}, ROUNDS)["small"]
+    return Millis(
+        float(f"{device.device_ms(taken.p50_ms, taken.p50_ms):.4g}"),
+        float(f"{device.device_ms(taken.p90_ms, taken.p90_ms):.4g}"),
+    )

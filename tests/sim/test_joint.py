@@ -1,0 +1,159 @@
+"""A small model that asks a big one: what is asked, how long, and that an answer is there whatever becomes of the question."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from cloud.split.check import check_plan
+from cloud.split.joint import choose_threshold, describe, fit_temperature, join
+from edge_agent.infer import SplitModel
+from edge_agent.tail_fake import FakeClock, FakeTail
+from skills import ort
+from skills.confidence import confidence
+from skills.errors import FormatError, NotReached, UsageError
+from skills.split import Estimate, Link, load_plan
+from skills.timer import Timed
+
+
+class Still:
+    """A timer that costs no time on the fake clock."""
+
+    def run(self, work: Any) -> Timed[Any]:
+        return Timed(work(), 0.1)
+
+    def device_ms(self, wall_ms: float, cpu_ms: float) -> float:
+        return wall_ms
+
+
+def blurred(model: bytes) -> bytes:
+    """A worse model: the same net with noise in its last layer."""
+    made = onnx.load_model_from_string(model)
+    chance = np.random.default_rng(0)
+    for item in made.graph.initializer:
+        if item.name == "head":
+            values = onnx.numpy_helper.to_array(item)
+            noisy = values + chance.normal(0, 0.9 * values.std(), values.shape).astype(np.float32)
+            item.CopyFrom(onnx.numpy_helper.from_array(noisy, "head"))
+    return made.SerializeToString()
+
+
+@pytest.fixture(scope="module")
+def joined(planned_net: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("joint")
+    plan = folder / "plan"
+    shutil.copytree(planned_net.folder, plan)
+    small = folder / "small.onnx"
+    small.write_bytes(blurred(planned_net.model))
+    return plan, join(plan, small, {"x": planned_net.x}), small
+
+
+def bench(folder: Path, **options: Any) -> tuple[SplitModel, FakeTail, FakeClock]:
+    clock = FakeClock()
+    tail = FakeTail(folder, clock)
+    return SplitModel(folder, timer=Still(), link=tail, clock=clock, **options), tail, clock  # type: ignore[arg-type]
+
+
+def sure_and_unsure(folder: Path, small: Path, x: np.ndarray) -> tuple[int, int]:
+    plan = load_plan((folder / "split.yaml").read_text())
+    assert plan.small is not None
+    scores = ort.session(small).run({"x": x})["logits"]
+    values = [confidence(row, "classes", plan.small.temperature) for row in scores]
+    return int(np.argmax(values)), int(np.argmin(values))
+
+
+def test_what_is_joined_is_in_the_plan_with_what_was_measured(joined: Any) -> None:
+    folder, found, small = joined
+    plan = load_plan((folder / "split.yaml").read_text())
+    assert plan.small == found.small
+    assert (folder / "small/small.onnx").read_bytes() == small.read_bytes()
+    assert check_plan(folder).faults == ()
+    assert 0 < plan.small.asked < 1
+    assert plan.small.accuracy >= found.alone
+    assert "the small model answers" in describe(plan, Link(20, 30))
+
+
+def test_an_easy_input_is_answered_here_and_a_hard_one_by_the_big_model(joined: Any, planned_net: Any) -> None:
+    folder, _, small = joined
+    model, tail, _ = bench(folder)
+    easy, hard = sure_and_unsure(folder, small, planned_net.x)
+    model.use("input")
+    answer = model.answer({"x": planned_net.x[easy : easy + 1]})["logits"]
+    np.testing.assert_allclose(
+        answer, ort.session(small).run({"x": planned_net.x[easy : easy + 1]})["logits"], atol=1e-5
+    )
+    assert model.last.where == "local"
+    assert model.last.bytes == 0
+    answer = model.answer({"x": planned_net.x[hard : hard + 1]})["logits"]
+    right = ort.session(planned_net.model).run({"x": planned_net.x[hard : hard + 1]})["logits"]
+    assert model.last.where == "cloud"
+    assert answer.argmax() == right.argmax()
+    assert not tail.cancelled
+
+
+def test_a_question_that_is_not_answered_in_time_has_the_small_models_answer(joined: Any, planned_net: Any) -> None:
+    folder, _, small = joined
+    model, tail, clock = bench(folder)
+    _, hard = sure_and_unsure(folder, small, planned_net.x)
+    model.use("input")
+    tail.silent = True
+    x = planned_net.x[hard : hard + 1]
+    start = clock()
+    answer = model.answer({"x": x}, deadline_s=0.1)["logits"]
+    assert clock() - start <= 0.1
+    np.testing.assert_allclose(answer, ort.session(small).run({"x": x})["logits"], atol=1e-5)
+    assert model.last.where == "continued"
+    assert "the small model is" in model.last.reason
+    assert tail.cancelled == [(1, True)]
+
+
+def test_without_a_link_the_small_model_answers_and_says_how_sure_it_is(joined: Any, planned_net: Any) -> None:
+    folder, _, small = joined
+    model, tail, _ = bench(folder)
+    tail.link = Estimate(20, 10, up=False)
+    _, hard = sure_and_unsure(folder, small, planned_net.x)
+    model.answer({"x": planned_net.x[hard : hard + 1]})
+    assert model.last.where == "local"
+    assert 0 < model.sure < 1
+    assert f"only {model.sure:.0%} sure" in model.last.reason
+
+
+def test_nothing_found_is_hard() -> None:
+    assert confidence(np.zeros((0,)), "detections", 1.0) == 0.0
+    assert confidence(np.zeros((1, 0, 4)), "detections", 1.0) == 0.0
+    assert confidence(np.array([np.nan, 1.0]), "classes", 1.0) == 0.0
+    assert confidence(np.array([0.1, 0.9]), "detections", 1.0) == pytest.approx(0.9)
+    assert confidence(np.array([0.0, 1.0]), "detections", 1.0) < 1
+
+
+def test_the_temperature_undoes_what_made_the_scores_too_bold() -> None:
+    chance = np.random.default_rng(0)
+    honest = chance.normal(0, 1.5, (4000, 5))
+    shares = np.exp(honest) / np.exp(honest).sum(1, keepdims=True)
+    truth = np.array([chance.choice(5, p=row) for row in shares])
+    assert fit_temperature(honest * 3, truth) == pytest.approx(3, rel=0.1)
+
+
+def test_the_threshold_is_the_lowest_that_reaches_the_target() -> None:
+    sure = np.array([0.1, 0.4, 0.6, 0.9])
+    small, big = np.array([False, False, True, True]), np.array([True, True, True, True])
+    assert choose_threshold(sure, small, big, 1.0) == 0.6
+    assert choose_threshold(sure, small, big, 0.75) == 0.4
+    assert choose_threshold(sure, small, big, 0.5) == 0.0
+    with pytest.raises(NotReached, match="reach 50.0% at best, the target is 90.0%"):
+        choose_threshold(sure, np.zeros(4, bool), np.array([True, True, False, False]), 0.9)
+    with pytest.raises(UsageError, match="above 0 and at most 1"):
+        choose_threshold(sure, small, big, 90)
+
+
+def test_too_few_inputs_and_another_answer_are_refused(joined: Any, planned_net: Any) -> None:
+    folder, _, small = joined
+    before = (folder / "split.yaml").read_bytes()
+    with pytest.raises(FormatError, match="takes at least 100"):
+        join(folder, small, {"x": planned_net.x[:99]})
+    with pytest.raises(NotReached):
+        join(folder, small, {"x": planned_net.x, "y": np.full(len(planned_net.x), 3)}, target=1.0)
+    assert (folder / "split.yaml").read_bytes() == before
