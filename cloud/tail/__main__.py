@@ -11,6 +11,8 @@ from cloud.tail.server import DRAIN_S, Server
 from skills.errors import SkerryError
 from skills.files import write_atomic
 
+WARM_S = 5.0
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
@@ -64,6 +66,8 @@ def main(argv: list[str] | None = None) -> int:
             metrics_at=chosen.metrics,
         )
         if chosen.port_file is not None:
+            # Who waits for the file may measure or ask at once: usually all is warm by then, and many plans hold up nobody.
+            server.wait_warm(WARM_S)
             write_atomic(chosen.port_file, f"{server.port}\n".encode())
     except SkerryError as error:
         print(f"tail: {error}", file=sys.stderr)

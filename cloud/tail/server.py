@@ -199,6 +199,10 @@ class Server:
         """Where the metrics are, None when nowhere."""
         return self._listener.port if self._listener is not None else None
 
+    def wait_warm(self, timeout_s: float) -> bool:
+        """Wait until the plans that were there at the start are warm; False when they are not in time."""
+        return self._warmer.wait(timeout_s)
+
     def stop(self, grace_s: float = DRAIN_S) -> None:
         """Drain: say not ready and refuse what is new, finish or expire what waits within `grace_s`, then end."""
         began = time.monotonic()

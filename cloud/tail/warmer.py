@@ -14,7 +14,7 @@ MEASURE_S = 0.5  # for the batch sizes of one plan
 
 
 class Warmer:
-    """`done` once every plan that was there at the start is warm; from then on new ones are found within two seconds."""
+    """Done once every plan that was there at the start is warm; from then on new ones are found within two seconds."""
 
     def __init__(
         self, store: Store, allowed: Callable[[], frozenset[str] | None], metrics: Metrics, measure_s: float = MEASURE_S
@@ -24,7 +24,16 @@ class Warmer:
         self._measured: set[str] = set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="tail-warm", daemon=True)
-        self.done = False
+        self._done = threading.Event()
+
+    @property
+    def done(self) -> bool:
+        """Whether what was there at the start is warm."""
+        return self._done.is_set()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until `done`; False when it is not in time."""
+        return self._done.wait(timeout_s)
 
     def start(self) -> None:
         """Begin."""
@@ -75,5 +84,5 @@ class Warmer:
                 self.look()
             except Exception:
                 LOG.exception("warmer.failed")  # the outermost loop: requests load what they need by themselves
-            self.done = True
+            self._done.set()
             self._stop.wait(LOOK_EVERY_S)
