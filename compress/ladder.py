@@ -23,7 +23,7 @@ class Rung:
 
 
 RUNGS = (Rung(0.82, 3.2, 0.20), Rung(0.66, 3.0, 0.30), Rung(0.52, 2.8, 0.30), Rung(0.40, 2.6, 0.20))
-HOPELESS = 5.0  # times the budget lost on select: nothing behind this rung will be within it
+HOPELESS = 8.0  # times the budget lost on select: nothing behind this rung will be within it
 
 
 def rungs(goal: str, widths: tuple[float, ...]) -> tuple[Rung, ...]:
