@@ -271,6 +271,54 @@ def test_a_terminated_tail_finishes_what_it_began_and_exits_with_nought(planned_
         assert model.last.where in ("continued", "local")
 
 
+def test_a_tail_says_ready_when_its_plans_are_warm_and_counts_what_it_answers(planned_net: Any, tmp_path: Path) -> None:
+    import http.client
+
+    from cloud.tail.server import Server
+
+    def get(path: str) -> str:
+        assert server.metrics_port is not None
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.metrics_port, timeout=10)) as asked:
+            asked.request("GET", path)
+            return asked.getresponse().read().decode()
+
+    name = install(planned_net.folder, tmp_path / "tails")
+    server = Server(tmp_path / "tails", "127.0.0.1:0", metrics_at="127.0.0.1:0", measure_s=0.05)
+    try:
+        until = time.monotonic() + 30
+        while get("/ready") != "ready\n":
+            assert time.monotonic() < until
+        text = get("/metrics")
+        assert "skerry_tail_plans_loaded 1.0" in text
+        assert f'skerry_tail_max_batch{{after="0",plan="{name}"}} ' in text
+        with split_model(planned_net, tmp_path, server.port) as model:
+            model.use("input")
+            model(x=planned_net.x[:1])
+            assert model.last.where == "cloud"  # warm: the very first request is answered
+        text = get("/metrics")
+        assert f'skerry_tail_request_seconds_count{{cut="input",plan="{name}"}} 1.0' in text
+    finally:
+        server.stop(1)
+
+
+def test_a_tail_that_stands_still_mid_request_costs_the_wait_and_is_found_again(
+    planned_net: Any, tmp_path: Path
+) -> None:
+    install(planned_net.folder, tmp_path / "tails")
+    with tail_process(tmp_path / "tails", tmp_path) as (tail, port), split_model(planned_net, tmp_path, port) as model:
+        model.use(true_cut(model))
+        settled(model, planned_net.x[:1])
+        tail.send_signal(signal.SIGSTOP)
+        try:
+            places = [model(x=planned_net.x[:1]) is not None and model.last.where for _ in range(6)]
+        finally:
+            tail.send_signal(signal.SIGCONT)
+        assert places[0] == "continued"
+        assert places[-1] == "local"
+        assert reached(model, 20)
+        settled(model, planned_net.x[:1])
+
+
 def test_an_occupied_port_is_one_sentence(tmp_path: Path) -> None:
     with running_tail(tmp_path / "tails", tmp_path) as port:
         done = subprocess.run(
