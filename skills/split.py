@@ -232,6 +232,15 @@ class Small:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class StageAt:
+    """Where a skill's stage belongs on the assumed network, and what it hands on."""
+
+    name: Annotated[str, Limits(min=1, max_items=63)]
+    place: Literal["device", "cloud"]
+    message: Annotated[tuple[Live, ...], Limits(max_items=64)] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
     """Segments, cuts, codings and measured costs of one model on one class of device."""
 
@@ -270,6 +279,9 @@ class Plan:
     policy: Policy = Policy()
     shared: SharedData | None = None
     small: Annotated[Small | None, Doc("joint inference: a small model that is asked first")] = None
+    stages: Annotated[
+        tuple[StageAt, ...], Limits(max_items=64), Doc("task split: the segments are these stages of a skill")
+    ] = ()
     verdicts: Annotated[tuple[Verdict, ...], Limits(max_items=64)] = ()
     format: Literal["split/v1"] = "split/v1"
 

@@ -20,7 +20,7 @@ DEFAULT_SLOWDOWN = 10.0
 class ModelOrCommand(Ordered):
     """A group that does its own work on `skerry split MODEL …`, and hands on `skerry split check …`."""
 
-    order = ("check",)
+    order = ("check", "joint", "stages")
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Take MODEL and the options here, unless the first word is a command."""
@@ -62,6 +62,19 @@ def register(app: typer.Typer) -> None:
         "check",
         examples=("skerry split check plan", "skerry split check plan/split.yaml --model photos.onnx"),
     )(check)
+    command(
+        split_app,
+        "joint",
+        examples=(
+            "skerry split joint plan --small small.onnx --data photos.npz",
+            "skerry split joint plan --small small.onnx --data photos.npz --target 0.9",
+        ),
+    )(joint)
+    command(
+        split_app,
+        "stages",
+        examples=("skerry split stages my-skill --device-slowdown 10 --link 20mbit/30ms -o placement",),
+    )(stages)
 
 
 def split(
@@ -158,6 +171,99 @@ def check(
     if found.faults:
         count = f"{len(found.faults)} faults" if len(found.faults) > 1 else "one fault"
         raise FormatError(f"{found.file} has {count}; skerry split makes it anew")
+
+
+def joint(
+    screen: Screen,
+    plan: Annotated[Path, typer.Argument(metavar="FOLDER", help="The split plan of the big model.")],
+    small: Annotated[Path, typer.Option("--small", metavar="MODEL", help="The small model, an .onnx file.")],
+    data: Annotated[Path, typer.Option("--data", metavar="FILE", help="An .npz with x and, if known, y.")],
+    target: Annotated[
+        float | None,
+        typer.Option(
+            "--target",
+            metavar="SHARE",
+            help="How often both together shall be right, above 0 and at most 1.",
+            show_default="the big model's share less the plan's max_drop",
+        ),
+    ] = None,
+) -> None:
+    """Put a small model before the big one of a split plan: it answers easy inputs on the device, and asks about hard ones.
+
+    Temperature and threshold are chosen on one half of the data, and what both reach together is told of the other half.
+    Every question has a deadline, and the small model's answer stands when none comes. Ends with 3 when no threshold
+    reaches the target.
+    """
+    from cloud.split.joint import join
+
+    with screen.progress("joining") as step:
+        step("running both models", 0.5)
+        found = join(plan, small, data, target)
+    facts = {
+        "small": found.small, "accuracy_small": found.alone, "accuracy_big": found.big,
+        "accuracy_together": found.together, "samples": found.inputs, "text": found.text,
+    }  # fmt: skip
+    screen.result(facts, f"{found.text} (judged on {found.inputs} inputs that chose nothing)")
+
+
+def stages(
+    screen: Screen,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder that holds skill.yaml.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data", metavar="FILE", help="An .npz with the skill's inputs.", show_default="its probe's inputs"
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", metavar="PROFILE", help="Profile (.yaml or name) of the device.")
+    ] = None,
+    slowdown: Annotated[
+        float | None,
+        typer.Option(
+            "--device-slowdown",
+            metavar="TIMES",
+            help="How many times slower than this machine the device is.",
+            show_default="10",
+        ),
+    ] = None,
+    link: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--link", metavar="RATE/RTT", help="A network to judge; may be repeated.", show_default="four of them"
+        ),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="The skill's input may not leave the device.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="FOLDER", help="Where split.yaml with the placement goes.")
+    ] = None,
+) -> None:
+    """Find out which stages of a skill belong on the device and which in the cloud: the first ones here, the rest there.
+
+    Every placement is measured as a whole, with the messages between the stages in every coding. The result is a table to
+    decide by: the device runs all stages itself, until the skill is published in two parts.
+    """
+    from cloud.cli import findings
+    from cloud.split import LINKS
+    from cloud.split.stages import plan_stages
+    from skills.split import parse_link
+
+    links = tuple(parse_link(text) for text in link) if link else LINKS
+    factor, _ = device_limits(device, slowdown)
+    with screen.progress("placing") as step:
+        plan = plan_stages(
+            folder, data, slowdown=factor, links=links, private=private, out=out,
+            progress=lambda stage, done, of: step(stage, done / of if of else 0.0),
+        )  # fmt: skip
+    facts = {
+        "stages": [{"name": one.name, "place": one.place} for one in plan.stages],
+        "verdicts": [
+            {"link": str(one.link), "cut": one.cut, "coding": one.coding, "ms": one.ms, "text": one.text}
+            for one in plan.verdicts
+        ],
+    }
+    screen.result(facts, lambda: findings.split_table(plan, links))
+    screen.say(", ".join(f"{one.name}: {one.place}" for one in plan.stages) + f" on {plan.network}")
 
 
 def _plain(found: "Checked") -> dict[str, Any]:

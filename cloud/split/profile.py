@@ -4,7 +4,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from skills import codec
 from skills.errors import FormatError
@@ -13,8 +13,6 @@ from skills.timer import Timer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from skills.ort import Chain, Session
 
     Arrays = Mapping[str, NDArray[Any]]
 
@@ -25,6 +23,20 @@ WARMUP = 5
 CODEC_ROUNDS = 12
 JPEG_QUALITIES = (75, 90, 95)
 SIGNAL_KINDS: tuple[Kind, ...] = ("rice", "u16", "u8", "u4")
+
+
+class Steps(Protocol):
+    """Segments of a model, or stages of a skill: any run of them, in order."""
+
+    def run(self, values: "Arrays", start: int = 0, stop: int | None = None) -> "Arrays":
+        """Run steps start..stop-1 on `values` and return what lives on after them."""
+
+
+class Whole(Protocol):
+    """The same in one piece."""
+
+    def run(self, values: "Arrays", /) -> "Arrays":
+        """Return the outputs."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -44,8 +56,8 @@ class Scorer:
 
 
 def measure(
-    chain: "Chain",
-    whole: "Session",
+    chain: Steps,
+    whole: Whole,
     afters: Sequence[int],
     samples: Sequence["Arrays"],
     device: Timer,

@@ -85,9 +85,9 @@ def render_html(plan: Plan, details: Mapping[str, Any]) -> str:
     local = plan.cut("local").device_ms.p50
     charts = "".join(f"<h2>{say(str(verdict.link))}</h2>{_chart(plan, verdict.link)}" for verdict in plan.verdicts)
     facts = (
-        f"{say(_device(plan))} Staying local takes {local:.0f} ms there{_memory(plan)}. {say(_sentence(proof(plan)))} A coding that "
-        f"loses more than {plan.max_drop:g} points is refused. The segments in a row differ from the whole by at most "
-        f"{details.get('max_abs_difference', 0):.1e}, and take {details['chain_ms_here']['p50']:.1f} ms here against "
+        f"{say(_device(plan))} Staying local takes {local:.0f} ms there{_memory(plan)}. {say(_sentence(proof(plan)))} "
+        f"A coding that loses more than {plan.max_drop:g} points is refused. The segments in a row differ from the whole "
+        f"by at most {details.get('max_abs_difference', 0):.1e}, and take {details['chain_ms_here']['p50']:.1f} ms here against "
         f"{details['whole_ms_here']['p50']:.1f} ms for the whole."
     )
     doubt = warning(plan)

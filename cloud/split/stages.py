@@ -1,0 +1,206 @@
+"""Task split: which stages of a skill run on the device, and which in the cloud. A stage is a segment to the same planner.
+
+Placements are contiguous: the first stages here, the rest there. What goes from one stage to the next is a message of
+typed arrays; each is measured in every coding, and judged by what the whole skill answers, as the tensors of a cut are.
+The table says what a placement would cost. Stages that are placed in the cloud need the skill's code there: no tail of
+this version runs it, so the plan is one to decide by, and the device goes on running the skill as a whole.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cloud.split.export import commented
+from cloud.split.profile import gated, measure, measure_coding, possible_codings, scorer
+from cloud.split.verdict import LINKS, judge
+from edge_agent.worker import CallableModel, load_stage
+from skills.bundle import read_text
+from skills.codec import DTYPES
+from skills.errors import FormatError, NotFound, UsageError
+from skills.files import sha256_file, write_atomic
+from skills.manifest import Skill, Tensor, load_skill
+from skills.split import Cut, Estimate, Image, Link, Live, Plan, Segment, StageAt, choose_cut
+from skills.timer import Dilated, Local, Timer
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Arrays = Mapping[str, NDArray[Any]]
+
+MOST_SAMPLES = 64
+RUNTIME = "onnxruntime"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StageChain:
+    """The stages of a skill, run in order as a chain of segments is."""
+
+    runs: "tuple[Callable[[Arrays], Arrays], ...]"
+    names: tuple[str, ...]
+
+    def run(self, values: "Arrays", start: int = 0, stop: int | None = None) -> "Arrays":
+        """Run stages start..stop-1 and return the message behind them.
+
+        Raises:
+            FormatError: a stage returned something else than arrays by name.
+        """
+        import numpy as np
+
+        message = dict(values)
+        stop = len(self.runs) if stop is None else stop
+        for name, work in zip(self.names[start:stop], self.runs[start:stop], strict=True):
+            found = work(message)
+            if not isinstance(found, Mapping):
+                raise FormatError(f"stage '{name}' returned {type(found).__name__}, expected arrays by name")
+            message = {key: np.asarray(array) for key, array in found.items()}
+        return message
+
+
+def plan_stages(
+    folder: Path,
+    data: "Path | Arrays | None",
+    *,
+    slowdown: float = 10.0,
+    links: Sequence[Link] = LINKS,
+    network: Link = Link(20, 30),  # noqa: B008  frozen
+    private: bool = False,
+    max_drop: float = 1.0,
+    rounds: int = 20,
+    out: Path | None = None,
+    progress: Callable[[str, int, int], None] = lambda stage, done, of: None,
+) -> Plan:
+    """Return the plan of a skill's stages, its cuts between them; with `out` also write it there.
+
+    `data` holds the skill's inputs by name; without it its probe's are taken.
+
+    Raises:
+        NotFound, FormatError: the skill or the data is missing or not what it should be.
+        UsageError: the skill has one stage only, or the slowdown is out of range.
+    """
+    if not 1 <= slowdown <= 1000:
+        raise UsageError(f"the slowdown is {slowdown:g}: it says how many times slower the device is, from 1 to 1000")
+    skill = load_skill(read_text(folder / "skill.yaml", "the skill"), str(folder / "skill.yaml"))
+    if len(skill.stages) < 2:
+        raise UsageError(f"{skill.name} has one stage: there is nothing to place; skerry split cuts its model")
+    samples = _samples(skill, folder, data)
+    chain = StageChain(
+        tuple(_stage(skill, folder, at) for at in range(len(skill.stages))), tuple(s.name for s in skill.stages)
+    )
+    device: Timer = Dilated(slowdown) if slowdown > 1 else Local()
+    progress("timing stages", 0, 1)
+    costs, _ = measure(chain, chain, range(len(skill.stages) + 1), samples, device, rounds)
+    progress("timing stages", 1, 1)
+    messages = [[chain.run(sample, 0, after) for sample in samples] for after in range(len(skill.stages) + 1)]
+    live = [_described(one) for one in messages]
+    truths = messages[-1]
+    score = scorer(truths[0], [one.name for one in live[-1]], labelled=False)
+    reference = [score.mark(truth, truth, None) for truth in truths]
+    cuts = []
+    for after in range(len(skill.stages)):
+        progress("measuring messages", after, len(skill.stages))
+        judged = []
+        for one in possible_codings(live[after], after == 0, messages[after]):
+            coding, answers = measure_coding(one, live[after], messages[after], _rest(chain, after), device)
+            marks = [score.mark(*pair, None) for pair in zip(answers, truths, strict=True)]
+            judged.append(gated(coding, reference, marks, max_drop))
+        name = f"c{after}" if after else "input"
+        cuts.append(
+            Cut(name, after, costs[after].device, costs[after].tail, live[after], tuple(judged), raw=after == 0)
+        )
+    last = len(skill.stages)
+    cuts.append(Cut("local", last, costs[last].device, costs[last].tail))
+    segments = tuple(
+        Segment(
+            stage.code, sha256_file(folder / stage.code), max((folder / stage.code).stat().st_size, 1),
+            tuple(one.name for one in live[at]), tuple(one.name for one in live[at + 1]),
+        )
+        for at, stage in enumerate(skill.stages)
+    )  # fmt: skip
+    plan = Plan(
+        sha256_file(folder / "skill.yaml"), live[0], live[-1], segments, tuple(cuts), network, float(slowdown), private,
+        None, float(max_drop), score.metric, len(samples),
+        reply_bytes=sum(int(array.nbytes) for array in truths[0].values()), whole=1.0,
+    )  # fmt: skip
+    placed = choose_cut(plan, Estimate(network.mbit, network.rtt_ms)).cut
+    plan = dataclasses.replace(
+        plan,
+        stages=tuple(
+            StageAt(stage.name, "device" if at < placed.after else "cloud", live[at + 1])
+            for at, stage in enumerate(skill.stages)
+        ),
+        verdicts=tuple(judge(plan, link) for link in links),
+    )
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomic(out / "split.yaml", commented(plan).encode())
+    return plan
+
+
+def _rest(chain: StageChain, after: int) -> "Callable[[Arrays], Arrays]":
+    return lambda decoded: chain.run(decoded, after)
+
+
+def _stage(skill: Skill, folder: Path, at: int) -> "Callable[[Arrays], Arrays]":
+    stage = skill.stages[at]
+    function = load_stage(folder, stage.code, stage.name)
+    fitting = [one for one in skill.models[stage.model].variants if one.runtime == RUNTIME and one.file is not None]
+    if not fitting:
+        raise FormatError(
+            f"model '{stage.model}' has no variant that is a file for {RUNTIME}, so it cannot be timed here"
+        )
+    model = CallableModel(fitting[0], folder, Local(), None, 1.0)
+    return lambda arrays: function(arrays, model)
+
+
+def _samples(skill: Skill, folder: Path, data: "Path | Arrays | None") -> "list[Arrays]":
+    import numpy as np
+
+    source = folder / skill.probe.file if data is None else data
+    if isinstance(source, Path):
+        if not source.is_file():
+            raise NotFound(f"there is no data file {source}")
+        with np.load(source, allow_pickle=False) as pack:
+            source = {name.removeprefix("in."): pack[name] for name in pack.files if not name.startswith("out.")}
+    missing = [tensor.name for tensor in skill.inputs if tensor.name not in source]
+    if missing:
+        raise FormatError(f"the data has {', '.join(source) or 'nothing'}, {skill.name} needs {missing[0]!r}")
+    feeds = {tensor.name: np.asarray(source[tensor.name]) for tensor in skill.inputs}
+    for tensor in skill.inputs:
+        _check(tensor, feeds[tensor.name])
+    if not all(tensor.shape and tensor.shape[0] == -1 for tensor in skill.inputs):
+        return [feeds]
+    count = min(MOST_SAMPLES, *(len(array) for array in feeds.values()))
+    return [{name: array[at : at + 1] for name, array in feeds.items()} for at in range(count)]
+
+
+def _check(tensor: Tensor, array: "NDArray[Any]") -> None:
+    fits = len(array.shape) == len(tensor.shape) and all(
+        want in (-1, have) for want, have in zip(tensor.shape, array.shape, strict=True)
+    )
+    if not fits or DTYPES.get(tensor.dtype) != str(array.dtype) or 0 in array.shape:
+        raise FormatError(
+            f"the skill's input {tensor.name!r} takes {tensor.dtype} {list(tensor.shape)}, "
+            f"the data's is {array.dtype} {list(array.shape)}"
+        )
+
+
+def _described(messages: "Sequence[Arrays]") -> tuple[Live, ...]:
+    """Return the types of a message: what all samples have in common; a size that differs among them is free."""
+    words = {numpy: word for word, numpy in DTYPES.items()}
+    found = []
+    for name, first in messages[0].items():
+        arrays = [one.get(name) for one in messages]
+        kinds = {(str(one.dtype), one.ndim) if one is not None else None for one in arrays}
+        if len(kinds) != 1 or str(first.dtype) not in words:
+            raise FormatError(
+                f"the message part {name!r} is {first.dtype} here and something else there: it has no type"
+            )
+        sizes = zip(*(one.shape for one in arrays if one is not None), strict=True)
+        shape = tuple(size[0] if len(set(size)) == 1 else -1 for size in sizes)
+        picture = (
+            first.dtype == "uint8" and first.ndim == 4 and first.shape[-1] in (1, 3) and min(first.shape[1:3]) >= 8
+        )
+        image = Image((0.0,) * first.shape[-1], (1.0,) * first.shape[-1], "NHWC") if picture else None
+        found.append(Live(name, words[str(first.dtype)], shape, image))  # type: ignore[arg-type]
+    return tuple(found)

@@ -1,0 +1,91 @@
+"""The stages of a skill, placed by the planner that cuts models."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cloud.split.export import commented
+from cloud.split.stages import plan_stages
+from skills.errors import FormatError, NotFound, UsageError
+from skills.split import Link, load_plan
+
+MANIFEST = """\
+name: shapes
+version: 1.0.0
+inputs: [{name: image, dtype: FP32, shape: [-1, 1, 12, 12]}]
+outputs: [{name: logits, dtype: FP32, shape: [-1, 4]}]
+models:
+  net:
+    variants: [{name: float, runtime: onnxruntime, file: net.onnx}]
+stages:
+  - {name: crop, model: net, code: stages.py}
+  - {name: classify, model: net, code: stages.py}
+"""
+CODE = """\
+import numpy as np
+
+def crop(inputs, model):
+    kept = np.zeros_like(inputs['image'])
+    kept[:, :, 2:10, 2:10] = inputs['image'][:, :, 2:10, 2:10]
+    return {'cut': kept, 'count': np.array([[1]], np.int64)}
+
+def classify(inputs, model):
+    assert inputs['count'][0, 0] == 1
+    return model(x=inputs['cut'])
+"""
+
+
+@pytest.fixture
+def skill(small_net: Any, tmp_path: Path) -> Path:
+    net, folder = small_net("plain"), tmp_path / "shapes"
+    folder.mkdir()
+    (folder / "skill.yaml").write_text(MANIFEST)
+    (folder / "stages.py").write_text(CODE)
+    (folder / "net.onnx").write_bytes(net.model.SerializeToString())
+    np.savez(folder / "probe.npz", **{"in.image": net.x[:12], "out.logits": np.zeros((12, 4))})
+    return folder
+
+
+def test_every_contiguous_placement_is_in_the_table_and_the_messages_have_types(skill: Path, tmp_path: Path) -> None:
+    out = tmp_path / "placement"
+    plan = plan_stages(skill, None, links=(Link(20, 30), Link(1000, 0.1)), rounds=2, max_drop=50, out=out)
+    assert [cut.name for cut in plan.cuts] == ["input", "c1", "local"]
+    assert [one.name for one in plan.stages] == ["crop", "classify"]
+    message = plan.stages[0].message
+    assert [(one.name, one.dtype) for one in message] == [("cut", "FP32"), ("count", "INT64")]
+    assert [one.kind for one in plan.cut("c1").codings] == ["u8", "u4"]
+    assert plan.cut("c1").codings[0].bytes_p50 < plan.cut("input").codings[0].bytes_p50
+    assert [verdict.link for verdict in plan.verdicts] == [Link(20, 30), Link(1000, 0.1)]
+    assert load_plan((out / "split.yaml").read_text()) == load_plan(commented(plan))
+
+
+def test_private_stages_keep_the_input_here(skill: Path) -> None:
+    plan = plan_stages(skill, None, links=(Link(1000, 0.1),), rounds=1, private=True, slowdown=1000)
+    assert plan.verdicts[0].cut in ("c1", "local")
+    assert plan.stages[0].place == "device"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "kind", "sentence"),
+    [
+        ("  - {name: crop, model: net, code: stages.py}\n", "", UsageError, "has one stage"),
+        ("name: image", "name: picture", FormatError, "needs 'picture'"),
+        ("12, 12]}]", "9, 9]}]", FormatError, "takes FP32 \\[-1, 1, 9, 9\\]"),
+    ],
+)
+def test_what_cannot_be_placed_is_one_sentence(skill: Path, old: str, new: str, kind: Any, sentence: str) -> None:
+    (skill / "skill.yaml").write_text(MANIFEST.replace(old, new))
+    with pytest.raises(kind, match=sentence):
+        plan_stages(skill, None, rounds=1)
+
+
+def test_a_stage_that_returns_no_arrays_is_named(skill: Path, tmp_path: Path) -> None:
+    (skill / "stages.py").write_text(
+        CODE.replace("return {'cut': kept, 'count': np.array([[1]], np.int64)}", "return 3")
+    )
+    with pytest.raises(FormatError, match="stage 'crop' returned int"):
+        plan_stages(skill, None, rounds=1)
+    with pytest.raises(NotFound, match="no data file"):
+        plan_stages(skill, tmp_path / "absent.npz", rounds=1)
