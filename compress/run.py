@@ -1,6 +1,8 @@
 """The whole of one compression, from what the user gave to the folder that is written."""
 
 import dataclasses
+import functools
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -11,9 +13,12 @@ import numpy as np
 
 from compress import Goal, Progress, data, folder, graph, ladder, learn, measure, metrics, model, profiles
 from compress.conclude import Run, files, report
+from compress.converters import vela
+from compress.converters.environment import ready
 from compress.data import Data, Splits
 from compress.emit import widths
 from compress.judge import Emitted, Original, look, result, write
+from compress.lineage import parents, tools
 from compress.measure import Runner
 from compress.passes.bias import BIAS
 from compress.passes.bits import BITS
@@ -22,18 +27,25 @@ from compress.passes.guard import GUARD
 from compress.passes.place import PLACE, PLACE_FLOAT
 from compress.passes.ranges import RANGES
 from compress.passes.strip import strip
+from compress.passes.weight_only import WEIGHT_ONLY
 from compress.pipeline import CHECK_SAMPLES, Bench, Pass, State, apply
+from compress.recipe import Recipe, read_recipe
 from compress.report import Moment, Report
 from compress.splits import split
+from compress.stage import Stage
 from skills import ort
 from skills.errors import FormatError, SkerryError, UsageError
+from skills.files import sha256_hex
+from skills.profile import Profile
 
-PASSES: tuple[Pass, ...] = (CANONICALISE, RANGES, PLACE, GUARD, BIAS, BITS)
+PASSES: tuple[Pass, ...] = (CANONICALISE, RANGES, PLACE, GUARD, BIAS, BITS, WEIGHT_ONLY)
 WEIGHTS_ONLY: tuple[Pass, ...] = (CANONICALISE, RANGES, PLACE_FLOAT)  # without data no range of an activation is known
 PLACING: tuple[Pass, ...] = (RANGES, PLACE, GUARD)  # again for each network that training made
 TIME_BUDGET_S = 1800.0
-CALIBRATED_SHARE = 0.35  # of the time that what needs no training may take where training follows
+CALIBRATED_SHARE = 0.35  # of the time that what needs no training may take where training follows, or
+CALIBRATED_S = 60.0  # so long, if that is more: without it there is no result to fall back to
 ENDING_S = 15.0  # kept for the last measurements
+NOTED_EVERY_S = 10.0  # how often the time spent is written down, for a run that is resumed
 CHANCE_ERRORS = 3  # a metric within so many standard errors of guessing is called chance
 TRAINED_UP_TO = 0.9  # of the progress bar
 
@@ -62,8 +74,13 @@ def run(
     out = Path(out)
     _check_arguments(max_drop, goal, seed, budget)
     folder.check_out(out)
-    work = _Work(out, resume, began, budget, progress or (lambda _stage, _share, _best: None))
-    profile = profiles.find(device)
+    work = _Work(out, began, budget, progress or (lambda _stage, _share, _best: None))
+    again = None if recipe is None else read_recipe(recipe)
+    if again is not None:
+        max_drop, goal, seed = again.max_drop, again.goal, again.seed
+    profile = again.profile if again is not None and device == "auto" else profiles.find(device)
+    if profile.accelerator is not None:  # what is needed at the end and cannot be had is said at once
+        ready(vela.VELA, lambda what: work.say(what, 0.0))
     work.say("reading the model and the data", 0.0)
     samples = None if given is None else data.load(given, metric)
     read = model.load(source, weights, None if samples is None else samples.x)
@@ -72,19 +89,63 @@ def run(
     if shown.needs_labels and splits.select.y is None:
         shown = metrics.unlabelled(original.select, splits.select.x)
     bench = Bench(
-        profile, splits, shown, original.calibrate, original.select, max_drop, goal, lambda _share, _best: None, seed=seed
+        profile, splits, shown, original.calibrate, original.select, max_drop, goal, lambda _share, _best: None, seed=seed,
+        planned=again,
     )  # fmt: skip
     learns = splits.train is not None and not samples.synthetic and not _whole_numbers(original)
-    work.calibrated = CALIBRATED_SHARE if learns else 1.0
+    work.calibrated = min(1.0, max(CALIBRATED_SHARE, CALIBRATED_S / budget)) if learns else 1.0
     if samples.synthetic:
         passes = WEIGHTS_ONLY
+    inputs = _inputs(teacher, recipe)
+    all_inputs = parents(samples, model=read.sha256, **inputs)
+    taught = "" if teacher is None else sha256_hex(measure.answers(original.teacher, splits.calibrate.x).tobytes())
+    about = (all_inputs, taught, profile, max_drop, goal, seed, [step.name for step in passes], tools())
+    work.open(sha256_hex(repr(about).encode()), resume)
 
+    stages: dict[str, tuple[Stage, ...]] = {}
+    written: tuple[Sequence[Emitted], ...]
+    if again is not None:
+        warnings = (*warnings, *replay.differences(again, all_inputs))
+        written, plain = ((_replayed(again, (*passes, *PASSES, *WEIGHTS_ONLY), bench, original, work, stages),),), None
+    else:
+        written, plain = _searched(passes, learns, bench, original, work, stages)
+    work.say("looking at the report part", TRAINED_UP_TO + 0.02)
+    families = [[look(one, splits.report, original) for one in family] for family in written]
+    judged = [one for family in families for one in family]
+    chosen = result(families, max_drop)
+    compiled = None
+    if profile.accelerator is not None:
+        compiled = vela.compile_for(profile, chosen.emitted.file, lambda what: work.say(what, TRAINED_UP_TO + 0.03))
+        warnings = (*warnings, *vela.over_budget(compiled.estimate, profile))
+    work.say("timing it against the original", TRAINED_UP_TO + 0.05)
+    found = Run(
+        original, samples, splits, profile, max_drop, goal, seed, budget, warnings,
+        stages, tuple(work.trail), inputs, work.began, compiled,
+    )  # fmt: skip
+    done = report(found, chosen, judged, plain)
+    folder.write_folder(out, files(found, done, chosen, judged))
+    folder.forget(out)
+    work.say("done", 1.0)
+    return done
+
+
+def _searched(
+    passes: Sequence[Pass],
+    learns: bool,
+    bench: Bench,
+    original: Original,
+    work: "_Work",
+    stages: dict[str, tuple[Stage, ...]],
+) -> tuple[tuple[Sequence[Emitted], ...], Emitted | None]:
+    """Return two families of candidates, what needs no training and what was trained, and the plain int8 form if known.
+
+    How each trained one came about is put into `stages`.
+    """
     state, plain = _calibrated(passes, State(_parse(original.stripped)), bench, original, work, learns)
-    candidates = [write("calibrated", state, profile, splits, original, shown)]
+    candidates = [write("calibrated", state, bench.profile, bench.splits, original, bench.metric)]
     if plain is not None:
-        candidates.insert(0, write("plain int8", plain, profile, splits, original, shown))
+        candidates.insert(0, write("plain int8", plain, bench.profile, bench.splits, original, bench.metric))
     work.found(candidates[-1], original)
-    stages: dict[str, tuple[learn.Stage, ...]] = {}
     trained: list[Emitted] = []
     if learns:
         for at, reached in enumerate(_climb(state, bench, original, work)):
@@ -92,39 +153,89 @@ def run(
             stages[emitted.name] = reached.stages
             trained.append(emitted)
             work.found(emitted, original)
-            if emitted.drop_select > ladder.HOPELESS * max(max_drop, 1.0):
+            if emitted.drop_select > ladder.HOPELESS * max(bench.max_drop, 1.0):
                 break
-    work.say("looking at the report part", TRAINED_UP_TO + 0.02)
-    families = [[look(one, splits.report, original) for one in family] for family in (candidates, trained)]
-    judged = [one for family in families for one in family]
-    chosen = result(families, max_drop)
-    work.say("timing it against the original", TRAINED_UP_TO + 0.05)
-    found = Run(
-        original, samples, splits, profile, max_drop, goal, seed, budget, warnings, tuple(step.name for step in passes),
-        stages, tuple(work.trail), _inputs(teacher, recipe), began,
-    )  # fmt: skip
-    done = report(found, chosen, judged, candidates[0] if plain is not None else None)
-    folder.write_folder(out, files(found, done, chosen, judged))
-    folder.forget(out)
-    work.say("done", 1.0)
-    return done
+    return (candidates, trained), candidates[0] if plain is not None else None
+
+
+def _replayed(
+    recipe: Recipe,
+    known: Sequence[Pass],
+    bench: Bench,
+    original: Original,
+    work: "_Work",
+    stages: dict[str, tuple[Stage, ...]],
+) -> Emitted:
+    """Return what a recipe says, made again without a search.
+
+    Raises:
+        FormatError: the recipe is for another model, or trains and there is no training data.
+    """
+    model = _parse(original.stripped)
+    replay.check(recipe, canonicalise(model), [step.name for step in known])
+    if recipe.training and bench.splits.train is None:
+        raise FormatError("the recipe trains the model, and the data has no x_train to train it on")
+    bench = dataclasses.replace(bench, say=lambda share, _best: work.say("following the recipe", 0.3 * share))
+    steps = replay.before_training(recipe, known)
+    state = apply(steps, State(model), lambda _step: bench, original.calibrate[:CHECK_SAMPLES])
+    if not recipe.training:
+        return write("calibrated", state, bench.profile, bench.splits, original, bench.metric)
+    *_, last = _climb(state, bench, original, work, replay.stages(recipe))
+    emitted = _trained(f"trained {len(last.stages)}", last, state, bench, original, work)
+    stages[emitted.name] = last.stages
+    return emitted
 
 
 class _Work:
     """Where a run stands: its time, its progress bar, what it keeps beside OUT, and the best so far."""
 
-    def __init__(self, out: Path, resume: bool, began: float, budget: float, progress: Progress) -> None:
+    def __init__(self, out: Path, began: float, budget: float, progress: Progress) -> None:
         self.out, self.began, self.budget, self.progress = out, began, budget, progress
-        if not resume:
-            folder.forget(out)
-        self.cache = folder.Cache(folder.workdir(out) / "cache")
+        self.cache: folder.Cache | None = None
+        self.about = ""
+        self.noted = began
         self.calibrated = 1.0
         self.trail: list[Moment] = []
         self.best = ""
         self.shown = 0.0
 
+    def open(self, about: str, resume: bool) -> None:
+        """Begin to keep things beside OUT, or go on with what an interrupted run kept there under the same `about`.
+
+        That is a hash of all that the result depends on. The time that the interrupted run took counts too.
+        """
+        if not resume:
+            folder.forget(self.out)
+        self.cache, self.about = folder.Cache(folder.workdir(self.out) / "cache"), about
+        self.began -= float(self.get("seconds") or 0)
+
+    def get(self, key: str) -> bytes | None:
+        return self.cache.get(self.about + key) if self.cache is not None else None
+
+    def put(self, key: str, value: bytes) -> None:
+        if self.cache is not None:
+            self.cache.put(self.about + key, value)
+            self.note()
+
+    def note(self) -> None:
+        """Write down how much time is spent."""
+        self.noted = time.monotonic()
+        if self.cache is not None:
+            self.cache.put(self.about + "seconds", str(self.noted - self.began).encode())
+
+    def passed(self, at: int, profile: Profile, make: Callable[[], State]) -> State:
+        """Return what pass number `at` made of the model: as kept, or made now and kept."""
+        raw = self.get(f"pass-{at}")
+        if raw is not None:
+            return kept.unpack(raw, profile)
+        state = make()
+        self.put(f"pass-{at}", kept.pack(state))
+        return state
+
     def say(self, stage: str, share: float) -> None:
         self.shown = max(self.shown, share)
+        if time.monotonic() - self.noted > NOTED_EVERY_S:
+            self.note()
         self.progress(stage, self.shown, self.best)
 
     def left(self, share: float = 1.0) -> float:
@@ -179,16 +290,25 @@ def _calibrated(
             left=lambda: work.left(work.calibrated),
         )
 
-    kept = [step for step in passes if step.name not in ("bias", "bits", "reconstruct")]
-    rest = [step for step in passes if step not in kept]
+    first = [step for step in passes if step.name not in ("bias", "bits", "reconstruct", "weight-only")]
+    rest = [step for step in passes if step not in first]
     reference = original.calibrate[:CHECK_SAMPLES]
-    plain = apply(kept, state, at, reference)
+
+    def after(steps: Sequence[Pass], state: State) -> State:
+        for step in steps:
+            make = functools.partial(apply, [step], state, at, reference)
+            state = work.passed(list(passes).index(step), bench.profile, make)
+        return state
+
+    plain = after(first, state)
     if not rest or plain.scheme is None or not plain.scheme.layers:
         return plain, None
-    return apply(rest, plain, at, reference), plain
+    return after(rest, plain), plain
 
 
-def _climb(state: State, bench: Bench, original: Original, work: _Work) -> Iterable[learn.Reached]:
+def _climb(
+    state: State, bench: Bench, original: Original, work: _Work, planned: Sequence[Stage] | None = None
+) -> Iterable[learn.Reached]:
     """Train one smaller network after the other."""
     train = bench.splits.train
     if train is None:
@@ -200,16 +320,19 @@ def _climb(state: State, bench: Bench, original: Original, work: _Work) -> Itera
 
     lesson = learn.Lesson(
         bench.splits.calibrate, train, original.session, original.teacher, labels, bench.goal,  # type: ignore[arg-type]
-        widths(state.model, bench.profile), bench.seed, os.cpu_count() or 1, work.left, work.cache.get, work.cache.put, say,
+        widths(state.model, bench.profile), bench.seed, os.cpu_count() or 1, work.left, work.get, work.put, say,
+        bench.profile.channel_multiple,
     )  # fmt: skip
-    return learn.climb(state.model, lesson)
+    return learn.climb(state.model, lesson, planned)
 
 
 def _trained(
     name: str, reached: learn.Reached, before: State, bench: Bench, original: Original, work: _Work
 ) -> Emitted:
     """Place a trained network on its runtime and write it with the codes that it was trained to."""
-    state = apply(PLACING, State(reached.trained.model, notes=before.notes), lambda _step: bench)
+    placing = {step.name for step in PLACING}
+    passes = (*itertools.takewhile(lambda name: name not in placing, before.passes), replay.TRAIN)
+    state = apply(PLACING, State(reached.trained.model, notes=before.notes, passes=passes), lambda _step: bench)
     scheme = state.planned()
     known = {layer.node for layer in scheme.layers}
     scheme = scheme.with_bits({node: width for node, width in reached.bits.items() if node in known})

@@ -30,6 +30,7 @@ EPOCHS = 8
 BATCH = 32
 LEARNING_RATE = 3e-3
 MAX_DROP = 1.0
+TIME_BUDGET_S = 45.0  # enough for two rungs of training on two cores
 GOLDEN = 16
 DEVICE = "x86-avx2"  # 7-bit weights run right on every x86 and on aarch64
 LITERT_DEVICE = "arm64-litert"
@@ -155,7 +156,9 @@ def shrink(
     x_train = trained.x_train if calibration == "right" else trained.x_train / np.float32(16)
     data = {"x": trained.x, "y": trained.y, "x_train": x_train, "y_train": trained.y_train}
     try:
-        return compress(source, data, out, device=device, max_drop=MAX_DROP, seed=seed, progress=progress)
+        return compress(
+            source, data, out, device=device, max_drop=MAX_DROP, seed=seed, progress=progress, time_budget=TIME_BUDGET_S
+        )
     finally:
         source.unlink()
 
