@@ -178,18 +178,15 @@ def verdict(drop: Drop, max_drop: float) -> Verdict:
     return "within_budget_unproven" if drop.points <= max_drop else "not_reached"
 
 
-def soft_drop(original: Array, output: Array) -> float:
-    """Return the drop in points that the original's own confidence predicts, 0 for outputs that are no class scores.
+def foretold(original: Array, output: Array) -> Array:
+    """Return for each sample the points that its answer costs, going by the original's own confidence.
 
     Where the top answer changed, the loss is the probability that the original gave to its own answer less what it
     gave to the new one. No labels are needed, and lucky changes do not hide unlucky ones, so a hundred samples say
     as much as a thousand labelled ones would.
     """
-    if output.ndim != 2 or output.shape[1] < 2:
-        return 0.0
     odds, rows = np.exp(log_probabilities(original)), np.arange(len(original))
-    lost = odds[rows, original.argmax(axis=1)] - odds[rows, output.argmax(axis=1)]
-    return float(lost.mean()) * 100
+    return np.asarray(100 * (odds[rows, original.argmax(axis=1)] - odds[rows, output.argmax(axis=1)]))
 
 
 def divergence(original: Array, output: Array) -> float:

@@ -15,17 +15,21 @@ import numpy as np
 from compress.emit import MIN_PACKED, emit, least_runtime, widths
 from compress.graph import Array
 from compress.knapsack import Choice, Option, front
-from compress.measure import answers, divergence, log_probabilities, points, soft_drop
+from compress.measure import answers, divergence, foretold, log_probabilities, points
 from compress.passes.reconstruct import Fit, Problem, rebuild, walk
 from compress.pipeline import Bench, Pass, State
+from compress.recipe import Recipe
 from compress.scheme import Candidate, Layer, Scheme
 from skills import ort
 from skills.errors import FormatError
 
 BUDGET_SHARE = 0.6  # of the budget may be spent on the select part: what is chosen on it looks better there than it is
-FORETOLD_ERROR = 0.3  # how far off, relatively, the foretold drop may be however many samples there are
+FORETOLD_ERROR = 0.3  # how far off, relatively, the drop foretold by confidence is, however many samples there are
+POINTS_A_NAT = 30.0  # of drop for one of distance, as on four reference nets; what is tried soon tells better
+KNOWN_BEFORE = 0.001  # nats that this counts for
+DISTANCE_ERROR, DISTANCE_DOUBT = 0.4, 0.15  # relatively, and in points
 PROBE = 3  # bits at which a layer's harm is measured; at other widths it follows the error of the layer's own answers
-CLOSE = 0.01  # bisection ends when the sizes in question are this near, relatively
+CLOSE = 0.02  # the search ends when the sizes in question are this near, relatively
 TEMPERATURES = np.geomspace(0.25, 4.0, 41)
 
 
@@ -39,24 +43,40 @@ def temperature(scores: Array, labels: Array | None) -> float:
     return float(TEMPERATURES[int(np.argmin(losses))])
 
 
-def expected_drop(bench: Bench, got: Array) -> float:
+def foretold_drop(bench: Bench, got: Array) -> Array:
+    """Return for each sample of the select part the points that its answer costs, going by the original's confidence,
+    which the labels set right first."""
+    original = bench.original_select
+    return foretold(log_probabilities(original) / temperature(original, bench.splits.select.y), got)
+
+
+def expected_drop(bench: Bench, got: Array, points_a_nat: float) -> float:
     """Return the drop in points to expect of a model that answers `got` on the select part.
 
-    The measured drop and the one that the original's confidence foretells, each counted by how sure it is: with few
-    samples the measured one is mostly chance.
+    For class scores three estimates are weighed by how sure each is: the measured drop, which with few samples is mostly
+    chance; what the original's confidence says that the changed answers cost; and what the distance of all answers says,
+    changed or not, at so many points a nat.
     """
     part, original = bench.splits.select, bench.original_select
     measured = points(bench.metric, part, original, got)
-    if bench.metric.name != "top1" or original.ndim != 2:
+    if not _scores(bench):
         return measured
-    log_odds = log_probabilities(original) / temperature(original, part.y)
-    changed = original.argmax(axis=1) != got.argmax(axis=1)
-    foretold = soft_drop(log_odds, got)
-    noise = 100 * math.sqrt((changed.mean() + 1 / len(got)) / len(got))
-    doubt = FORETOLD_ERROR * abs(foretold) + noise / 2  # a changed answer rarely costs all that it could
-    expected = (measured / noise**2 + foretold / doubt**2) / (1 / noise**2 + 1 / doubt**2)
+    n, changed = len(got), (original.argmax(axis=1) != got.argmax(axis=1)).mean()
+    lost = foretold_drop(bench, got)
+    by_answers, by_distance = float(lost.mean()), points_a_nat * divergence(original, got)
+    estimates = (
+        (measured, 1e4 * (changed + 1 / n) / n),
+        (by_answers, (FORETOLD_ERROR * by_answers) ** 2 + (float(lost.var()) + 625 / n) / n),
+        (by_distance, (DISTANCE_ERROR * by_distance) ** 2 + DISTANCE_DOUBT**2),
+    )
+    sure = sum(1 / variance for _, variance in estimates)
+    expected = sum(value / variance for value, variance in estimates) / sure
     # What the model was trained on it knows too well to show what it lost: there only the scores say it.
     return expected if bench.splits.train is None else max(expected, 100 * score_noise(original, got))
+
+
+def _scores(bench: Bench) -> bool:
+    return bench.metric.name == "top1" and bench.original_select.ndim == 2
 
 
 def score_noise(original: Array, output: Array) -> float:
@@ -77,6 +97,7 @@ class Search:
         self.tried: list[Candidate] = []
         self.fits: dict[str, dict[float, Fit]] = {}
         self.harm: dict[str, dict[float, float]] = {}
+        self.points, self.nats = KNOWN_BEFORE * POINTS_A_NAT, KNOWN_BEFORE
 
     def able(self) -> list[Layer]:
         """Return the layers that may be stored narrower."""
@@ -87,8 +108,14 @@ class Search:
         file = emit(self.state.model, scheme, self.state.seen()).SerializeToString()
         session = ort.session(file, self.bench.threads)
         distance = divergence(self.bench.original_calibrate, answers(session, self.bench.splits.calibrate.x))
-        drop = expected_drop(self.bench, answers(session, self.bench.splits.select.x)) if select else 0.0
+        drop = self._expected(answers(session, self.bench.splits.select.x)) if select else 0.0
         return Candidate(len(file), distance, drop, scheme)
+
+    def _expected(self, got: Array) -> float:
+        if _scores(self.bench):  # each model tried tells more about what distance costs this network
+            self.points += float(foretold_drop(self.bench, got).mean())
+            self.nats += divergence(self.bench.original_select, got)
+        return expected_drop(self.bench, got, self.points / self.nats)
 
     def measure(self) -> None:
         """Fit each layer alone to each width, and see what the narrow ones do to the answers."""
@@ -167,25 +194,39 @@ class Search:
         self.tried.append(best)
         self.measure()
         choices = front(self.options())
-        low, high = 0, len(choices)  # choices[low] fits (or is all there is), choices[high] does not
-        while high - low > 1 and self.bench.left() > 0:
-            near = choices[low].size - choices[high - 1].size < CLOSE * choices[high - 1].size
-            if near and high < len(choices):
+        fits, fails = 0, len(choices)  # choices[fits] keeps the budget, choices[fails] (if there is one) does not
+        harm = BUDGET_SHARE * self.bench.max_drop / POINTS_A_NAT
+        while fails - fits > 1 and self.bench.left() > 0:
+            if fits == 0 or fails == len(choices):  # no bracket yet: look where the sum of harms says, then further out
+                at = int(np.searchsorted([choice.harm for choice in choices], harm))
+                at = min(max(at, fits + 1), fails - 1)
+            elif choices[fits].size - choices[fails].size < CLOSE * choices[fails].size:
                 break
-            middle = (low + high) // 2 if self.tried[1:] else high - 1
-            found = self.rebuilt(choices[middle], 0.4 + 0.55 * min(1.0, len(self.tried) / 10))
-            if self.fits_budget(found):
-                low = middle
-                best = min(best, found, key=lambda one: one.bytes)
             else:
-                high = middle
+                middle = (choices[fits].size + choices[fails].size) / 2
+                at = next(k for k in range(fits + 1, fails) if choices[k].size <= middle or k == fails - 1)
+            found = self.rebuilt(choices[at], 0.4 + 0.55 * min(1.0, len(self.tried) / 10))
+            good = self.fits_budget(found)
+            fits, fails, harm = (at, fails, 3 * harm) if good else (fits, at, harm / 3)
+            if good:
+                best = min(best, found, key=lambda one: one.bytes)
         return best.scheme
 
     def _say(self, share: float, best: str = "") -> None:
         self.bench.say(share, best)
 
 
+def _again(state: State, recipe: Recipe, x: Array) -> State:
+    """Return the state with the widths of a recipe, rebuilt as a search would have."""
+    scheme = state.planned().with_bits({layer.name: layer.bits for layer in recipe.layers})
+    with contextlib.suppress(FormatError):  # an operator without torch counterpart: layers are rounded to nearest
+        scheme = rebuild(state.model, scheme, x)
+    return dataclasses.replace(state, scheme=scheme, notes=(*state.notes, "Layers are stored as the recipe says."))
+
+
 def _run(state: State, bench: Bench) -> State:
+    if bench.planned is not None:
+        return _again(state, bench.planned, bench.splits.calibrate.x)
     allowed = widths(state.model, bench.profile)
     search = Search(state, bench, allowed)
     if len(allowed) < 2 or bench.goal == "latency" or not search.able():

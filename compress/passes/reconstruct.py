@@ -101,6 +101,7 @@ class _Pair:
         self.values = graph.arrays(model)
         self.scheme = scheme
         self.layers = {layer.node: layer for layer in scheme.layers}
+        self.readers = graph.consumers(model)
         self.last = {name: at for at, node in enumerate(self.nodes) for name in node.input}
         self.last |= dict.fromkeys(graph.outputs(model), len(self.nodes))
         name = model.graph.input[0].name
@@ -144,7 +145,7 @@ class _Pair:
 
     def _problem(self, layer: Layer, node: Any) -> Problem:
         weight, scheme = self.values[layer.weight], self.scheme
-        pairs = [(second[node.input[0]], first[node.output[0]]) for first, second in self.flows]
+        pairs = [(second[node.input[0]], self._wanted(node, first, second)) for first, second in self.flows]
         takes_bias = layer.op in ("Conv", "Gemm") and len(node.input) > 2 and node.input[2] in self.coded.weights
         groups = layer.groups if layer.op == "Conv" else 1
         floor = np.zeros(layer.shape[layer.axis], np.float32)
@@ -155,6 +156,20 @@ class _Pair:
         range_bits = scheme.profile.weight_bits if layer.compute == "int8" else 8
         found = moments(layer, node, weight, pairs)
         return Problem(layer, weight, found, takes_bias, range_bits, floor.reshape(groups, -1))
+
+    def _wanted(self, node: Any, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Tensor:
+        """Return what a layer should answer; where only an addition reads it, also what the other term is off by."""
+        name = node.output[0]
+        after = self.readers.get(name, [])
+        beside = [other for other in after[0].input if other != name] if len(after) == 1 else []
+        if (
+            len(beside) == 1
+            and after[0].op_type == "Add"
+            and name in self.last
+            and beside[0] in first.keys() & second.keys()
+        ):
+            return first[name] + (first[beside[0]] - second[beside[0]])
+        return first[name]
 
     def _outputs(self, twin: Twin, node: Any, flow: Mapping[str, Tensor]) -> dict[str, Tensor]:
         feeds = {name: flow[name] for name in node.input if name in flow}
