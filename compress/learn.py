@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,28 +18,21 @@ from compress.graph import Array
 from compress.ladder import Rung
 from compress.measure import Runner, answers, divergence
 from compress.passes.place import find_layers
+from compress.recipe import RecipeTraining
 from compress.scheme import HEAVY, Layer
 from compress.shrinking import SAMPLES, Goal, Shrink, choose
 from compress.shrinking import lift as put_back
+from compress.stage import Stage, read, write
 from compress.to_torch import Twin
 from compress.train import Checkpoint, Settings, Spread, Student, Trained, fit, spreads
 from compress.views import Views, movable, moved
 from compress.weights import encode
+from skills.wire import decode_json, encode_json
 
 VIEWS = 4
+UNTIMED_STEPS = 2
 TIMED_STEPS = 4
 LEAST_WEIGHTS = 256  # a layer with fewer stays in 8 bits: narrower ones would save nothing
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Stage:
-    """What one rung did, complete enough to do it again."""
-
-    shrink: Shrink
-    bits: Mapping[str, float]  # layer → width, for those narrower than 8
-    settings: Settings
-    views: int
-    seconds: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -67,6 +61,7 @@ class Lesson:
     get: Callable[[str], bytes | None]
     put: Callable[[str, bytes], None]
     say: Callable[[str, float], None]
+    multiple: int = 0  # of channels, as `shrinking.choose` takes it
 
     def kept(self, key: str, make: Callable[[], bytes]) -> bytes:
         """Return what is kept under a key, or make and keep it."""
@@ -75,6 +70,11 @@ class Lesson:
             found = make()
             self.put(key, found)
         return found
+
+    def plan(self, at: int) -> Stage | None:
+        """Return what an interrupted run had planned for rung number `at`."""
+        raw = self.get(f"plan-{at}")
+        return None if raw is None else read(decode_json(RecipeTraining, raw, "the plan that was kept"))
 
 
 def climb(model: Any, lesson: Lesson, planned: Sequence[Stage] | None = None) -> Iterator[Reached]:
@@ -92,34 +92,39 @@ def climb(model: Any, lesson: Lesson, planned: Sequence[Stage] | None = None) ->
     usual = ladder.rungs(lesson.goal, lesson.widths)
     for at in range(len(planned) if planned is not None else len(usual)):
         lesson.say("choosing what to remove", 0.0)
-        if planned is not None:
-            shrink = planned[at].shrink
+        known = planned[at] if planned is not None else lesson.plan(at)
+        if known is not None:
+            shrink = known.shrink
         else:
             shrink = choose(
                 full, done, x[:SAMPLES], wanted, usual[at].kept, lesson.goal,
-                lambda share: lesson.say("choosing what to remove", share),
+                lambda share: lesson.say("choosing what to remove", share), lesson.multiple,
             )  # fmt: skip
         small = shrink.apply(full)
-        bits = dict(planned[at].bits) if planned is not None else _widths(small, lesson, usual[at], x[:SAMPLES], wanted)
+        bits = dict(known.bits) if known is not None else _widths(small, lesson, usual[at], x[:SAMPLES], wanted)
         layers = [
             dataclasses.replace(layer, bits=bits[layer.node])
             for layer in find_layers(small)
             if layer.op in HEAVY and layer.node in bits
         ]
         student = Student(small, layers, _spreads(model, full, done, shrink, x))
-        if planned is not None:
-            settings = planned[at].settings
+        if known is not None:
+            settings = known.settings
         else:
             settings = _settings(student, views, lesson, usual, at)
             if settings.steps == 0:
                 return
+            lesson.put(f"plan-{at}", encode_json(write(at, Stage(shrink, bits, settings, views.count))))
         key = f"rung-{at}-" + hashlib.sha256(repr((shrink, sorted(bits.items()), settings)).encode()).hexdigest()[:24]
         for view in range(min(views.count, 1 + settings.steps // max(1, len(views.x) // settings.batch))):
             views.answers(view, lambda share: lesson.say("asking the teacher", share))
         trained = fit(
             student, views, lesson.labels, settings, lambda share: lesson.say("training", share),
             Checkpoint(functools.partial(lesson.get, key), functools.partial(lesson.put, key)),
+            lesson.left if planned is None else lambda: math.inf,
         )  # fmt: skip
+        if trained.steps < settings.ends():
+            settings = dataclasses.replace(settings, stop=trained.steps)
         full, done = put_back(full, shrink, trained.model), shrink
         stages = (*stages, Stage(shrink, bits, settings, views.count, trained.seconds))
         yield Reached(trained, bits, stages)
@@ -218,7 +223,7 @@ def time_a_step(student: Student, x: Array, settings: Settings) -> float:
     times = []
     inputs = torch.from_numpy(np.ascontiguousarray(x))
     try:
-        for _ in range(TIMED_STEPS):
+        for _ in range(UNTIMED_STEPS + TIMED_STEPS):
             began = time.monotonic()
             with torch.autocast("cpu", torch.bfloat16, enabled=half_precision("cpu")):
                 answer = student.twin(inputs)
@@ -228,7 +233,7 @@ def time_a_step(student: Student, x: Array, settings: Settings) -> float:
         modules.load_state_dict(state)
     finally:
         torch.set_num_threads(before)
-    return sorted(times)[len(times) // 2]
+    return min(times[UNTIMED_STEPS:])  # what else runs here now may not run later
 
 
 def _spreads(model: Any, full: Any, done: Shrink, shrink: Shrink, x: Array) -> dict[str, Spread]:

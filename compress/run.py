@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from compress import Goal, Progress, data, folder, graph, ladder, learn, measure, metrics, model, profiles
+from compress import Goal, Progress, data, folder, graph, kept, ladder, learn, measure, metrics, model, profiles, replay
 from compress.conclude import Run, files, report
 from compress.converters import vela
 from compress.converters.environment import ready
@@ -22,7 +22,7 @@ from compress.lineage import parents, tools
 from compress.measure import Runner
 from compress.passes.bias import BIAS
 from compress.passes.bits import BITS
-from compress.passes.canonicalise import CANONICALISE
+from compress.passes.canonicalise import CANONICALISE, canonicalise
 from compress.passes.guard import GUARD
 from compress.passes.place import PLACE, PLACE_FLOAT
 from compress.passes.ranges import RANGES
@@ -124,7 +124,7 @@ def run(
     )  # fmt: skip
     done = report(found, chosen, judged, plain)
     folder.write_folder(out, files(found, done, chosen, judged))
-    folder.forget(out)
+    work.close()
     work.say("done", 1.0)
     return done
 
@@ -208,6 +208,11 @@ class _Work:
             folder.forget(self.out)
         self.cache, self.about = folder.Cache(folder.workdir(self.out) / "cache"), about
         self.began -= float(self.get("seconds") or 0)
+
+    def close(self) -> None:
+        """Forget everything: the result is there."""
+        self.cache = None
+        folder.forget(self.out)
 
     def get(self, key: str) -> bytes | None:
         return self.cache.get(self.about + key) if self.cache is not None else None
@@ -320,7 +325,7 @@ def _climb(
 
     lesson = learn.Lesson(
         bench.splits.calibrate, train, original.session, original.teacher, labels, bench.goal,  # type: ignore[arg-type]
-        widths(state.model, bench.profile), bench.seed, os.cpu_count() or 1, work.left, work.get, work.put, say,
+        widths(state.model, bench.profile), bench.seed, len(os.sched_getaffinity(0)), work.left, work.get, work.put, say,
         bench.profile.channel_multiple,
     )  # fmt: skip
     return learn.climb(state.model, lesson, planned)
