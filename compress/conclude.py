@@ -9,16 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from compress import Goal, channels, measure
+from compress.converters.vela import Compiled
 from compress.data import Data, Splits
 from compress.emit import least_runtime, node_name
 from compress.html import page
 from compress.judge import Emitted, Judged, Original
-from compress.learn import Stage
 from compress.lineage import lineage, parents
 from compress.measure import Runner
 from compress.pieces import pieces
-from compress.recipe import Recipe, RecipeGroup, RecipeLayer, RecipeTraining
+from compress.recipe import Recipe, RecipeLayer
 from compress.report import Baseline, DataLevel, Details, LayerRow, Moment, Point, Report, Result
+from compress.stage import Stage, write
 from skills import ort, zstd
 from skills.files import sha256_hex
 from skills.profile import Profile
@@ -26,6 +27,7 @@ from skills.wire import encode_json
 
 PACKAGE_LEVEL = 19
 LOADS = 5
+VELA_FILE = "model_vela.tflite"
 TIMING_ROUNDS = 60
 SLOWER = 0.98  # below this speed-up the result is called slower; above it is noise
 
@@ -43,11 +45,11 @@ class Run:
     seed: int
     time_budget: float
     warnings: tuple[str, ...]
-    passes: tuple[str, ...]
     stages: Mapping[str, tuple[Stage, ...]]  # name of a trained candidate -> how it was trained
     trail: tuple[Moment, ...]
     inputs: Mapping[str, str]  # hashes of teacher, recipe, …
     began: float
+    compiled: Compiled | None = None  # for an accelerator, beside the file that runs anywhere
 
 
 def report(run: Run, chosen: Judged, all_judged: Sequence[Judged], plain: Emitted | None) -> Report:
@@ -95,6 +97,7 @@ def report(run: Run, chosen: Judged, all_judged: Sequence[Judged], plain: Emitte
         samples_for_proof=measure.samples_for_proof(drop, run.max_drop),
         least_runtime=f"onnxruntime {_version(least_runtime(scheme))}"
         if scheme is not None and run.profile.runtime == "onnxruntime" else "",
+        npu=run.compiled.estimate if run.compiled is not None else None,
     )  # fmt: skip
     return Report(
         original.metric.name, measure.verdict(drop, run.max_drop), round(drop.points, 4),
@@ -128,24 +131,30 @@ def files(run: Run, done: Report, chosen: Judged, all_judged: Sequence[Judged]) 
     layers = scheme.layers if scheme is not None else ()
     inputs = parents(run.samples, model=run.original.source.sha256, **dict(run.inputs))
     recipe = Recipe(
-        run.profile, run.max_drop, run.goal, run.seed, run.passes,
+        run.profile, run.max_drop, run.goal, run.seed, emitted.state.passes,
         tuple(RecipeLayer(item.node, item.compute, item.bits) for item in layers),
-        training=tuple(_training(at, stage) for at, stage in enumerate(run.stages.get(emitted.name, ()))),
+        choices=emitted.state.choices,
+        training=tuple(write(at, stage) for at, stage in enumerate(run.stages.get(emitted.name, ()))),
         metric=done.metric_name, preprocessing=run.samples.preprocessing, least_runtime=details.least_runtime,
         inputs=inputs,
     )  # fmt: skip
     trace = lineage(
         sha256_hex(emitted.file), inputs, None if run.samples.synthetic else run.splits, run.seed, run.profile.name
     )
+    beside = {VELA_FILE: run.compiled.file} if run.compiled is not None else {}
     named = {one.emitted.name: one.emitted.file for one in all_judged}
-    return {
-        details.model_file: emitted.file,
-        "report.html": page(done, recipe, trace).encode(),
-        "recipe.yaml": recipe.encode(),
-        "lineage.json": encode_json(trace),
-        "report.json": (json.dumps(done.to_json(), indent=1, allow_nan=False) + "\n").encode(),
-        "search.json": _search(run, done),
-    } | {point.file: named[point.name] for point in details.pareto if point.file and not point.chosen}
+    return (
+        {
+            details.model_file: emitted.file,
+            "report.html": page(done, recipe, trace).encode(),
+            "recipe.yaml": recipe.encode(),
+            "lineage.json": encode_json(trace),
+            "report.json": (json.dumps(done.to_json(), indent=1, allow_nan=False) + "\n").encode(),
+            "search.json": _search(run, done),
+        }
+        | beside
+        | {point.file: named[point.name] for point in details.pareto if point.file and not point.chosen}
+    )
 
 
 def open_file(file: bytes, profile: Profile) -> Runner:
@@ -174,16 +183,6 @@ def _point(one: Judged, chosen: Judged, times: Mapping[str, ort.Timing], at: int
         emitted.name, len(emitted.file), len(zstd.compress(emitted.file, PACKAGE_LEVEL)), round(one.drop.points, 4),
         (round(one.drop.lo, 4), round(one.drop.hi, 4)), round(emitted.drop_select, 4), round(times[name].p50_ms, 4),
         one is chosen, f"model.{kind}" if one is chosen else f"pareto/{at}.{kind}",
-    )  # fmt: skip
-
-
-def _training(at: int, stage: Stage) -> RecipeTraining:
-    settings = stage.settings
-    return RecipeTraining(
-        f"rung {at + 1}", settings.steps, settings.batch, settings.rate, views=stage.views,
-        temperature=settings.temperature, labels=settings.labels, decay=settings.decay, threads=settings.threads,
-        seed=settings.seed, bits=dict(stage.bits), branches=stage.shrink.without,
-        groups=tuple(RecipeGroup(number, tuple(kept)) for number, kept in sorted(stage.shrink.keep.items())),
     )  # fmt: skip
 
 
@@ -228,7 +227,7 @@ def _rows(emitted: Emitted) -> tuple[LayerRow, ...]:
         rows.append(
             LayerRow(
                 layer.node, layer.op, layer.compute, layer.bits, layer.count, 4 * layer.count, layer.stored_bytes,
-                row.kernel if row else "", row.reason if row else "", _harm(emitted.state.harm.get(layer.node)),
+                row.kernel if row else "MatMulNBits" if layer.node in scheme.blocks else "", row.reason if row else "", _harm(emitted.state.harm.get(layer.node)),
             )
         )  # fmt: skip
     return tuple(rows)

@@ -17,6 +17,7 @@ from compress.data import Splits
 from compress.graph import Array
 from compress.measure import answers
 from compress.metrics import Metric
+from compress.recipe import Recipe
 from compress.scheme import Candidate, Scheme
 from compress.statistics import Statistics
 from skills import ort
@@ -29,7 +30,10 @@ CHECK_SAMPLES = 16
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class State:
-    """What is known so far: the float model, what calibration saw, the scheme, and remarks for the report."""
+    """What is known so far: the float model, what calibration saw, the scheme, and remarks for the report.
+
+    `passes` are those that changed something; `choices` says for passes with several options which one they took.
+    """
 
     model: Any
     statistics: Statistics | None = None
@@ -39,6 +43,8 @@ class State:
         default_factory=dict
     )  # layer -> width -> its cost alone
     tried: tuple[Candidate, ...] = ()
+    passes: tuple[str, ...] = ()
+    choices: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def seen(self) -> Statistics:
         """Return the statistics; a pass that needs them runs after `ranges`."""
@@ -69,6 +75,7 @@ class Bench:
     timing_rounds: int = 40
     seed: int = 0
     left: Callable[[], float] = lambda: math.inf  # seconds until the time budget is spent
+    planned: Recipe | None = None  # what it says is done instead of searching
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -99,6 +106,8 @@ def apply(
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
             raise SkerryError(f"pass '{step.name}' failed: {type(error).__name__}: {error}") from error
         check(step, state, new, tools, reference)
+        if new.model is not state.model or new.statistics is not state.statistics or new.scheme is not state.scheme:
+            new = dataclasses.replace(new, passes=(*new.passes, step.name))
         state = new
     return state
 

@@ -8,6 +8,7 @@ into weights, scales and biases in the end, so nothing of it is left in the grap
 
 import dataclasses
 import io
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -38,7 +39,8 @@ Spread = tuple[Array, Array]  # mean and standard deviation of each channel
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Settings:
-    """How to train. `labels` is the weight of the true labels beside the teacher's answers."""
+    """How to train. `labels` is the weight of the true labels beside the teacher's answers; `stop` the step at which training
+    ended although its schedule was laid out for `steps`: the time was up."""
 
     steps: int
     rate: float = 8e-4
@@ -48,6 +50,11 @@ class Settings:
     decay: float = 1e-4
     threads: int = 2
     seed: int = 0
+    stop: int | None = None
+
+    def ends(self) -> int:
+        """Return how many steps are really made."""
+        return self.steps if self.stop is None else min(self.stop, self.steps)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -58,6 +65,7 @@ class Trained:
     codes: Mapping[str, Codes]
     loss: float
     seconds: float
+    steps: int
 
 
 class _Round(torch.autograd.Function):  # type: ignore[misc]
@@ -205,10 +213,12 @@ def fit(
     settings: Settings,
     say: Callable[[float], None] = lambda _share: None,
     checkpoint: Checkpoint | None = None,
+    left: Callable[[], float] = lambda: math.inf,
 ) -> Trained:
     """Train for `settings.steps` steps of one cosine of the learning rate, then settle the statistics and fold them.
 
-    `labels` are class numbers of the rows of `views`, or None.
+    `labels` are class numbers of the rows of `views`, or None. Where the seconds that `left` tells are used up, training ends
+    early.
     The same arguments give the same weights on the same machine.
     """
     began = time.monotonic()
@@ -229,7 +239,10 @@ def fit(
         batches = _Batches(views, labels, settings, device)
         modules.train()
         last = time.monotonic()
-        for step in range(start, settings.steps):
+        done = start
+        for step in range(start, settings.ends()):
+            if left() <= 0:
+                break
             x, target, truth = batches.at(step)
             for group in optimizer.param_groups:
                 group["lr"] = group["base"] * rate(step, settings.steps)
@@ -241,16 +254,17 @@ def fit(
             torch.nn.utils.clip_grad_norm_(modules.parameters(), LARGEST_GRADIENT)
             optimizer.step()
             loss = found.item() if step == 0 else 0.98 * loss + 0.02 * found.item()
-            say((step + 1) / settings.steps)
-            if checkpoint is not None and time.monotonic() - last > KEPT_EVERY_S:
+            done = step + 1
+            say(done / settings.steps)
+            if checkpoint is not None and (time.monotonic() - last > KEPT_EVERY_S or done == settings.ends()):
+                checkpoint.save(_state(modules, optimizer, done, loss))
                 last = time.monotonic()
-                checkpoint.save(_state(modules, optimizer, step + 1, loss))
-        _settle(student, batches, settings.steps)
+        _settle(student, batches, done)
         modules.to("cpu")
         model, codes = student.finish()
     finally:
         torch.set_num_threads(before)
-    return Trained(model, codes, loss, time.monotonic() - began)
+    return Trained(model, codes, loss, time.monotonic() - began, done)
 
 
 def half_precision(device: str) -> bool:

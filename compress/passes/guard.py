@@ -13,6 +13,7 @@ from compress.passes.place import place
 from compress.pipeline import Bench, Pass, State
 from compress.scheme import Compute, Scheme
 from skills import ort
+from skills.errors import FormatError
 
 LEAST_GAIN = 1.02  # less than this is noise, and then the simpler float form wins
 
@@ -38,6 +39,8 @@ def _run(state: State, bench: Bench) -> State:
         note = f"int8 was not raced against float: this machine ({platform.machine()}) is not {profile.name}."
         return dataclasses.replace(state, notes=(*state.notes, note))
     ways = candidates(state, bench)
+    if bench.planned is not None and GUARD.name in bench.planned.choices:
+        return _taken(state, ways, bench.planned.choices[GUARD.name], "As the recipe says: {}.")
     sessions = {
         name: ort.session(emit(state.model, way, state.seen()).SerializeToString(), bench.threads)
         for name, way in ways.items()
@@ -50,7 +53,14 @@ def _run(state: State, bench: Bench) -> State:
     if gain < LEAST_GAIN:
         fastest = "float"
         note += " Too little: layers compute in float, and only their weights are stored as whole numbers."
-    return dataclasses.replace(state, scheme=ways[fastest], notes=(*state.notes, note))
+    return _taken(state, ways, fastest, note)
+
+
+def _taken(state: State, ways: dict[str, Scheme], name: str, note: str) -> State:
+    if name not in ways:
+        raise FormatError(f"the recipe chooses '{name}' for this model, which has {', '.join(ways)}")
+    choices = {**state.choices, GUARD.name: name}
+    return dataclasses.replace(state, scheme=ways[name], notes=(*state.notes, note.format(name)), choices=choices)
 
 
 GUARD = Pass("guard", "racing int8 against float", _run)
