@@ -151,13 +151,13 @@ stages: [{{name: run, model: tiny, code: run.py}}]
 
 @pytest.fixture
 def small_net() -> "Callable[[str], SmallNet]":
-    """Build a small convolutional net that tells four patterns apart: `plain`, `residual` or `depthwise`."""
+    """Build a small net that tells four patterns apart; the kinds are those of `SMALL_NETS`."""
     return make_small_net
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SmallNet:
-    """An ONNX model with unfolded batch-norm, and 1,000 noisy 12x12 pictures with labels that it gets right."""
+    """An ONNX model with unfolded batch-norm, and 1,000 noisy 12x12 pictures (or series of 12 steps) that it gets right."""
 
     model: Any
     x: "NDArray[np.float32]"
@@ -168,8 +168,13 @@ class SmallNet:
         return {"x": self.x, "y": self.y}
 
 
+PICTURES = ("plain", "residual", "depthwise", "silu", "hardswish", "squeeze", "transposed")
+SERIES = ("conv1d", "lstm", "gru", "transformer")
+SMALL_NETS = (*PICTURES, *SERIES)
+
+
 @functools.cache
-def make_small_net(kind: str) -> SmallNet:
+def make_small_net(kind: str) -> SmallNet:  # noqa: C901 - one branch a kind of net
     import numpy as np
     import onnx
     from onnx import helper, numpy_helper
@@ -184,10 +189,26 @@ def make_small_net(kind: str) -> SmallNet:
         stored.append(numpy_helper.from_array(np.asarray(value, np.float32), name))
         return name
 
+    def whole(name: str, value: Any) -> str:
+        stored.append(numpy_helper.from_array(np.asarray(value, np.int64), name))
+        return name
+
+    def node(op: str, *inputs: str, **facts: Any) -> str:
+        name = f"n{len(nodes)}"
+        nodes.append(helper.make_node(op, list(inputs), [name], name, **facts))
+        return name
+
+    def dense(source: str, into: int, out: int) -> str:
+        name = f"m{len(nodes)}"
+        return node("MatMul", source, constant(name, chance.standard_normal((into, out)) * into**-0.5))
+
     def conv(source: str, into: int, out: int, size: int, *, act: str = "Relu", groups: int = 1) -> str:
         name = f"c{len(nodes)}"
-        weight = chance.standard_normal((out, into // groups, size, size)) * (2 / (into // groups * size * size)) ** 0.5
-        pads = [size // 2] * 4
+        kernel = (size,) * (1 if kind in SERIES else 2)
+        weight = (
+            chance.standard_normal((out, into // groups, *kernel)) * (2 * groups / (into * size ** len(kernel))) ** 0.5
+        )
+        pads = [size // 2] * 2 * len(kernel)
         nodes.append(
             helper.make_node("Conv", [source, constant(name + "w", weight)], [name], name, pads=pads, group=groups)
         )
@@ -212,32 +233,79 @@ def make_small_net(kind: str) -> SmallNet:
             nodes.append(helper.make_node(act, [name + "b"], [name + "a"]))
         return name + ("a" if act else "b")
 
-    last = conv("x", 1, 16, 3)
-    nodes.append(helper.make_node("MaxPool", [last], ["pooled"], kernel_shape=[2, 2], strides=[2, 2]))
-    last = "pooled"
-    if kind == "residual":
-        nodes.append(helper.make_node("Add", [conv(conv(last, 16, 16, 3), 16, 16, 3, act=""), last], ["sum"]))
-        nodes.append(helper.make_node("Relu", ["sum"], ["summed"]))
-        last = "summed"
-    if kind == "depthwise":
-        last = conv(last, 16, 16, 3, act="Clip", groups=16)
-        last = conv(last, 16, 16, 1, act="Clip")
-    last = conv(last, 16, 32, 3)
-    nodes.append(helper.make_node("GlobalAveragePool", [last], ["mean"]))
-    nodes.append(helper.make_node("Flatten", ["mean"], ["features"]))
+    def recurrent(op: str, gates: int) -> str:
+        weights = [chance.standard_normal((1, gates * 32, size)) * size**-0.5 for size in (12, 32)]
+        steps = node("Transpose", "x", perm=[1, 0, 2])
+        inputs = [steps, *(constant(f"r{at}", weight) for at, weight in enumerate(weights))]
+        nodes.append(helper.make_node(op, inputs, ["", "state"], "recurrent", hidden_size=32))
+        return node("Squeeze", "state", whole("first", [0]))
+
+    def normed(source: str) -> str:
+        name = f"l{len(nodes)}"
+        return node("LayerNormalization", source, constant(name + "g", np.ones(32)), constant(name + "b", np.zeros(32)))
+
+    def transformer() -> str:
+        tokens = node("Add", dense("x", 12, 32), constant("places", chance.standard_normal((12, 32))))
+        query, key, value = (dense(tokens, 32, 32) for _ in range(3))
+        seen = node("MatMul", query, node("Transpose", key, perm=[0, 2, 1]))
+        heat = node("Softmax", node("Mul", seen, constant("scale", 32**-0.5)), axis=-1)
+        tokens = normed(node("Add", tokens, dense(node("MatMul", heat, value), 32, 32)))
+        tokens = normed(node("Add", tokens, dense(node("Relu", dense(tokens, 32, 64)), 64, 32)))
+        return node("ReduceMean", tokens, axes=[1], keepdims=0)
+
+    def pictures() -> str:
+        last = conv("x", 1, 16, 3)
+        nodes.append(helper.make_node("MaxPool", [last], ["pooled"], kernel_shape=[2, 2], strides=[2, 2]))
+        last = "pooled"
+        match kind:
+            case "residual":
+                nodes.append(helper.make_node("Add", [conv(conv(last, 16, 16, 3), 16, 16, 3, act=""), last], ["sum"]))
+                nodes.append(helper.make_node("Relu", ["sum"], ["summed"]))
+                last = "summed"
+            case "depthwise":
+                last = conv(last, 16, 16, 3, act="Clip", groups=16)
+                last = conv(last, 16, 16, 1, act="Clip")
+            case "silu":
+                last = conv(last, 16, 16, 3, act="")
+                last = node("Mul", last, node("Sigmoid", last))
+            case "hardswish":
+                last = conv(last, 16, 16, 3, act="HardSwish")
+            case "squeeze":
+                mean = node("GlobalAveragePool", last)
+                gate = node("Sigmoid", conv(conv(mean, 16, 8, 1), 8, 16, 1, act=""))
+                last = node("Mul", last, gate)
+            case "transposed":
+                weight = constant("up", chance.standard_normal((16, 16, 2, 2)) * 0.25)
+                last = node("Relu", node("ConvTranspose", last, weight, strides=[2, 2]))
+        return node("Flatten", node("GlobalAveragePool", conv(last, 16, 32, 3)))
+
+    match kind:
+        case "conv1d":
+            pooled = node("MaxPool", conv("x", 12, 16, 3), kernel_shape=[2], strides=[2])
+            features = node("Flatten", node("GlobalAveragePool", conv(pooled, 16, 32, 3)))
+        case "lstm":
+            features = recurrent("LSTM", 4)
+        case "gru":
+            features = recurrent("GRU", 3)
+        case "transformer":
+            features = transformer()
+        case _:
+            features = pictures()
+    nodes[-1].output[0] = features = "features"
+    shape = (12, 12) if kind in SERIES else (1, 12, 12)
 
     def finished(ends: list[Any], nodes: list[Any]) -> Any:
-        body = helper.make_graph(nodes, kind, [helper.make_tensor_value_info("x", 1, ["n", 1, 12, 12])], ends, stored)
+        body = helper.make_graph(nodes, kind, [helper.make_tensor_value_info("x", 1, ["n", *shape])], ends, stored)
         return helper.make_model(
             body, opset_imports=[helper.make_opsetid("", 17)], ir_version=8, producer_name="a test"
         )
 
-    pattern = chance.standard_normal((4, 1, 12, 12))
+    pattern = chance.standard_normal((4, *shape))
     y = chance.integers(0, 4, 1000)
-    x = (pattern[y] + 0.35 * chance.standard_normal((1000, 1, 12, 12))).astype(np.float32)
+    x = (pattern[y] + 0.35 * chance.standard_normal((1000, *shape))).astype(np.float32)
     trunk = finished([helper.make_tensor_value_info("features", 1, ["n", 32])], nodes)
-    features = ort.session(trunk.SerializeToString()).run({"x": x})["features"]
-    design = np.concatenate([features, np.ones((len(x), 1))], axis=1)
+    found = ort.session(trunk.SerializeToString()).run({"x": x})[features]
+    design = np.concatenate([found, np.ones((len(x), 1))], axis=1)
     answer = np.linalg.lstsq(design, np.eye(4)[y] * 8, rcond=None)[0]
     head = [constant("head", answer[:-1]), constant("offset", answer[-1])]
     nodes.append(helper.make_node("Gemm", ["features", *head], ["logits"], "head"))
