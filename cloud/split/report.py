@@ -30,7 +30,9 @@ def privacy(plan: Plan, details: Mapping[str, Any]) -> str:
         "inconclusive": "inconclusive, and so not used",
     }
     said = [
-        f"{cut.name} is {words[cut.leak.verdict]} ({cut.leak.value:.2f} {facts['measure']})" for cut in seen if cut.leak
+        f"cut {cut.name} is {words[cut.leak.verdict]} ({cut.leak.value:.2f} {facts['measure']})"
+        for cut in seen
+        if cut.leak
     ]
     control = f"; the control on the shallowest tensor reached {facts['control']:.2f}" if "control" in facts else ""
     why = f" {_sentence(facts['why'])}" if "why" in facts else ""
