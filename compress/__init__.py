@@ -42,8 +42,8 @@ def compress(
 
     `time_budget` is in seconds (None: as long as the passes take). `teacher` is a more accurate model with the same input
     and output, to learn from in place of the original. `recipe` is the `recipe.yaml` of an earlier result: what it says is
-    done again, nothing is searched. `metric` goes before the one that the data names: a name from `compress.metrics.METRICS`
-    or a function of (outputs, y).
+    done again, nothing is searched; its budget, goal and seed count, and its target where `device` is "auto". `metric` goes
+    before the one that the data names: a name from `compress.metrics.METRICS` or a function of (outputs, y).
 
     `out` appears whole at the end or not at all; an earlier result there is replaced. Until then the best so far lies in
     the hidden folder `.OUT.work` beside it, which stays when the run is interrupted: with `resume` the next one goes on there.
