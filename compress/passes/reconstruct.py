@@ -161,14 +161,11 @@ class _Pair:
         """Return what a layer should answer; where only an addition reads it, also what the other term is off by."""
         name = node.output[0]
         after = self.readers.get(name, [])
-        beside = [other for other in after[0].input if other != name] if len(after) == 1 else []
-        if (
-            len(beside) == 1
-            and after[0].op_type == "Add"
-            and name in self.last
-            and beside[0] in first.keys() & second.keys()
-        ):
-            return first[name] + (first[beside[0]] - second[beside[0]])
+        added = after[0].input if len(after) == 1 and after[0].op_type == "Add" else ()
+        for other in added:
+            known = other != name and other in first and other in second
+            if known and first[other].shape == first[name].shape:
+                return first[name] + (first[other] - second[other])
         return first[name]
 
     def _outputs(self, twin: Twin, node: Any, flow: Mapping[str, Tensor]) -> dict[str, Tensor]:
