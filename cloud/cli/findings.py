@@ -35,6 +35,10 @@ def compressed(report: "Report") -> Group:
         readable(after.bytes_package),
         f"{report.ratio_package:.1f}× smaller than the file before",
     )
+    plain = report.details.bytes_plain
+    if plain is not None:
+        ratio = f"{before.bytes_file / plain:.1f}× smaller; 8 bits a weight, for comparison"
+        made.add_row("as plain int8", "", readable(plain), ratio)
     low, high = report.drop_ci95
     interval = f"drop {report.drop:+.2f}, 95 % interval {low:+.2f} … {high:+.2f} {report.details.unit}"
     made.add_row(
