@@ -22,7 +22,7 @@ class Rung:
     share: float
 
 
-RUNGS = (Rung(0.82, 3.2, 0.10), Rung(0.62, 2.8, 0.45), Rung(0.48, 2.7, 0.28), Rung(0.36, 2.6, 0.17))
+RUNGS = (Rung(0.84, 3.2, 0.20), Rung(0.72, 3.0, 0.30), Rung(0.60, 2.8, 0.30), Rung(0.48, 2.7, 0.20))
 HOPELESS = 8.0  # times the budget lost on select: nothing behind this rung will be within it
 
 
