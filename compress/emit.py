@@ -31,6 +31,7 @@ COMPACT_RUNTIME = (1, 18)  # the first that was tried; the least opset of `compr
 BIAS_LIMIT = float(1 << 30)  # a bias may take half of the int32 accumulator
 MIN_PACKED = 64  # fewer weights than this are stored as they came: the extra nodes would weigh more
 CUTS = ("Relu", "Clip")
+MICROSOFT = "com.microsoft"
 
 
 def emit(model: Any, scheme: Scheme, seen: Statistics) -> Any:
@@ -86,6 +87,8 @@ class _Emitter:
             self._quantize(item.name, item.name, self.groups.setdefault(item.name, []))
         for node in self.source.graph.node:
             self._node(node)
+        if self.scheme.blocks and all(item.domain != MICROSOFT for item in self.model.opset_import):
+            self.model.opset_import.append(onnx.helper.make_opsetid(MICROSOFT, 1))
         front, constants = self.store.finish()
         self.model.graph.initializer.extend(constants)
         if self.compact:
@@ -161,6 +164,9 @@ class _Emitter:
 
     def _weights(self, layer: Layer, node: Any, copy: Any, group: list[Piece]) -> None:
         """Replace a layer's weights and bias by codes and what unfolds them."""
+        if node.name in self.scheme.blocks:
+            self._blocks(layer, node, copy, group)
+            return
         weight = self.values[layer.weight]
         slot = list(node.input).index(layer.weight)
         feed = self.scheme.ranges.get(node.input[0])
@@ -187,6 +193,24 @@ class _Emitter:
             group.extend(pieces)
         if made:
             self._set_bias(copy, made)
+
+    def _blocks(self, layer: Layer, node: Any, copy: Any, group: list[Piece]) -> None:
+        """Make the operator one that reads 4-bit weights as they lie, and computes in float."""
+        blocks = self.scheme.blocks[node.name]
+        given = layer.op == "Gemm" and len(node.input) > 2 and bool(node.input[2])
+        pieces, weight, scales = self.store.blocks(blocks)
+        group.extend(pieces)
+        inputs = [copy.input[0], weight, scales]
+        if given or node.name in self.scheme.biases:
+            bias = self.scheme.biases.get(node.name)
+            inputs += ["", "", node.input[2] if bias is None else self.store.constant(bias)]
+        outputs, reads = blocks.values.shape
+        copy.CopyFrom(
+            onnx.helper.make_node(
+                "MatMulNBits", inputs, list(copy.output), copy.name, domain=MICROSOFT,
+                K=reads, N=outputs, bits=4, block_size=blocks.size,
+            )
+        )  # fmt: skip
 
     def _codes(self, layer: Layer, weight: Array) -> Codes:
         bits = layer.bits if layer.bits in self.widths else 8

@@ -7,7 +7,7 @@ from importlib import resources
 from compress import charts, layer_chart, words
 from compress.lineage import Lineage
 from compress.recipe import Recipe
-from compress.report import LayerRow, Report
+from compress.report import LayerRow, NpuEstimate, Report
 from compress.svg import key, piece_colour, width_colour
 from skills.units import duration, readable
 
@@ -30,6 +30,8 @@ def page(report: Report, recipe: Recipe | None = None, lineage: Lineage | None =
         sections.append(_layers(report))
     if details.layers or details.kernels:
         sections.append(_audit(report))
+    if details.npu is not None:
+        sections.append(_npu(details.npu))
     sections.append(_story(report))
     if recipe is not None or lineage is not None:
         sections.append(_origin(recipe, lineage))
@@ -232,6 +234,23 @@ def _audit(report: Report) -> str:
         f"<p>{inside} of {len(layers)} layers run in int8 kernels, read back from the graph that onnxruntime really runs.</p>",
         _in_float(layers),
         f'<p class="soft below">All operators: {kernels}</p>',
+    )
+
+
+def _npu(found: NpuEstimate) -> str:
+    rows = [
+        ("Time for one input", _ms(found.time_ms)), ("Cycles", f"{found.cycles:,}"),
+        ("SRAM", f"{found.sram_kib:.0f} KiB"), ("Flash", f"{found.flash_kib:.0f} KiB"),
+        ("Operators on the NPU", f"{found.on_npu} of {found.on_npu + found.on_cpu} ({found.share:.0%})"),
+    ]  # fmt: skip
+    left = f"<p>On the CPU beside it: {escape(', '.join(found.left_on_cpu))}.</p>" if found.left_on_cpu else ""
+    return _section(
+        f"On {escape(found.accelerator)}",
+        '<p class="soft">What Arm\'s compiler Vela expects; nothing here was measured on a chip. <code>model_vela.tflite</code> is '
+        "for it, <code>model.tflite</code> runs anywhere.</p>",
+        _rows(("", ""), rows, "headless"),
+        left,
+        f'<p class="soft below">System {escape(found.system_config)}, memory mode {escape(found.memory_mode)}.</p>',
     )
 
 

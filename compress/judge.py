@@ -65,7 +65,7 @@ def write(name: str, state: State, profile: Profile, splits: Splits, original: O
     if profile.runtime == "litert":
         from compress import tflite
 
-        file = tflite.lower(quantized)
+        file = tflite.lower(quantized, whole=profile.whole_numbers)
         runner = tflite.session(file)
         tflite.check_same(runner, ort.session(written), splits.calibrate.x)
     else:
@@ -114,6 +114,11 @@ def check_audit(audit: ort.Audit, scheme: Scheme) -> None:
         layer = names.get(row.node)
         if layer is not None and layer.compute == "int8":
             raise SkerryError(f"the runtime left {layer.op} '{layer.node}' in float: {row.reason}")
+    packed = audit.counts.get("MatMulNBits", 0)
+    if packed < len(scheme.blocks):
+        raise SkerryError(
+            f"{len(scheme.blocks)} layers should read 4-bit weights as they lie, in the runtime {packed} do"
+        )
     planned = sum(layer.compute == "int8" for layer in scheme.layers)
     found = sum(row.int8 for row in audit.rows)
     if found < planned:

@@ -48,7 +48,9 @@ def _kind(item: Any, planes: Mapping[str, float]) -> str:
     if item.name in planes:
         return weights(planes[item.name])
     long = sum(size > 1 for size in item.dims)
-    if item.data_type in (TensorProto.INT4, TensorProto.UINT4):
+    if item.data_type in (TensorProto.INT4, TensorProto.UINT4) or (
+        item.data_type == TensorProto.UINT8 and len(item.dims) == 3  # codes in blocks, two a byte
+    ):
         return weights(4)
     if item.data_type in BYTES and item.data_type not in WHOLE and long > 1:
         return weights(8 * min(BYTES[item.data_type], 4))

@@ -79,6 +79,27 @@ class Moment:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class NpuEstimate:
+    """What Arm's Vela expects of a model on an Ethos-U: an estimate for one input, not a measurement. Memory in KiB."""
+
+    accelerator: str
+    system_config: str
+    memory_mode: str
+    time_ms: float
+    cycles: int
+    sram_kib: float
+    flash_kib: float
+    on_npu: int  # operators
+    on_cpu: int
+    left_on_cpu: tuple[str, ...] = ()
+
+    @property
+    def share(self) -> float:
+        """Return the share of operators that the NPU runs, 0..1."""
+        return self.on_npu / max(1, self.on_npu + self.on_cpu)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Details:
     """What `report.json` has no key for: it is shown in `report.html` and kept in `recipe.yaml` and `lineage.json`.
 
@@ -107,6 +128,7 @@ class Details:
     macs: tuple[int, int] | None = None  # multiplications for one input, before and after
     samples_for_proof: int | None = None  # None: none would prove it
     least_runtime: str = ""  # as "onnxruntime 1.23"
+    npu: NpuEstimate | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from compress.graph import Array
-from compress.weights import Codes, half
+from compress.weights import Blocks, Codes, half
 from skills.profile import Profile
 
 Compute = Literal["int8", "float"]
@@ -75,7 +75,8 @@ class Scheme:
     """A complete answer: `ranges` are the tensors that carry 8-bit codes, `layers` every operator with weights.
 
     `codes` (node -> codes) holds weights that were rounded with more care than rounding to nearest; they count where
-    their width is the layer's. `biases` (node -> float bias) replace the model's.
+    their width is the layer's. `biases` (node -> float bias) replace the model's. `blocks` (node -> codes) are of linear layers
+    that compute in float, weights alone rounded.
     """
 
     layers: tuple[Layer, ...]
@@ -83,6 +84,7 @@ class Scheme:
     profile: Profile
     codes: Mapping[str, Codes] = dataclasses.field(default_factory=dict)
     biases: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+    blocks: Mapping[str, Blocks] = dataclasses.field(default_factory=dict)
 
     def with_bits(self, bits: Mapping[str, float]) -> "Scheme":
         """Return this scheme with other stored widths for the layers named."""

@@ -53,13 +53,14 @@ def cost(model: Any, whole: Any, goal: Goal) -> float:
 
 def choose(
     model: Any, now: Shrink, x: Array, original: Array, target: float, goal: Goal,
-    say: Callable[[float], None] = lambda _share: None,
+    say: Callable[[float], None] = lambda _share: None, multiple: int = 0,
 ) -> Shrink:  # fmt: skip
     """Return `now` and more to remove, until at most `target` of the cost of `model` is left or nothing more can go.
 
-    `original` is what the network answered to `x` before anything was removed.
+    `original` is what the network answered to `x` before anything was removed; channels are kept in multiples of
+    `multiple`, or of 8 in wide layers and 4 in narrow ones where it is 0.
     """
-    probe = _Probe(model, x, original)
+    probe = _Probe(model, x, original, multiple)
     left = cost(now.apply(model), model, goal)
     for turn in range(ROUNDS):
         if left <= target:
@@ -115,8 +116,8 @@ def _joined(one: Shrink, other: Shrink) -> Shrink:
 class _Probe:
     """The network with parts of it at zero, and how far its answers then are from the original's."""
 
-    def __init__(self, model: Any, x: Array, original: Array) -> None:
-        self.model, self.original = model, original
+    def __init__(self, model: Any, x: Array, original: Array, multiple: int) -> None:
+        self.model, self.original, self.multiple = model, original, multiple
         self.twin = Twin(model).eval()
         self.x = torch.from_numpy(np.ascontiguousarray(x))
         self.groups: tuple[Group, ...] = groups(model)
@@ -147,7 +148,7 @@ class _Probe:
         ]
         for number, group in enumerate(self.groups):
             units = state.keep.get(number, tuple(range(group.size)))
-            multiple = 8 if group.size >= WIDE else 4
+            multiple = self.multiple or (8 if group.size >= WIDE else 4)
             least = rounded(group.size * LEAST_KEPT, multiple, multiple)
             stay = max(rounded(len(units) - group.size * CHUNK, multiple, least), least)
             if stay >= len(units) or set(group.makers) <= gone or not group.makers:

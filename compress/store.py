@@ -21,7 +21,7 @@ from compress.graph import Array
 from compress.macros import Piece
 from compress.packing import PLANES, pack, padding, unfold
 from compress.scheme import Range
-from compress.weights import Codes
+from compress.weights import Blocks, Codes, half
 
 Activation = Literal["u8", "s8"]
 Unfolded = tuple[list[Piece], str, str]  # the nodes, the name of the weights, the name of the bias
@@ -46,6 +46,9 @@ class Store(Protocol):
 
     def float_weights(self, codes: Codes, bias: Array | None) -> Unfolded:
         """Return what unfolds the weights and bias of a layer that computes in float, and their names."""
+
+    def blocks(self, blocks: Blocks) -> Unfolded:
+        """Return what gives `MatMulNBits` its weights and scales, and the names of both."""
 
     def finish(self) -> tuple[list[Any], list[Any]]:
         """Return the nodes that belong in front of all others, and the initializers."""
@@ -100,6 +103,14 @@ class _Writer:
 
     def scale(self, limits: Range) -> str:
         return self.once(np.asarray(limits.quant(self.activation)[0], np.float32))
+
+    def blocks(self, blocks: Blocks) -> Unfolded:
+        scales = half(blocks.scales)
+        short = bool((scales.astype(np.float16) == scales).all())
+        stored = self.constant(scales.astype(np.float16) if short else scales)
+        name = self.make("Cast", [stored], to=TensorProto.FLOAT) if short else stored
+        nodes = self.taken()
+        return [Piece(nodes, (name,))] if nodes else [], self.constant(blocks.packed()), name
 
     def to_float(self, stored: str, scales: str, codes: Codes) -> str:
         return self.make("Mul", [self.make("Cast", [stored], to=TensorProto.FLOAT), scales])

@@ -3,10 +3,11 @@
 The contract with whoever runs it: the file's one input and one output have the names, the float32 type and the NCHW
 shapes of the ONNX model, with a batch of exactly 1. It quantizes and transposes inside, so control code calls
 `model(x=array)` alike on both runtimes; the runtime's door runs a batch row by row and stacks the answers, as
-`Session.run` below does. A signature `serving_default` maps the same names.
+`Session.run` below does. A signature `serving_default` maps the same names. With `whole` the ends are the int8 codes
+themselves, NHWC, for targets that compute nothing else; `Session` turns those into what the others take and give.
 
 Only what our own emitter writes is understood: Conv (plain and depthwise), Relu and Clip behind it, MaxPool,
-AveragePool, GlobalAveragePool, Gemm, Add, Flatten, Reshape to two dimensions. Any other operator is an error that
+AveragePool, GlobalAveragePool, Gemm, Add, Softmax, Flatten, Reshape to two dimensions. Any other operator is an error that
 names it.
 """
 
@@ -24,6 +25,7 @@ from compress.quiet import muted
 from skills.errors import FormatError, MissingExtra, SkerryError
 from skills.ort import Port
 
+CHANNELS_LAST = "skerry, int8 in NHWC"  # the description of a file whose input lies otherwise than the ONNX model's
 LEAST_AGREEMENT = 0.95  # share of equal top answers between LiteRT and onnxruntime on the same codes
 
 
@@ -45,17 +47,17 @@ class Session:
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     load_ms: float
+    moved: bool = False  # its codes lie NHWC where the ONNX model has NCHW
 
     def run(self, feeds: Mapping[str, Array], names: Sequence[str] | None = None) -> dict[str, Array]:
         """Run each row of the one input and return the output by name."""
         (source,), (port,) = self.inputs, self.outputs
-        into = self.raw.get_input_details()[0]["index"]
-        out = self.raw.get_output_details()[0]["index"]
+        (into,), (out,) = self.raw.get_input_details(), self.raw.get_output_details()
         rows = []
         for row in feeds[source.name]:
-            self.raw.set_tensor(into, row[None])
+            self.raw.set_tensor(into["index"], _coded(row[None], into, moved=self.moved))
             self.raw.invoke()
-            rows.append(self.raw.get_tensor(out)[0])
+            rows.append(_decoded(self.raw.get_tensor(out["index"]), out)[0])
         del names
         return {port.name: np.stack(rows)}
 
@@ -68,6 +70,7 @@ def session(file: bytes, threads: int = 1) -> Session:
         FormatError: LiteRT cannot load it.
     """
     try:
+        from ai_edge_litert import schema_py_generated as schema
         from ai_edge_litert.interpreter import Interpreter
     except ImportError:
         raise MissingExtra("LiteRT is not installed: pip install 'skerry[tflite]'") from None
@@ -79,15 +82,37 @@ def session(file: bytes, threads: int = 1) -> Session:
     except (ValueError, RuntimeError) as error:
         raise FormatError(f"LiteRT cannot load the model: {str(error).splitlines()[0]}") from error
     load_ms = (time.perf_counter() - start) * 1e3
-    return Session(raw, _ports(raw.get_input_details()), _ports(raw.get_output_details()), load_ms)
+    moved = schema.Model.GetRootAs(file, 0).Description() == CHANNELS_LAST.encode()
+    inputs, outputs = _ports(raw.get_input_details(), moved=moved), _ports(raw.get_output_details(), moved=True)
+    return Session(raw, inputs, outputs, load_ms, moved)
 
 
-def _ports(details: Sequence[Mapping[str, Any]]) -> tuple[Port, ...]:
+def _ports(details: Sequence[Mapping[str, Any]], *, moved: bool) -> tuple[Port, ...]:
     # The first size is reported as free, since `run` takes any number of rows.
-    return tuple(
-        Port(str(item["name"]), np.dtype(item["dtype"]).name, (-1, *(int(size) for size in item["shape"][1:])))
-        for item in details
-    )
+    found = []
+    for item in details:
+        dtype, sizes = np.dtype(item["dtype"]).name, [int(size) for size in item["shape"][1:]]
+        if dtype == "int8":
+            dtype, sizes = "float32", [*sizes[-1:], *sizes[:-1]] if moved else sizes
+        found.append(Port(str(item["name"]), dtype, (-1, *sizes)))
+    return tuple(found)
+
+
+def _coded(values: Array, end: Mapping[str, Any], *, moved: bool) -> Array:
+    """Return what a model is fed."""
+    if end["dtype"] is not np.int8:
+        return values
+    scale, zero = end["quantization"]
+    codes = np.clip(np.rint(values / np.float32(scale)) + zero, -128, 127).astype(np.int8)
+    return np.ascontiguousarray(np.moveaxis(codes, 1, -1)) if moved and codes.ndim > 2 else codes
+
+
+def _decoded(values: Array, end: Mapping[str, Any]) -> Array:
+    if end["dtype"] is not np.int8:
+        return values
+    scale, zero = end["quantization"]
+    floats = (values.astype(np.float32) - zero) * np.float32(scale)
+    return np.moveaxis(floats, -1, 1) if floats.ndim > 2 else floats
 
 
 def check_same(lowered: Runner, original: Runner, x: Array) -> None:
@@ -104,8 +129,10 @@ def check_same(lowered: Runner, original: Runner, x: Array) -> None:
         )
 
 
-def lower(model: Any) -> bytes:
+def lower(model: Any, *, whole: bool = False) -> bytes:
     """Return the bytes of an int8 `.tflite` for a graph that `compress.emit` wrote with quantized outputs.
+
+    `whole`: its ends are codes, not float32.
 
     Raises:
         FormatError: an operator, or a form of one, that has no int8 counterpart here; names it.
@@ -116,17 +143,21 @@ def lower(model: Any) -> bytes:
         from ai_edge_litert import schema_py_generated as schema
     except ImportError as error:
         raise MissingExtra(f"writing a .tflite needs {error.name}: pip install 'skerry[compress,tflite]'") from None
-    written = _Lowering(model, schema).build()
+    written = _Lowering(model, schema, whole=whole).build()
     builder = flatbuffers.Builder(1 << 16)
     builder.Finish(written.Pack(builder), b"TFL3")
     return bytes(builder.Output())
 
 
+def _channels_first(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (shape[0], shape[-1], *shape[1:-1])
+
+
 class _Lowering:
     """One walk over the graph; every tensor in it is known either by its codes or as a constant."""
 
-    def __init__(self, model: Any, schema: Any) -> None:
-        self.source, self.s = model, schema
+    def __init__(self, model: Any, schema: Any, *, whole: bool) -> None:
+        self.source, self.s, self.whole = model, schema, whole
         self.values = {item.name: item for item in model.graph.initializer}
         self.makers, self.readers = graph.producers(model), graph.consumers(model)
         self.sizes = graph.shapes(model)
@@ -143,31 +174,68 @@ class _Lowering:
     def build(self) -> Any:
         (source,) = self.source.graph.input
         shape = self._shape(source.name)
-        first = self._tensor(source.name, shape, self.s.TensorType.FLOAT32)
+        self.turn = self._turn(source.name)
+        first = self._read_codes(source.name, shape) if self.whole else self._read_input(source.name, shape)
         self.body.inputs = [first]
-        self._read_input(source.name, first, shape)
         for node in self.source.graph.node:
             self._node(node)
         (end,) = self.source.graph.output
         if end.name not in self.codes:
             raise FormatError(f"the output '{end.name}' is not quantized: this graph was not written for LiteRT")
-        codes = self._to_nchw(self.codes[end.name])
-        last = self._tensor(end.name, codes.shape, self.s.TensorType.FLOAT32)
-        self._op("DEQUANTIZE", 2, [codes.index], [last], "DequantizeOptions", self.s.DequantizeOptionsT())
+        last = self.codes[end.name].index if self.whole else self._write_output(end.name)
         self.body.outputs = [last]
         self.model.subgraphs = [self.body]
         self.model.signatureDefs = [self._signature(source.name, first, end.name, last)]
         return self.model
 
-    def _read_input(self, name: str, index: int, shape: tuple[int, ...]) -> None:
-        for quantize in self.readers.get(name, []):
-            if quantize.op_type != "QuantizeLinear":
-                raise FormatError(f"LiteRT cannot take the operator {quantize.op_type} on the model's float input")
+    def _turn(self, name: str) -> Any:
+        """Return the node that turns the input, which lies NHWC in the ONNX model, to NCHW; None where there is none."""
+        readers = self.readers.get(name, [])
+        turns = len(readers) == 1 and readers[0].op_type == "Transpose"
+        return readers[0] if turns and list(graph.attributes(readers[0]).get("perm", ())) == [0, 3, 1, 2] else None
+
+    def _rounding(self, name: str) -> list[Any]:
+        """Return the nodes that round the input to codes."""
+        readers = self.readers.get(name if self.turn is None else self.turn.output[0], [])
+        for node in readers:
+            if node.op_type != "QuantizeLinear":
+                raise FormatError(f"LiteRT cannot take the operator {node.op_type} on the model's float input")
+        return readers
+
+    def _read_codes(self, name: str, shape: tuple[int, ...]) -> int:
+        readers = self._rounding(name)
+        parameters = {self._parameters(node) for node in readers}
+        if len(parameters) != 1:
+            raise FormatError(
+                f"the input '{name}' is rounded in {len(parameters)} ways: a file in whole numbers takes one"
+            )
+        ((scale, zero),) = parameters
+        made = self._codes_tensor(name, shape, scale, zero, nhwc=self.turn is None)
+        if self.turn is not None:
+            made = dataclasses.replace(made, shape=_channels_first(shape))
+        elif len(shape) > 2:
+            self.model.description = CHANNELS_LAST
+        self.codes.update((self._dequantized(node), made) for node in readers)
+        return made.index
+
+    def _write_output(self, name: str) -> int:
+        codes = self._to_nchw(self.codes[name])
+        last = self._tensor(name, codes.shape, self.s.TensorType.FLOAT32)
+        self._op("DEQUANTIZE", 2, [codes.index], [last], "DequantizeOptions", self.s.DequantizeOptionsT())
+        return last
+
+    def _read_input(self, name: str, shape: tuple[int, ...]) -> int:
+        index = self._tensor(name, shape, self.s.TensorType.FLOAT32)
+        for quantize in self._rounding(name):
             scale, zero = self._parameters(quantize)
             # QUANTIZE first, then TRANSPOSE on bytes: a quarter of the traffic.
             flat = self._codes_tensor(name + "_q", shape, scale, zero)
             self._op("QUANTIZE", 1, [index], [flat.index], "QuantizeOptions", self.s.QuantizeOptionsT())
-            self.codes[self._dequantized(quantize)] = self._to_nhwc(flat)
+            turned = self.turn is not None  # then it lies as LiteRT wants it
+            self.codes[self._dequantized(quantize)] = (
+                dataclasses.replace(flat, shape=_channels_first(shape)) if turned else self._to_nhwc(flat)
+            )
+        return index
 
     def _node(self, node: Any) -> None:
         kind = node.op_type
@@ -175,9 +243,11 @@ class _Lowering:
             return  # read from the operators that they belong to
         if kind in ("Relu", "Clip") and node.input[0] not in self.codes:
             return  # the codes' own range cuts there
+        if self.turn is not None and node.output[0] == self.turn.output[0]:
+            return  # the input lies as LiteRT wants it
         lowerings = {
             "Conv": self._conv, "Gemm": self._gemm, "Add": self._add, "MaxPool": self._pool, "AveragePool": self._pool,
-            "GlobalAveragePool": self._global_pool, "Flatten": self._flatten, "Reshape": self._flatten,
+            "GlobalAveragePool": self._global_pool, "Softmax": self._softmax, "Flatten": self._flatten, "Reshape": self._flatten,
         }  # fmt: skip
         if kind not in lowerings:
             raise FormatError(
@@ -306,6 +376,16 @@ class _Lowering:
         axes = self._tensor(f"axes{len(self.body.tensors)}", (2,), self.s.TensorType.INT32, np.array([1, 2], np.int32))
         made = self._codes_tensor(result, (*source.shape[:2], 1, 1), scale, zero, nhwc=True)
         self._op("MEAN", 2, [source.index, axes], [made.index], "ReducerOptions", options)
+        self.codes[result] = made
+
+    def _softmax(self, node: Any, scale: float, zero: int, result: str) -> None:
+        source = self._input(node)
+        if len(source.shape) != 2 or graph.attributes(node).get("axis", -1) not in (-1, 1):
+            raise FormatError(f"LiteRT takes Softmax over the last of two axes here, found {list(source.shape)}")
+        options = self.s.SoftmaxOptionsT()
+        options.beta = 1.0
+        made = self._codes_tensor(result, source.shape, scale, zero)
+        self._op("SOFTMAX", 2, [source.index], [made.index], "SoftmaxOptions", options)
         self.codes[result] = made
 
     def _flatten(self, node: Any, scale: float, zero: int, result: str) -> None:

@@ -27,6 +27,25 @@ class Codes:
         return np.asarray(self.values.astype(np.float32) * _along(self.scales, self.axis, self.values.ndim))
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Blocks:
+    """4-bit codes of a linear layer with a scale for every `size` inputs of each output: what `MatMulNBits` reads."""
+
+    values: Array  # int8 in -8..7, [outputs, inputs]; `size` divides the inputs
+    scales: Array  # float32, [outputs, inputs / size]
+    size: int
+
+    def restore(self) -> Array:
+        """Return the float weights that the codes stand for, [outputs, inputs]."""
+        return np.asarray(self.values.astype(np.float32) * np.repeat(self.scales, self.size, axis=1))
+
+    def packed(self) -> Array:
+        """Return two codes a byte, the first one low, zero at 8: uint8 [outputs, blocks, size / 2]."""
+        outputs, inputs = self.values.shape
+        digits = (self.values + 8).astype(np.uint8).reshape(outputs, inputs // self.size, self.size // 2, 2)
+        return np.asarray(digits[..., 0] | digits[..., 1] << 4)
+
+
 def limits(bits: float, range_bits: int = 8) -> tuple[int, int]:
     """Return the least and largest code. 8-bit codes are kept symmetric; 7 bits of range keep 16-bit sums whole."""
     return LIMITS[range_bits if bits == 8 else bits]

@@ -31,6 +31,27 @@ class Profile:
     quantize_outputs: Annotated[bool, Doc("also quantize the graph's outputs (runtimes that compute in int8 only)")] = (
         False
     )
+    whole_numbers: Annotated[
+        bool,
+        Doc(
+            "a .tflite takes and gives its int8 codes, NHWC, where others take and give float32 as the ONNX model does"
+        ),
+    ] = False
+    channel_multiple: Annotated[
+        int, Doc("where channels are removed, those left are a multiple of this; 0: 8 in wide layers, 4 in narrow ones"),
+        Limits(min=0, max=128),
+    ] = 0  # fmt: skip
+    accelerator: Annotated[
+        str | None,
+        Doc("as Arm's Vela names it: a .tflite is compiled for it too"),
+        Limits(pattern=r"ethos-u\d{2}-\d{2,4}"),
+    ] = None
+    system_config: Annotated[str | None, Doc("a section of Vela's Arm/vela.ini: clock and speed of the memories")] = (
+        None
+    )
+    memory_mode: Annotated[str | None, Doc("a section of Vela's Arm/vela.ini: what lies in which memory")] = None
+    sram_kib: Annotated[float | None, Doc("of the accelerator; more than that is warned of"), Limits(min=1)] = None
+    flash_kib: Annotated[float | None, Doc("of the accelerator; more than that is warned of"), Limits(min=1)] = None
     keep_float: Annotated[tuple[str, ...], Doc("operators that are never quantized"), Limits(max_items=64)] = ()
     slowdown: Annotated[
         float | None, Doc("how many times slower than the planning machine it is; used by split"), Limits(min=0.01)

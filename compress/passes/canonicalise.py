@@ -54,6 +54,8 @@ def _remove_nothing(model: Any) -> None:
     """Identity and (at inference) Dropout pass their input on."""
     ends = graph.outputs(model)
     rename: dict[str, str] = {}
+    ending: dict[str, str] = {}  # what a node makes that only passes it on as the graph's output -> that output
+    made = {name for node in model.graph.node for name in node.output} - ends
     kept = []
     for node in model.graph.node:
         for at, name in enumerate(node.input):
@@ -62,8 +64,14 @@ def _remove_nothing(model: Any) -> None:
         training = len(node.input) > 2 and bool(node.input[2])
         if node.op_type in NOTHING and node.output[0] not in ends and not mask_is_read and not training:
             rename[node.output[0]] = node.input[0]
+        elif node.op_type in NOTHING and node.input[0] in made - ending.keys() and not mask_is_read and not training:
+            ending[node.input[0]] = node.output[0]
         else:
             kept.append(node)
+    for node in kept:
+        for names in (node.input, node.output):
+            for at, name in enumerate(names):
+                names[at] = ending.get(name, name)
     graph.replace(model.graph.node, kept)
 
 

@@ -33,14 +33,21 @@ MOVES = (
 LIGHT = (*MOVES, "Add", "GlobalAveragePool", "Concat")
 TABLES = {"Gather": (0,), "LSTM": (1, 2), "GRU": (1, 2), "RNN": (1, 2)}  # stored in few bits, computed in float: inputs
 LONG_ROW = 32  # a scale for each row of an embedding pays from here on; below, one for each column
+PROBABILITY = Range(0.0, 255 / 256)  # the one range that LiteRT's int8 Softmax answers in
 FLOAT_RESULT = ("Gemm", "MatMul")  # may answer in float at no cost
 
 
-def place(model: Any, seen: Statistics, profile: Profile, *, depthwise: Compute, others: Compute) -> Scheme:
-    """Return a scheme with every layer stored in 8 bits; the compute type is given per kind of layer."""
+def place(
+    model: Any, seen: Statistics, profile: Profile, *, depthwise: Compute, others: Compute,
+    stay_float: frozenset[str] = frozenset(),
+) -> Scheme:  # fmt: skip
+    """Return a scheme with every layer stored in 8 bits; the compute type is given per kind of layer, or by its node."""
     values = graph.arrays(model)
     layers = tuple(
-        dataclasses.replace(layer, compute=_compute(layer, profile, depthwise, others)) for layer in find_layers(model)
+        dataclasses.replace(
+            layer, compute="float" if layer.node in stay_float else _compute(layer, profile, depthwise, others)
+        )
+        for layer in find_layers(model)
     )
     region = _Region(model, values, seen, {layer.node for layer in layers if layer.compute == "int8"}, profile)
     return Scheme(layers, region.ranges(), profile)
@@ -116,6 +123,8 @@ class _Region:
                 self.inside.discard(node.name)
 
     def _may_join(self, node: Any) -> bool:
+        if node.op_type == "Softmax":  # an int8 operator of LiteRT's: onnxruntime's is a lookup table that wins nothing
+            return self.profile.quantize_outputs and node.op_type not in self.profile.keep_float
         if node.op_type not in LIGHT or node.op_type in self.profile.keep_float:
             return False
         if node.op_type != "Pad":
@@ -158,6 +167,7 @@ class _Region:
         for name, bound in self.clips.items():
             if name in found:
                 found[name] = Range(0.0, min(found[name].hi, bound))
+        found.update((self.tails[node.name], PROBABILITY) for node in nodes if node.op_type == "Softmax")
         # Codes that are only moved keep their scale, so both ends of such a node share one range.
         settled = False
         while not settled:

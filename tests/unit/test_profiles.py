@@ -10,8 +10,8 @@ def test_every_shipped_profile_is_valid_and_named_like_its_file(name: str) -> No
     assert profiles.find(name).name == name
 
 
-def test_the_four_profiles_ship() -> None:
-    assert profiles.names() == ("arm64-litert", "arm64-onnxruntime", "x86-avx2", "x86-vnni")
+def test_the_five_profiles_ship() -> None:
+    assert profiles.names() == ("arm64-litert", "arm64-onnxruntime", "ethos-u55", "x86-avx2", "x86-vnni")
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_a_misspelt_key_is_named_with_its_line() -> None:
         load_profile("name: a\nruntime: litert\narch: aarch64\nweight_bit: 7\n", "p.yaml")
 
 
-@pytest.mark.parametrize("key", ["channel_multiple", "ram_mb", "flash_kb"])
+@pytest.mark.parametrize("key", ["npu_cores", "ram_mb", "flash_kb"])
 def test_a_key_that_nothing_would_act_on_is_refused(key: str) -> None:
     with pytest.raises(FormatError, match=f"unknown key '{key}'"):
         load_profile(f"name: a\nruntime: litert\narch: aarch64\n{key}: 8\n", "p.yaml")
