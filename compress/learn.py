@@ -114,8 +114,10 @@ def climb(model: Any, lesson: Lesson, planned: Sequence[Stage] | None = None) ->
             settings = _settings(student, views, lesson, usual, at)
             if settings.steps == 0:
                 return
-            lesson.put(f"plan-{at}", encode_json(write(at, Stage(shrink, bits, settings, views.count))))
-        key = f"rung-{at}-" + hashlib.sha256(repr((shrink, sorted(bits.items()), settings)).encode()).hexdigest()[:24]
+        plan = encode_json(write(at, Stage(shrink, bits, settings, views.count)))
+        if known is None:
+            lesson.put(f"plan-{at}", plan)
+        key = f"rung-{at}-{hashlib.sha256(plan).hexdigest()[:24]}"
         for view in range(min(views.count, 1 + settings.steps // max(1, len(views.x) // settings.batch))):
             views.answers(view, lambda share: lesson.say("asking the teacher", share))
         trained = fit(

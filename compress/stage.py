@@ -27,7 +27,7 @@ def write(at: int, stage: Stage) -> RecipeTraining:
         f"rung {at + 1}", ended, settings.batch, settings.rate,
         planned=settings.steps if ended < settings.steps else None, views=stage.views,
         temperature=settings.temperature, labels=settings.labels, decay=settings.decay, threads=settings.threads,
-        seed=settings.seed, bits=dict(stage.bits), branches=stage.shrink.without,
+        seed=settings.seed, bits={node: float(width) for node, width in stage.bits.items()}, branches=stage.shrink.without,
         groups=tuple(RecipeGroup(number, tuple(kept)) for number, kept in sorted(stage.shrink.keep.items())),
     )  # fmt: skip
 

@@ -1,0 +1,156 @@
+"""What an interrupted run leaves beside OUT, and that the next one goes on there; the time that it took counts."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from compress import kept, profiles
+from compress.emit import emit
+from compress.passes.bias import BIAS
+from compress.passes.canonicalise import CANONICALISE
+from compress.passes.place import PLACE
+from compress.passes.ranges import RANGES
+from compress.pipeline import Bench, Pass, State, apply
+from compress.run import ENDING_S, PASSES, _Work, run
+
+Build = Callable[[str], Any]
+CHILD = """
+import os, signal, sys
+import numpy as np
+from pathlib import Path
+from compress import ladder, train
+from compress.run import run
+
+ladder.steps = lambda at, *_: 40 if at == 0 else 0
+train.KEPT_EVERY_S = -1.0
+said = []
+
+def progress(stage, _share, _best):
+    said.append(stage)
+    if said.count("training: training") == 20:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+with np.load("data.npz") as data:
+    run(Path("model.onnx"), dict(data), Path("out"), device="x86-avx2", max_drop=90.0, progress=progress)
+"""
+
+
+@pytest.mark.timeout(300)
+def test_a_run_killed_in_the_middle_of_training_goes_on_to_the_bytes_of_an_uninterrupted_one(
+    small_net: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = small_net("plain")
+    data = {"x": net.x[:200], "y": net.y[:200], "x_train": net.x[200:700], "y_train": net.y[200:700]}
+    (tmp_path / "model.onnx").write_bytes(net.model.SerializeToString())
+    np.savez(tmp_path / "data.npz", **data)
+    (tmp_path / "child.py").write_text(CHILD)
+    ended = subprocess.run([sys.executable, "child.py"], cwd=tmp_path, timeout=280, check=False, capture_output=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / ".out.work" / "best" / "model.onnx").is_file()
+
+    monkeypatch.setattr(
+        "compress.ladder.steps", lambda *_: 0
+    )  # the plan of the first rung is there, none comes after it
+    said: list[str] = []
+    report = run(
+        tmp_path / "model.onnx", data, tmp_path / "out", device="x86-avx2", max_drop=90.0, resume=True,
+        progress=lambda stage, _share, _best: said.append(stage),
+    )  # fmt: skip
+    assert 15 < said.count("training: training") <= 21
+    assert not {step.title for step in PASSES} & set(said)  # nothing was searched again
+    assert not (tmp_path / ".out.work").exists()
+    assert any(moment.what == "trained 1" for moment in report.details.trail)
+    resumed = (tmp_path / "out" / "model.onnx").read_bytes()
+    run(tmp_path / "model.onnx", data, tmp_path / "whole", recipe=tmp_path / "out" / "recipe.yaml")
+    assert (tmp_path / "whole" / "model.onnx").read_bytes() == resumed
+
+
+def test_passes_that_were_done_are_not_done_again(small_net: Build, tmp_path: Path) -> None:
+    net, calls = small_net("plain"), list[str]()
+    (tmp_path / "model.onnx").write_bytes(net.model.SerializeToString())
+
+    def counted(step: Pass) -> Pass:
+        def act(state: State, bench: Bench) -> State:
+            calls.append(step.name)
+            return step.run(state, bench)
+
+        return Pass(step.name, step.title, act, step.keeps_function)
+
+    def interrupt(stage: str, _share: float, _best: str) -> None:
+        if stage == "looking at the report part":
+            raise KeyboardInterrupt
+
+    asked: dict[str, Any] = {"device": "x86-avx2", "max_drop": 3.0, "passes": [counted(step) for step in PASSES[:5]]}
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "model.onnx", net.data, tmp_path / "out", progress=interrupt, **asked)
+    assert calls == [step.name for step in PASSES[:5]]
+    calls.clear()
+    run(tmp_path / "model.onnx", net.data, tmp_path / "out", resume=True, **asked)
+    assert calls == []
+    run(tmp_path / "model.onnx", net.data, tmp_path / "out", resume=True, **asked)
+    assert calls == [step.name for step in PASSES[:5]]  # nothing is kept of a run that ended
+
+
+def test_what_was_kept_for_other_inputs_is_not_used(small_net: Build, tmp_path: Path) -> None:
+    first = _Work(tmp_path / "out", 0.0, 100.0, lambda *_: None)
+    first.open("one", resume=False)
+    first.put("key", b"value")
+    for about, resume, found in (("one", True, b"value"), ("two", True, None), ("one", False, None)):
+        later = _Work(tmp_path / "out", 0.0, 100.0, lambda *_: None)
+        later.open(about, resume=resume)
+        assert later.get("key") == found
+
+
+def test_the_time_that_an_interrupted_run_took_counts_against_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("compress.run.time.monotonic", lambda: now[0])
+    first = _Work(tmp_path / "out", 1000.0, 100.0, lambda *_: None)
+    first.open("this", resume=False)
+    assert first.left() == 100.0 - ENDING_S
+    now[0] += 30.0
+    first.say("working", 0.5)  # from time to time it is written down
+    now[0] = 5.0  # another day
+    second = _Work(tmp_path / "out", 5.0, 100.0, lambda *_: None)
+    second.open("this", resume=True)
+    assert second.left() == pytest.approx(70.0 - ENDING_S)
+    assert second.spent() == pytest.approx(0.3)
+    now[0] += 200.0
+    assert second.left() == 0.0
+    assert second.spent() == 1.0
+
+
+@pytest.mark.parametrize("kind", ["plain", "gru"])
+def test_a_state_that_was_kept_gives_the_same_file(kind: str, small_net: Build) -> None:
+    from compress.data import Data
+    from compress.measure import answers
+    from compress.metrics import choose
+    from compress.splits import split
+    from skills import ort
+
+    net = small_net(kind)
+    splits = split(Data(net.x, net.y), 0)
+    session = ort.session(net.model.SerializeToString())
+    calibrate, select = (answers(session, part.x) for part in (splits.calibrate, splits.select))
+    profile = profiles.find("x86-avx2")
+    metric = choose(Data(net.x, net.y), calibrate, splits.calibrate.x)
+    bench = Bench(profile, splits, metric, calibrate, select, 1.0, "both", lambda *_: None)
+    state = State(net.model, notes=("a note",), harm={"layer": {4: 0.5, 1.6: 1.5}}, choices={"guard": "int8"})
+    for step in (CANONICALISE, RANGES, PLACE, BIAS):
+        state = apply([step], state, lambda _step: bench)
+        again = kept.unpack(kept.pack(state), profile)
+        assert (again.notes, again.harm, again.choices, again.passes) == (
+            state.notes, state.harm, state.choices, state.passes,
+        )  # fmt: skip
+        if state.scheme is not None:
+            assert (again.planned().layers, again.planned().ranges) == (state.scheme.layers, state.scheme.ranges)
+            files = [emit(one.model, one.planned(), one.seen()).SerializeToString() for one in (state, again)]
+            assert files[0] == files[1]
