@@ -196,17 +196,24 @@ def test_a_disk_that_fills_up_leaves_the_earlier_result_and_nothing_else(
     assert [path.name for path in tmp_path.iterdir() if path.name != "home"] == ["out"]
 
 
-def test_an_interrupt_leaves_nothing_behind(small_net: Build, tmp_path: Path) -> None:
-    net = small_net("plain")
-
+@pytest.mark.parametrize(
+    ("moment", "left"),
+    [("reading the model and the data", ["model.onnx"]), ("looking at the report part", [".out.work", "model.onnx"])],
+)
+def test_an_interrupt_leaves_no_result_and_the_best_so_far_beside_it(
+    moment: str, left: list[str], small_net: Build, tmp_path: Path
+) -> None:
     def interrupt(stage: str, _share: float, _best: str) -> None:
-        if stage == "done":
+        if stage == moment:
             raise KeyboardInterrupt
 
+    net = small_net("plain")
     path = written(net, tmp_path)
     with pytest.raises(KeyboardInterrupt):
         compress(path, net.data, tmp_path / "out", device="x86-avx2", progress=interrupt)
-    assert sorted(item.name for item in tmp_path.iterdir() if item.name != "home") == ["model.onnx"]
+    assert sorted(item.name for item in tmp_path.iterdir() if item.name != "home") == left
+    if ".out.work" in left:
+        assert (tmp_path / ".out.work" / "best" / "model.onnx").stat().st_size < path.stat().st_size
 
 
 TORCH_NET = """

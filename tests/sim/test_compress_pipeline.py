@@ -11,11 +11,12 @@ import onnx
 import pytest
 
 from compress import graph, profiles
+from compress.judge import check_audit
 from compress.passes.canonicalise import canonicalise
 from compress.passes.strip import strip
 from compress.pipeline import Bench, Pass, State
 from compress.recipe import Recipe
-from compress.run import PASSES, check_audit, run
+from compress.run import PASSES, run
 from compress.scheme import Layer, Scheme
 from skills import ort
 from skills.errors import NotReached, SkerryError
@@ -55,7 +56,7 @@ def test_stripping_leaves_no_metadata_and_no_dead_weight(small_net: Callable[[st
 
 
 @pytest.mark.parametrize("kind", ["plain", "residual", "depthwise"])
-def test_every_kind_of_net_comes_out_smaller_within_the_budget(
+def test_what_comes_out_is_smaller_within_the_budget_and_whole(
     kind: str, small_net: Callable[[str], Any], tmp_path: Path
 ) -> None:
     net = small_net(kind)
@@ -71,9 +72,11 @@ def test_every_kind_of_net_comes_out_smaller_within_the_budget(
     again = ort.session(tmp_path / "out" / "model.onnx").run({"x": net.x})["logits"]
     assert (again.argmax(1) == net.y).mean() > 0.88
     assert (tmp_path / "out" / "model.onnx").stat().st_size == report.result.bytes_file
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "model.onnx", "report.json", "report.html", "recipe.yaml", "lineage.json",
-    }  # fmt: skip
+    files = {"model.onnx", "report.json", "report.html", "recipe.yaml", "lineage.json", "search.json"}
+    beside = {point.file for point in report.details.pareto if not point.chosen}
+    found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert found == files | beside
+    assert all(path.startswith("pareto/") for path in beside)
     recipe = decode_yaml(Recipe, (tmp_path / "out" / "recipe.yaml").read_text(), "recipe.yaml")
     assert len(recipe.layers) == len(report.details.layers) > 2
 
@@ -201,4 +204,11 @@ def test_a_profile_of_an_older_runtime_keeps_every_layer_in_8_bits(
     )
     report = run(tmp_path / "model.onnx", net.data, tmp_path / "out", device=str(tmp_path / "old.yaml"), max_drop=3.0)
     assert {row.bits for row in report.details.layers} == {8}
-    assert {item.data_type for item in onnx.load(tmp_path / "out" / "model.onnx").graph.initializer} <= {1, 2, 3, 6, 7, 10}
+    assert {item.data_type for item in onnx.load(tmp_path / "out" / "model.onnx").graph.initializer} <= {
+        1,
+        2,
+        3,
+        6,
+        7,
+        10,
+    }

@@ -1,0 +1,142 @@
+"""A recipe done again: the same bytes for the same inputs, said plainly for others, one sentence where it does not fit."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compress.passes.canonicalise import CANONICALISE
+from compress.recipe import Recipe, read_recipe
+from compress.replay import differences
+from compress.run import run
+from compress.stage import read, write
+from skills.errors import FormatError
+
+Build = Callable[[str], Any]
+
+
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compress.ladder.steps", lambda at, *_: 8 if at < 2 else 0)
+
+
+def with_training(net: Any) -> dict[str, Any]:
+    return {"x": net.x[:200], "y": net.y[:200], "x_train": net.x[200:700], "y_train": net.y[200:700]}
+
+
+def first(net: Any, data: Any, folder: Path, max_drop: float) -> tuple[Path, bytes, Recipe]:
+    """Compress a net; return its recipe's path, the bytes of the result, and the recipe."""
+    (folder / "model.onnx").write_bytes(net.model.SerializeToString())
+    run(folder / "model.onnx", data, folder / "first", device="x86-avx2", max_drop=max_drop)
+    path = folder / "first" / "recipe.yaml"
+    return path, (folder / "first" / "model.onnx").read_bytes(), read_recipe(path)
+
+
+@pytest.mark.parametrize("kind", ["residual", "transformer"])
+def test_a_recipe_gives_the_same_bytes_again(kind: str, small_net: Build, tmp_path: Path) -> None:
+    net = small_net(kind)
+    path, bytes_before, recipe = first(net, net.data, tmp_path, 3.0)
+    assert recipe.passes[0] == CANONICALISE.name
+    stages: set[str] = set()
+    report = run(
+        tmp_path / "model.onnx", net.data, tmp_path / "second", recipe=path,
+        progress=lambda stage, _share, _best: stages.add(stage),
+    )  # fmt: skip
+    assert (tmp_path / "second" / "model.onnx").read_bytes() == bytes_before
+    assert "following the recipe" in stages
+    assert not any("choosing bits" in stage for stage in stages)
+    assert not any("other inputs" in warning for warning in report.details.warnings)
+    again = read_recipe(tmp_path / "second" / "recipe.yaml")
+    same = dataclasses.replace(again, inputs={k: v for k, v in again.inputs.items() if k != "recipe"})
+    assert same == recipe
+
+
+def test_a_recipe_with_training_gives_the_same_bytes_again(
+    small_net: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few_steps(monkeypatch)
+    net = small_net("residual")
+    path, bytes_before, recipe = first(net, with_training(net), tmp_path, 90.0)
+    assert [row.stage for row in recipe.training] == ["rung 1", "rung 2"]
+    assert "train" in recipe.passes
+    monkeypatch.setattr("compress.ladder.steps", lambda *_: pytest.fail("a recipe's steps are not counted out again"))
+    monkeypatch.setattr("compress.learn.choose", lambda *_: pytest.fail("nothing is chosen again"))
+    run(tmp_path / "model.onnx", with_training(net), tmp_path / "second", recipe=path, time_budget=1.0)
+    assert (tmp_path / "second" / "model.onnx").read_bytes() == bytes_before
+
+
+def test_a_recipe_on_other_data_is_followed_and_the_difference_is_said(small_net: Build, tmp_path: Path) -> None:
+    net = small_net("plain")
+    path, _, recipe = first(net, net.data, tmp_path, 3.0)
+    report = run(tmp_path / "model.onnx", {"x": net.x[::-1].copy(), "y": net.y}, tmp_path / "second", recipe=path)
+    assert any("made with other inputs" in warning and "data.x" in warning for warning in report.details.warnings)
+    again = read_recipe(tmp_path / "second" / "recipe.yaml")
+    assert (again.layers, again.passes, again.choices) == (recipe.layers, recipe.passes, recipe.choices)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda r: {"layers": (dataclasses.replace(r.layers[0], name="nowhere"), *r.layers[1:])}, "the layer 'nowhere'"),
+        (lambda r: {"layers": r.layers[1:]}, "says nothing of the layer"),
+        (lambda r: {"passes": (*r.passes, "magic")}, "asks for the pass 'magic'"),
+        (lambda r: {"choices": {"guard": "both ways"}}, "chooses 'both ways'"),
+        (lambda r: {"passes": (*r.passes, "train")}, "0 stages of training"),
+    ],
+)  # fmt: skip
+def test_a_recipe_for_another_model_is_one_sentence(
+    change: Callable[[Recipe], dict[str, Any]], sentence: str, small_net: Build, tmp_path: Path
+) -> None:
+    net = small_net("plain")
+    path, _, recipe = first(net, net.data, tmp_path, 3.0)
+    path.write_bytes(dataclasses.replace(recipe, **change(recipe)).encode())
+    with pytest.raises(FormatError, match=sentence) as caught:
+        run(tmp_path / "model.onnx", net.data, tmp_path / "second", recipe=path)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "second").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"groups": 99}, "channel group 99"),
+        ({"branches": ("nowhere",)}, "'nowhere' is no residual branch"),
+        ({"bits": {"nowhere": 4.0}}, "the layer 'nowhere'"),
+        ({}, "has no x_train"),
+    ],
+)
+def test_training_that_does_not_fit_the_model_or_the_data_is_one_sentence(
+    change: dict[str, Any], sentence: str, small_net: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few_steps(monkeypatch)
+    net = small_net("plain")
+    path, _, recipe = first(net, with_training(net), tmp_path, 90.0)
+    (row, *rest), changes = recipe.training, dict(change)
+    if "groups" in changes:
+        changes["groups"] = tuple(dataclasses.replace(group, group=99) for group in row.groups)
+    path.write_bytes(dataclasses.replace(recipe, training=(dataclasses.replace(row, **changes), *rest)).encode())
+    data = with_training(net) if change else net.data
+    with pytest.raises(FormatError, match=sentence):
+        run(tmp_path / "model.onnx", data, tmp_path / "second", recipe=path)
+
+
+def test_a_stage_survives_being_written_into_a_recipe(
+    small_net: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few_steps(monkeypatch)
+    net = small_net("plain")
+    _, _, recipe = first(net, with_training(net), tmp_path, 90.0)
+    for at, row in enumerate(recipe.training):
+        assert write(at, read(row)) == row
+        short = dataclasses.replace(row, steps=row.steps - 1, planned=row.steps)
+        assert write(at, read(short)) == short
+        assert read(short).settings.ends() == row.steps - 1
+
+
+def test_other_inputs_are_named_and_the_recipe_itself_is_none(small_net: Build, tmp_path: Path) -> None:
+    net = small_net("plain")
+    _, _, recipe = first(net, net.data, tmp_path, 3.0)
+    assert differences(recipe, {**recipe.inputs, "recipe": "0" * 64}) == ()
+    (sentence,) = differences(recipe, {**recipe.inputs, "data.y": "0" * 64, "teacher": "0" * 64})
+    assert sentence.endswith("data.y, teacher.")
