@@ -5,11 +5,12 @@ layer, which reads what that layer reads in the graph, whatever comes before it.
 it knows by their module names.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -45,23 +46,31 @@ def rounded(layers: Sequence[Linear], method: Method, size: int) -> list[Blocks]
         SkerryError: it left a layer as it was, or failed, in its words.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the packages that it imports
+        with _silent(), torch.no_grad():
             from neural_compressor.torch.quantization import GPTQConfig, RTNConfig, convert, prepare
-    except ImportError as error:
-        raise MissingExtra(f"weight-only methods need {error.name}: pip install 'skerry[inc]'") from None
-    logging.getLogger("neural_compressor").setLevel(logging.ERROR)
-    config = (GPTQConfig if method == "gptq" else RTNConfig)(bits=BITS, use_sym=True, group_size=size)
-    stack = _Stack(layers)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        try:
-            ready = prepare(stack, config)
+
+            config = (GPTQConfig if method == "gptq" else RTNConfig)(bits=BITS, use_sym=True, group_size=size)
+            ready = prepare(_Stack(layers), config)
             ready(torch.zeros(1))
             done = convert(ready)
-        except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise SkerryError(f"neural-compressor's {method} failed: {type(error).__name__}: {error}") from error
+    except ImportError as error:  # it imports each method's packages when that method is asked for
+        raise MissingExtra(f"weight-only methods need {error.name}: pip install 'skerry[inc]'") from None
+    except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise SkerryError(f"neural-compressor's {method} failed: {type(error).__name__}: {error}") from error
     return [_codes(block.linear, method, size) for block in done.blocks]
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Keep what neural-compressor and its packages log and warn of to themselves; what matters comes as an exception."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 class _Layer(torch.nn.Module):  # type: ignore[misc]

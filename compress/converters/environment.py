@@ -140,9 +140,9 @@ def _make(environment: Environment, partial: Path, say: Say) -> None:
     ours = importlib.util.find_spec("pip") is not None  # then the environment needs none of its own
     venv.create(partial, with_pip=not ours)
     wanted.write_text(environment.requirements())
-    pip = [sys.executable, "-m", "pip", "--python", interpreter] if ours else [interpreter, "-m", "pip"]
+    pip = [sys.executable, "-m", "pip", "--python", str(interpreter)] if ours else [str(interpreter), "-m", "pip"]
     run = subprocess.Popen(
-        [*pip, "install", "--disable-pip-version-check", "--no-input", "--retries", "2", "-r", wanted],
+        [*pip, "install", "--disable-pip-version-check", "--no-input", "--retries", "2", "-r", str(wanted)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
     )  # fmt: skip
     said: list[str] = []

@@ -17,10 +17,10 @@ from compress.moments import measurable
 from compress.passes.bits import BUDGET_SHARE, Search
 from compress.passes.place import place
 from compress.pipeline import Bench, Pass, State
-from compress.scheme import Layer, Scheme
+from compress.scheme import Candidate, Layer, Scheme
 from compress.to_torch import Twin
 from compress.weights import Blocks
-from skills.errors import FormatError
+from skills.errors import FormatError, SkerryError
 
 LARGE = 1 << 14  # weights: below, nodes and scales weigh more than is won
 SIZES = (128, 32)  # inputs that share a scale
@@ -66,13 +66,18 @@ def _run(state: State, bench: Bench) -> State:
         return dataclasses.replace(state, notes=(*state.notes, said))
     search = Search(state, bench, (8.0,))
     now = search.judge(scheme)
-    tried = {}
+    tried: dict[str, Candidate] = {}
+    told = []
     for at, way in enumerate(_ways()):
-        if bench.left() > 0 and large(state.model, scheme, _ways()[way][1]):
-            tried[way] = search.judge(_tried(state, bench, way))
-            bench.say((at + 1) / len(_ways()), f"{way}: {tried[way].bytes} bytes, {tried[way].drop:+.2f} points")
-    told = "; ".join(f"{way}: {found.bytes:,} bytes at {found.drop:+.2f}" for way, found in tried.items())
-    note = f"Weight-only by neural-compressor, against {now.bytes:,} bytes at {now.drop:+.2f} points without: {told}."
+        if bench.left() <= 0 or not large(state.model, scheme, _ways()[way][1]):
+            continue
+        try:
+            found = tried[way] = search.judge(_tried(state, bench, way))
+            told.append(f"{way}: {found.bytes:,} bytes at {found.drop:+.2f}")
+        except SkerryError as error:  # one way that fails is no reason to give up the others, or what was found before
+            told.append(f"{way}: {error}")
+        bench.say((at + 1) / len(_ways()), told[-1])
+    note = f"Weight-only by neural-compressor, against {now.bytes:,} bytes at {now.drop:+.2f} points without: {'; '.join(told)}."
     state = dataclasses.replace(state, notes=(*state.notes, note), tried=(*state.tried, *tried.values()))
     better = [
         way for way, found in tried.items() if found.bytes < now.bytes and found.drop <= BUDGET_SHARE * bench.max_drop

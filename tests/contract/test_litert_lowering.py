@@ -8,11 +8,23 @@ import numpy as np
 import pytest
 from onnx import helper, numpy_helper
 
-from compress import compress, tflite
+from compress import compress, profiles, tflite
+from compress.emit import emit
+from compress.passes.canonicalise import canonicalise
+from compress.passes.place import place
+from compress.passes.ranges import activations
+from compress.statistics import observe
 from skills import ort
 from skills.errors import FormatError
 
 Build = Callable[[str], Any]
+
+
+def quantized(model: Any, x: np.ndarray) -> Any:
+    """Return the graph that is lowered for a target of whole numbers alone."""
+    model = canonicalise(model)
+    seen = observe(model, activations(model), x, lambda _share: None, 1)
+    return emit(model, place(model, seen, profiles.find("ethos-u55"), depthwise="int8", others="int8"), seen)
 
 
 @pytest.mark.parametrize("kind", ["plain", "residual", "depthwise"])
@@ -90,3 +102,39 @@ def test_an_operator_without_an_int8_form_is_named(kind: str, tmp_path: Path) ->
 def test_a_file_that_is_no_tflite_is_one_sentence() -> None:
     with pytest.raises(FormatError, match="LiteRT cannot load the model"):
         tflite.session(b"nonsense" * 10)
+
+
+@pytest.mark.parametrize("kind", ["plain", "residual", "depthwise"])
+def test_a_file_in_whole_numbers_answers_as_the_graph_it_came_from(kind: str, small_net: Build) -> None:
+    net = small_net(kind)
+    coded = quantized(net.model, net.x[:200])
+    session = tflite.session(tflite.lower(coded, whole=True))
+    ends = [*session.raw.get_input_details(), *session.raw.get_output_details()]
+    assert [end["dtype"] for end in ends] == [np.int8, np.int8]
+    assert session.inputs == (ort.Port("x", "float32", (-1, 1, 12, 12)),)
+    got = session.run({"x": net.x[:200]})["logits"]
+    want = ort.session(coded.SerializeToString()).run({"x": net.x[:200]})["logits"]
+    assert (got.argmax(1) == want.argmax(1)).mean() > 0.97
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_input_that_lies_channels_last_is_not_turned_in_the_file(whole: bool) -> None:
+    chance = np.random.default_rng(1)
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["t"], perm=[0, 3, 1, 2]),
+        helper.make_node("Conv", ["t", "w"], ["c"], pads=[1] * 4),
+        helper.make_node("Relu", ["c"], ["r"]),
+        helper.make_node("GlobalAveragePool", ["r"], ["g"]),
+        helper.make_node("Flatten", ["g"], ["y"]),
+    ]
+    ends = [helper.make_tensor_value_info(*end) for end in (("x", 1, ["n", 9, 7, 3]), ("y", 1, ["n", 8]))]
+    weight = chance.standard_normal((8, 3, 3, 3)).astype(np.float32)
+    body = helper.make_graph(nodes, "g", ends[:1], ends[1:], [numpy_helper.from_array(weight, "w")])
+    model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    x = chance.standard_normal((100, 9, 7, 3)).astype(np.float32)
+    coded = quantized(model, x)
+    session = tflite.session(tflite.lower(coded, whole=whole))
+    assert session.inputs == (ort.Port("x", "float32", (-1, 9, 7, 3)),)
+    assert "TRANSPOSE" not in {op["op_name"] for op in session.raw._get_ops_details()}
+    got, want = session.run({"x": x})["y"], ort.session(coded.SerializeToString()).run({"x": x})["y"]
+    assert np.corrcoef(got.ravel(), want.ravel())[0, 1] > 0.999

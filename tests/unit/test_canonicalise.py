@@ -1,0 +1,26 @@
+"""What only passes its input on goes, and the graph's outputs keep their names."""
+
+from typing import Any
+
+import numpy as np
+from onnx import helper
+
+from compress import graph
+from compress.passes.canonicalise import canonicalise
+
+
+def ending_in(*nodes: Any) -> list[tuple[str, list[str]]]:
+    ends = [helper.make_tensor_value_info(name, 1, ["n", 4]) for name in ("x", "y")]
+    body = helper.make_graph(list(nodes), "g", ends[:1], ends[1:], [graph.tensor("w", np.ones((4, 4), np.float32))])
+    made = canonicalise(helper.make_model(body, opset_imports=[helper.make_opsetid("", 21)], ir_version=10))
+    return [(node.op_type, list(node.output)) for node in made.graph.node]
+
+
+def test_an_identity_in_front_of_the_output_gives_its_name_to_what_it_passed_on() -> None:
+    nodes = [helper.make_node("Softmax", ["x"], ["a"]), helper.make_node("Identity", ["a"], ["b"]),
+             helper.make_node("Dropout", ["b"], ["y"])]  # fmt: skip
+    assert ending_in(*nodes) == [("Softmax", ["y"])]
+
+
+def test_an_identity_of_the_input_itself_stays() -> None:
+    assert ending_in(helper.make_node("Identity", ["x"], ["y"])) == [("Identity", ["y"])]
