@@ -23,6 +23,7 @@ from compress.measure import Runner
 from compress.passes.bias import BIAS
 from compress.passes.bits import BITS
 from compress.passes.canonicalise import CANONICALISE, canonicalise
+from compress.passes.equalize import EQUALIZE
 from compress.passes.guard import GUARD
 from compress.passes.place import PLACE, PLACE_FLOAT
 from compress.passes.ranges import RANGES
@@ -38,7 +39,7 @@ from skills.errors import FormatError, SkerryError, UsageError
 from skills.files import sha256_hex
 from skills.profile import Profile
 
-PASSES: tuple[Pass, ...] = (CANONICALISE, RANGES, PLACE, GUARD, BIAS, BITS, WEIGHT_ONLY)
+PASSES: tuple[Pass, ...] = (CANONICALISE, RANGES, EQUALIZE, PLACE, GUARD, BIAS, BITS, WEIGHT_ONLY)
 WEIGHTS_ONLY: tuple[Pass, ...] = (CANONICALISE, RANGES, PLACE_FLOAT)  # without data no range of an activation is known
 PLACING: tuple[Pass, ...] = (RANGES, PLACE, GUARD)  # again for each network that training made
 TIME_BUDGET_S = 1800.0
