@@ -1,0 +1,178 @@
+"""Is the planner right on a real link? Every cell measured whole, beside what other planners and fixed choices would do.
+
+    SKERRY_REFERENCE=../shared/data python -P bench/split [--quick] [--row NAME ...] [--wire root|user|proxy]
+
+The link is two network namespaces with a shaper between them, so TCP is the kernel's own; where no namespaces are to be
+had it is a TCP proxy, and then nothing cold and no trace is measured. Everything is kept under --work as it finishes and
+taken from there the next time: an interrupted bench goes on where it was. Prints Markdown.
+"""
+
+import argparse
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cells
+import cold
+import nets
+import table
+import throughput
+import trace_run
+import wire
+from store import Store
+
+from skills import ort
+from skills.split import Link
+
+REFERENCE = Path(os.environ.get("SKERRY_REFERENCE", Path(__file__).parents[3] / "shared" / "data"))
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skerry-bench" / "split"
+GRIDS = tuple(net.name for net in nets.NETS)
+ROWS = (*GRIDS, "bbr", "cold", "trace", "tail")
+MIDDLE = "efficientnet"  # the net of trace and tail
+TRACE_SLOWDOWN = 10.0
+QUICK_ROWS = (*GRIDS, "cold", "trace", "tail")
+QUICK_LINKS = (Link(1, 5), Link(5, 50), Link(20, 5))
+QUICK_RUNS, FULL_RUNS, BBR_RUNS = 6, cells.RUNS, 6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="bench/split", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--row", nargs="+", choices=ROWS, metavar="NAME", help=f"only these, of {', '.join(ROWS)}")
+    parser.add_argument("--quick", action="store_true", help="few links, one device, short trace: at most five minutes")
+    parser.add_argument(
+        "--wire", choices=("auto", *wire.KINDS), default="auto", help="how the link is made (default: the best)"
+    )
+    parser.add_argument("--work", type=Path, default=CACHE, metavar="DIR", help=f"where all is kept (default: {CACHE})")
+    given = parser.parse_args()
+    start = time.monotonic()
+    os.environ["GRPC_VERBOSITY"] = "NONE"  # an outage is what is measured, not news
+    wanted = given.row or (QUICK_ROWS if given.quick else ROWS)
+    work = given.work.resolve() / ("quick" if given.quick else "full")
+    with wire.wire(given.wire, Link(20, 30)) as on:
+        found = _Run(on, work, quick=given.quick).rows(wanted, start)
+    text = table.page(found)
+    (work / "table.md").write_text(text)
+    print(text)
+
+
+def say(text: str) -> None:
+    """Tell on standard error what is being done."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class _Run:
+    """One run of the bench over one kind of link."""
+
+    def __init__(self, on: wire.Wire, work: Path, *, quick: bool) -> None:
+        self._on, self._work, self._quick = on, work, quick
+        self._store = Store(work / "cells", say)
+        self._plans: dict[str, nets.Planned] = {}
+        wire.pin_to_core(0, 0)
+
+    def rows(self, wanted: Sequence[str], start: float) -> table.Found:
+        """Measure the wanted rows, or take them from earlier."""
+        links = QUICK_LINKS if self._quick else nets.LINKS
+        checks = wire.check(self._on, links)
+        grid = [cell for net in nets.NETS if net.name in wanted for cell in self._grid(net.name, "cubic")]
+        bbr = [cell for net in nets.NETS if "bbr" in wanted for cell in self._grid(net.name, "bbr")]
+        missing = [f"the row {name}" for name in ROWS if name not in wanted]
+        missing.append("the time of Sedna-like JSON requests (their bytes are)")
+        if self._on.kind == "proxy":
+            missing.append("cold requests, the trace and bbr, for which a proxy is no link")
+            bbr, wanted = [], [name for name in wanted if name not in ("cold", "trace", "bbr")]
+        chilly = self._cold() if "cold" in wanted else []
+        traced = self._trace() if "trace" in wanted else None
+        tail = self._tail() if "tail" in wanted else None
+        return table.Found(
+            self._about(time.monotonic() - start),
+            wire.KINDS[self._on.kind],
+            checks,
+            grid,
+            bbr,
+            chilly,
+            traced,
+            tail,
+            missing,
+        )
+
+    def _planned(self, name: str) -> nets.Planned:
+        if name not in self._plans:
+            say(f"{name}: plan")
+            net = next(one for one in nets.NETS if one.name == name)
+            self._plans[name] = nets.planned(net, REFERENCE, self._work, quick=self._quick)
+        return self._plans[name]
+
+    def _grid(self, name: str, control: str) -> list[dict[str, Any]]:
+        links: Sequence[Link] = nets.LINKS
+        slowdowns: Sequence[float] = nets.SLOWDOWNS
+        runs = BBR_RUNS if control == "bbr" else FULL_RUNS
+        if self._quick:
+            links, slowdowns, runs = QUICK_LINKS, (nets.PLANNED,), QUICK_RUNS
+        self._on.control(control)
+        try:
+            return cells.grid(self._planned(name), slowdowns, links, runs, self._on, self._store, control)
+        finally:
+            self._on.control("cubic")
+
+    def _cold(self) -> list[dict[str, Any]]:
+        found = []
+        runs = 5 if self._quick else 20
+        for control in ("cubic",) if self._quick else ("cubic", "bbr"):
+            for link in cold.LINKS[: 1 if self._quick else None]:
+                facts = {"wire": self._on.kind, "control": control, "link": str(link), "runs": runs}
+
+                def measure(link: Link = link, control: str = control) -> dict[str, Any]:
+                    return cold.measure(self._on, link, control, runs)
+
+                found.append(self._store.get(f"cold-{control}", facts, measure))
+        return found
+
+    def _trace(self) -> dict[str, Any]:
+        device = nets.for_device(self._planned(MIDDLE), TRACE_SLOWDOWN)
+        phase_s, least, in_outage = (6.0, 1, 1) if self._quick else (12.0, 2000, 200)
+        facts = {
+            "wire": self._on.kind,
+            "x": TRACE_SLOWDOWN,
+            "phase_s": phase_s,
+            "least": least,
+            "plan": device.plan.cuts,
+        }
+        found: dict[str, Any] = self._store.get(
+            "trace", facts, lambda: trace_run.measure(device, self._on, phase_s, least, in_outage)
+        )
+        return found
+
+    def _tail(self) -> dict[str, Any]:
+        planned = self._planned(MIDDLE)
+        model = REFERENCE / next(one.model for one in nets.NETS if one.name == MIDDLE)
+        seconds, rounds = (2.0, 3) if self._quick else (6.0, 5)
+        kinds = ("jpeg q90",) if self._quick else ("jpeg q90", "pixels")
+        facts = {"seconds": seconds, "rounds": rounds, "kinds": kinds, "plan": planned.plan.cuts}
+        found: dict[str, Any] = self._store.get(
+            "tail", facts, lambda: throughput.measure(planned, model, kinds, seconds, rounds)
+        )
+        return found
+
+    def _about(self, seconds: float) -> str:
+        versions = ort.versions()
+        load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+        return (
+            f"{time.strftime('%Y-%m-%d')}, {_processor()}, {os.cpu_count()} cores, Linux {platform.release()}, onnxruntime "
+            f"{versions['onnxruntime']}, Python {versions['python']}; `python -P bench/split {' '.join(sys.argv[1:])}`".rstrip()
+            + f", {seconds:.0f} s, load average at the end {load}."
+        )
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+if __name__ == "__main__":
+    main()
