@@ -224,14 +224,11 @@ def _rows(emitted: Emitted) -> tuple[LayerRow, ...]:
     rows = []
     for at, layer in enumerate(scheme.layers):
         row = audited.get(node_name(at))
+        kernel = row.kernel if row else "MatMulNBits" if layer.node in scheme.blocks else ""
         rows.append(
             LayerRow(
                 layer.node, layer.op, layer.compute, layer.bits, layer.count, 4 * layer.count, layer.stored_bytes,
-                row.kernel if row else "MatMulNBits" if layer.node in scheme.blocks else "", row.reason if row else "", _harm(emitted.state.harm.get(layer.node)),
+                kernel, row.reason if row else "", dict(emitted.state.harm.get(layer.node, {})),
             )
         )  # fmt: skip
     return tuple(rows)
-
-
-def _harm(found: object) -> dict[float, float]:
-    return {4: found} if isinstance(found, float) else dict(found or {})  # type: ignore[call-overload]

@@ -37,7 +37,10 @@ def one_line(error: BaseException) -> bool:
         (lambda d: {"x": d["x"][:, 0], "y": d["y"]}, r"takes float32 \[N, 1, 12, 12\], x in the data is float32 \[N, 12, 12\]"),
         (lambda d: {"x": d["x"], "y": d["y"] + 1}, r"labels in y run from 1 to 4, the model's output has 4 classes \(0 to 3\)"),
         (lambda d: {"x": d["x"], "y": d["y"][:-1]}, r"y has shape \(999,\).* expected 1000 rows of numbers"),
-        (lambda d: {"x": d["x"], "y": d["y"].astype(np.float32)}, r"y is float32 \[N\] and the model's first output \[N, 4\]: expected whole-number labels"),
+        (
+            lambda d: {"x": d["x"], "y": d["y"].astype(np.float32)},
+            r"y is float32 \[N\] and the model's first output \[N, 4\]: expected whole-number labels",
+        ),
         (lambda d: {"x": np.where(d["x"] > 2.5, np.nan, d["x"]).astype(np.float32)}, r"\d+ of 1000 samples in x hold NaN"),
         (lambda d: {"x": d["x"][:0], "y": d["y"][:0]}, r"x has the shape \(0, 1, 12, 12\): there is no sample in it"),
         (lambda d: {"images": d["x"]}, "has the arrays images, expected x"),
