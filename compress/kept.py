@@ -50,8 +50,8 @@ def unpack(raw: bytes, profile: Profile) -> State:
     statistics = scheme = None
     if "seen" in head:
         statistics = {
-            name: Observed(arrays[f"counts {at}"], *limits, arrays[f"mean {at}"])
-            for at, (name, *limits) in enumerate(head["seen"])
+            name: Observed(arrays[f"counts {at}"], lo, hi, least, most, arrays[f"mean {at}"])
+            for at, (name, lo, hi, least, most) in enumerate(head["seen"])
         }
     if "layers" in head:
         scheme = Scheme(
