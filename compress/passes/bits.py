@@ -9,6 +9,7 @@ and judged on the select part. The search looks at nothing else, so the report p
 import contextlib
 import dataclasses
 import math
+import time
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from compress.scheme import Candidate, Layer, Scheme
 from skills import ort
 from skills.errors import FormatError
 
-BUDGET_SHARE = 0.6  # of the budget may be spent on the select part: what is chosen on it looks better there than it is
+BUDGET_SHARE = 0.5  # of the budget may be foreseen: what is chosen looks better than it is, and the report part has its luck
 FORETOLD_ERROR = 0.3  # how far off, relatively, the drop foretold by confidence is, however many samples there are
 POINTS_A_NAT = 30.0  # of drop for one of distance, as on four reference nets; what is tried soon tells better
 KNOWN_BEFORE = 0.001  # nats that this counts for
@@ -88,12 +89,19 @@ def score_noise(original: Array, output: Array) -> float:
     return float(((after - before) ** 2).sum() / max(((before - before.mean(axis=0)) ** 2).sum(), 1e-12))
 
 
+def fitted(scheme: Scheme, node: str, fit: Fit) -> Scheme:
+    """Return the scheme with what was fitted for a layer."""
+    scheme = scheme.with_codes({node: fit.codes})
+    return scheme if fit.bias is None else scheme.with_biases({node: fit.bias})
+
+
 class Search:
     """One search: what was measured of the layers, and every whole model that was tried."""
 
     def __init__(self, state: State, bench: Bench, allowed: tuple[float, ...]) -> None:
         self.state, self.bench, self.allowed = state, bench, allowed
-        self.start = state.planned()
+        self.start = self.base = state.planned()
+        self.held = 0  # calibration samples that judge single layers
         self.tried: list[Candidate] = []
         self.fits: dict[str, dict[float, Fit]] = {}
         self.harm: dict[str, dict[float, float]] = {}
@@ -103,13 +111,12 @@ class Search:
         """Return the layers that may be stored narrower."""
         return [layer for layer in self.start.layers if layer.bits == 8 and layer.count >= MIN_PACKED]
 
-    def judge(self, scheme: Scheme, *, select: bool = True) -> Candidate:
+    def judge(self, scheme: Scheme) -> Candidate:
         """Emit a scheme and run it."""
         file = emit(self.state.model, scheme, self.state.seen()).SerializeToString()
         session = ort.session(file, self.bench.threads)
         distance = divergence(self.bench.original_calibrate, answers(session, self.bench.splits.calibrate.x))
-        drop = self._expected(answers(session, self.bench.splits.select.x)) if select else 0.0
-        return Candidate(len(file), distance, drop, scheme)
+        return Candidate(len(file), distance, self._expected(answers(session, self.bench.splits.select.x)), scheme)
 
     def _expected(self, got: Array) -> float:
         if _scores(self.bench):  # each model tried tells more about what distance costs this network
@@ -117,9 +124,15 @@ class Search:
             self.nats += divergence(self.bench.original_select, got)
         return expected_drop(self.bench, got, self.points / self.nats)
 
-    def measure(self) -> None:
-        """Fit each layer alone to each width, and see what the narrow ones do to the answers."""
+    def measure(self) -> bool:
+        """Fit each layer alone to each width, and see what the narrow ones do to the answers; say whether time was enough.
+
+        One half of the calibration data fits, the other judges: on what fitted it, a layer does better than it is.
+        """
         able = {layer.node for layer in self.able()}
+        x = self.bench.splits.calibrate.x
+        batch = self.state.model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or 1
+        self.held = len(x) // 2 // batch * batch
 
         def choose(problem: Problem) -> Fit | None:
             node = problem.layer.node
@@ -129,14 +142,17 @@ class Search:
             return problem.fit(problem.layer.bits)
 
         with contextlib.suppress(FormatError):  # an operator without torch counterpart: layers are rounded to nearest
-            walk(
-                self.state.model, self.start, self.bench.splits.calibrate.x, choose, lambda done: self._say(0.2 * done)
-            )
-        plain = self.judge(self.start, select=False).distance
+            walk(self.state.model, self.start, x[self.held :], choose, lambda done: self._say(0.2 * done))
+        for node, fits in self.fits.items():
+            self.base = fitted(self.base, node, fits[8])
+        plain = self._distance(self.base)
         probe = min((bits for bits in self.allowed if bits < 8), key=lambda bits: abs(bits - PROBE))
         for at, layer in enumerate(self.able()):
+            if self.bench.left() <= 0:
+                return False
             self.harm[layer.node] = self._harm(layer, plain, probe)
             self._say(0.2 + 0.2 * (at + 1) / len(able))
+        return True
 
     def _harm(self, layer: Layer, plain: float, probe: float) -> dict[float, float]:
         fits = self.fits.get(layer.node)
@@ -148,12 +164,14 @@ class Search:
         return {bits: measured * own[bits] / max(own[probe], 1e-30) for bits in narrow}
 
     def _alone(self, layer: Layer, bits: float) -> float:
-        scheme = self.start.with_bits({layer.node: bits})
+        scheme = self.base.with_bits({layer.node: bits})
         fit = self.fits.get(layer.node, {}).get(bits)
-        if fit is not None:
-            scheme = scheme.with_codes({layer.node: fit.codes})
-            scheme = scheme if fit.bias is None else scheme.with_biases({layer.node: fit.bias})
-        return self.judge(scheme, select=False).distance
+        return self._distance(scheme if fit is None else fitted(scheme, layer.node, fit))
+
+    def _distance(self, scheme: Scheme) -> float:
+        session = ort.session(emit(self.state.model, scheme, self.state.seen()).SerializeToString(), self.bench.threads)
+        part = slice(0, self.held) if self.held else slice(None)
+        return divergence(self.bench.original_calibrate[part], answers(session, self.bench.splits.calibrate.x[part]))
 
     def options(self) -> list[list[Option]]:
         """Return each layer's widths with what they weigh in the file and what they harm."""
@@ -192,11 +210,14 @@ class Search:
         """Return the smallest scheme found that may be expected to keep the budget."""
         best = self.judge(self.start)
         self.tried.append(best)
-        self.measure()
+        if not self.measure():
+            return best.scheme
         choices = front(self.options())
         fits, fails = 0, len(choices)  # choices[fits] keeps the budget, choices[fails] (if there is one) does not
         harm = BUDGET_SHARE * self.bench.max_drop / POINTS_A_NAT
-        while fails - fits > 1 and self.bench.left() > 0:
+        took = 0.0  # a model that cannot be finished in time is not begun
+        while fails - fits > 1 and self.bench.left() > took:
+            began = time.monotonic()
             if fits == 0 or fails == len(choices):  # no bracket yet: look where the sum of harms says, then further out
                 at = int(np.searchsorted([choice.harm for choice in choices], harm))
                 at = min(max(at, fits + 1), fails - 1)
@@ -206,6 +227,7 @@ class Search:
                 middle = (choices[fits].size + choices[fails].size) / 2
                 at = next(k for k in range(fits + 1, fails) if choices[k].size <= middle or k == fails - 1)
             found = self.rebuilt(choices[at], 0.4 + 0.55 * min(1.0, len(self.tried) / 10))
+            took = time.monotonic() - began
             good = self.fits_budget(found)
             fits, fails, harm = (at, fails, 3 * harm) if good else (fits, at, harm / 3)
             if good:
