@@ -24,7 +24,9 @@ from compress.scheme import Candidate, Layer, Scheme
 from skills import ort
 from skills.errors import FormatError
 
-BUDGET_SHARE = 0.5  # of the budget may be foreseen: what is chosen looks better than it is, and the report part has its luck
+BUDGET_SHARE = (
+    0.5  # of the budget may be foreseen: what is chosen looks better than it is, and the report part has its luck
+)
 FORETOLD_ERROR = 0.3  # how far off, relatively, the drop foretold by confidence is, however many samples there are
 POINTS_A_NAT = 30.0  # of drop for one of distance, as on four reference nets; what is tried soon tells better
 KNOWN_BEFORE = 0.001  # nats that this counts for
