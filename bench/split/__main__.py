@@ -12,7 +12,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import wire
 from store import Store
 
 from skills import ort
+from skills.errors import SkerryError
 from skills.split import Link
 
 REFERENCE = Path(os.environ.get("SKERRY_REFERENCE", Path(__file__).parents[3] / "shared" / "data"))
@@ -77,27 +79,29 @@ class _Run:
         """Measure the wanted rows, or take them from earlier."""
         links = QUICK_LINKS if self._quick else nets.LINKS
         checks = wire.check(self._on, links)
-        grid = [cell for net in nets.NETS if net.name in wanted for cell in self._grid(net.name, "cubic")]
-        bbr = [cell for net in nets.NETS if "bbr" in wanted for cell in self._grid(net.name, "bbr")]
         missing = [f"the row {name}" for name in ROWS if name not in wanted]
         missing.append("the time of Sedna-like JSON requests (their bytes are)")
         if self._on.kind == "proxy":
             missing.append("cold requests, the trace and bbr, for which a proxy is no link")
-            bbr, wanted = [], [name for name in wanted if name not in ("cold", "trace", "bbr")]
-        chilly = self._cold() if "cold" in wanted else []
-        traced = self._trace() if "trace" in wanted else None
-        tail = self._tail() if "tail" in wanted else None
+            wanted = [name for name in wanted if name not in ("cold", "trace", "bbr")]
+        work: dict[str, Callable[[], Any]] = {name: partial(self._grid, name, "cubic") for name in GRIDS}
+        work |= {"bbr": self._bbr, "cold": self._cold, "trace": self._trace, "tail": self._tail}
+        done: dict[str, Any] = {}
+        for name in ROWS:
+            if name in wanted:
+                try:
+                    done[name] = work[name]()
+                except SkerryError as error:  # what was stored stays; the other rows are worth having
+                    say(f"{name}: {error}")
+                    missing.append(f"the row {name} ({error})")
+        grid = [cell for name in GRIDS for cell in done.get(name, ())]
         return table.Found(
-            self._about(time.monotonic() - start),
-            wire.KINDS[self._on.kind],
-            checks,
-            grid,
-            bbr,
-            chilly,
-            traced,
-            tail,
-            missing,
-        )
+            self._about(time.monotonic() - start), wire.KINDS[self._on.kind], checks, grid, done.get("bbr", ()),
+            done.get("cold", ()), done.get("trace"), done.get("tail"), missing,
+        )  # fmt: skip
+
+    def _bbr(self) -> list[dict[str, Any]]:
+        return [cell for name in GRIDS for cell in self._grid(name, "bbr")]
 
     def _planned(self, name: str) -> nets.Planned:
         if name not in self._plans:

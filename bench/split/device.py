@@ -36,7 +36,7 @@ class Device:
 
     def __init__(self, folder: Path, link: Path) -> None:
         self.model = SplitModel(folder, link=link, wait_s=PATIENCE_S)
-        plan = self.model.plan
+        plan = self._plan = self.model.plan  # the model's own is another one while a cut is pinned
         self.model.timer = Dilated(plan.slowdown) if plan.slowdown > 1 else Local()
         self._hash = plan_hash(plan)
         self._chain = ort.chain([folder / one.file for one in plan.segments], [live.name for live in plan.outputs])
@@ -70,7 +70,7 @@ class Device:
 
     def _foreign(self, arm: Arm, sample: Mapping[str, Array]) -> Ran:
         start = time.perf_counter()
-        cut = self.model.plan.cut(arm.cut)
+        cut = self._plan.cut(arm.cut)
         if arm.way == "float":
             values = self.model.timer.run(lambda: self._chain.run(sample, 0, cut.after)).value
             arrays = {live.name: values[live.name] for live in cut.tensors}

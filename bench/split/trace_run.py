@@ -160,8 +160,9 @@ def judge(found: Mapping[str, Any]) -> dict[str, float]:
     for phase in {row["phase"] for row in rows}:
         some = [row for row in rows if row["phase"] == phase]
         pinned = [row["oracle"] for row in some if "oracle" in row]
-        local = statistics.median(row["control"] for row in some)
-        ideal += len(some) * min(local, statistics.median(pinned) if pinned else local)
+        local = statistics.fmean(row["control"] for row in some)
+        # Means on both sides, or a hiccup of the machine would count against one of them only.
+        ideal += len(some) * min(local, statistics.fmean(pinned) if pinned else local)
     outage = [row for row in rows if row["phase"] == "outage"]
     switched = [
         row for last, row in itertools.pairwise(rows) if (last["cut"], last["coding"]) != (row["cut"], row["coding"])
