@@ -23,6 +23,7 @@ KINDS = {
 }
 START_S = 30.0
 SETTLE_S = 0.3
+SMALL_BYTES = 60  # a packet with next to nothing in it takes its time on a slow link, both ways
 SPREAD = 0.05  # a link whose round trip or rate is further off than this is said so
 
 
@@ -273,7 +274,7 @@ class Checked:
     @property
     def good(self) -> bool:
         """Say whether both are within five percent; half a millisecond is this machine's own."""
-        rtt_off = abs(self.rtt_ms - self.link.rtt_ms) - 0.5
+        rtt_off = abs(self.rtt_ms - self.link.rtt_ms - 2 * SMALL_BYTES / self.link.mbit / 125) - 0.5
         return rtt_off <= SPREAD * self.link.rtt_ms and abs(self.mbit / self.link.mbit - 1) <= SPREAD
 
 
