@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -49,7 +50,9 @@ def rounded(layers: Sequence[Linear], method: Method, size: int) -> list[Blocks]
         with _silent(), torch.no_grad():
             from neural_compressor.torch.quantization import GPTQConfig, RTNConfig, convert, prepare
 
-            config = (GPTQConfig if method == "gptq" else RTNConfig)(bits=BITS, use_sym=True, group_size=size)
+            options = {"bits": BITS, "use_sym": True, "group_size": size}
+            # Its GPTQ takes a path that is no folder for a model on a hub, and asks there for it.
+            config = GPTQConfig(model_path=os.curdir, **options) if method == "gptq" else RTNConfig(**options)
             ready = prepare(_Stack(layers), config)
             ready(torch.zeros(1))
             done = convert(ready)
