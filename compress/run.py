@@ -336,8 +336,7 @@ def _trained(
     name: str, reached: learn.Reached, before: State, bench: Bench, original: Original, work: _Work
 ) -> Emitted:
     """Place a trained network on its runtime and write it with the codes that it was trained to."""
-    placing = {step.name for step in PLACING}
-    passes = (*itertools.takewhile(lambda name: name not in placing, before.passes), replay.TRAIN)
+    passes = (*itertools.takewhile(lambda name: name != PLACE.name, before.passes), replay.TRAIN)
     state = apply(PLACING, State(reached.trained.model, notes=before.notes, passes=passes), lambda _step: bench)
     scheme = state.planned()
     known = {layer.node for layer in scheme.layers}

@@ -50,7 +50,10 @@ def test_a_net_of_any_kind_can_be_trained_or_is_left_as_it_is(
     assert {point.name for point in report.details.pareto} <= {"plain int8", "calibrated", "trained 1"}
     assert sum(report.details.samples.values()) == 700
     trained = [moment for moment in report.details.trail if moment.what == "trained 1"]
-    assert bool(trained) is (kind not in ("lstm", "gru"))
+    assert trained or kind in (
+        "lstm",
+        "gru",
+    )  # whose recurrent layers are left alone: little else may be there to train
     if report.details.macs is not None:
         before, after = report.details.macs
         assert after <= before
