@@ -28,7 +28,8 @@ BUDGET_SHARE = (
     0.5  # of the budget may be foreseen: what is chosen looks better than it is, and the report part has its luck
 )
 FORETOLD_ERROR = 0.3  # how far off, relatively, the drop foretold by confidence is, however many samples there are
-POINTS_A_NAT = 30.0  # of drop for one of distance: 25 to 35 on the reference nets
+POINTS_A_NAT = 30.0  # of drop for one of distance, as on four reference nets; what is tried soon tells better
+KNOWN_BEFORE = 0.001  # nats that this counts for
 DISTANCE_ERROR, DISTANCE_DOUBT = 0.4, 0.15  # relatively, and in points
 PROBE = 3  # bits at which a layer's harm is measured; at other widths it follows the error of the layer's own answers
 CLOSE = 0.02  # the search ends when the sizes in question are this near, relatively
@@ -45,32 +46,40 @@ def temperature(scores: Array, labels: Array | None) -> float:
     return float(TEMPERATURES[int(np.argmin(losses))])
 
 
-def expected_drop(bench: Bench, got: Array) -> float:
+def foretold_drop(bench: Bench, got: Array) -> Array:
+    """Return for each sample of the select part the points that its answer costs, going by the original's confidence,
+    which the labels set right first."""
+    original = bench.original_select
+    return foretold(log_probabilities(original) / temperature(original, bench.splits.select.y), got)
+
+
+def expected_drop(bench: Bench, got: Array, points_a_nat: float) -> float:
     """Return the drop in points to expect of a model that answers `got` on the select part.
 
     For class scores three estimates are weighed by how sure each is: the measured drop, which with few samples is mostly
-    chance; what the original's confidence, set right by the labels, says that the changed answers cost; and what the
-    distance of all answers says, changed or not. Scores so far from log-odds that no temperature fits have no such distance.
+    chance; what the original's confidence says that the changed answers cost; and what the distance of all answers says,
+    changed or not, at so many points a nat.
     """
     part, original = bench.splits.select, bench.original_select
     measured = points(bench.metric, part, original, got)
-    if bench.metric.name != "top1" or original.ndim != 2:
+    if not _scores(bench):
         return measured
     n, changed = len(got), (original.argmax(axis=1) != got.argmax(axis=1)).mean()
-    heat = temperature(original, part.y)
-    lost = foretold(log_probabilities(original) / heat, got)
-    by_answers, by_distance = float(lost.mean()), POINTS_A_NAT * divergence(original, got)
-    estimates = [
+    lost = foretold_drop(bench, got)
+    by_answers, by_distance = float(lost.mean()), points_a_nat * divergence(original, got)
+    estimates = (
         (measured, 1e4 * (changed + 1 / n) / n),
         (by_answers, (FORETOLD_ERROR * by_answers) ** 2 + (float(lost.var()) + 625 / n) / n),
         (by_distance, (DISTANCE_ERROR * by_distance) ** 2 + DISTANCE_DOUBT**2),
-    ]
-    if not TEMPERATURES[0] < heat < TEMPERATURES[-1]:
-        del estimates[2]
+    )
     sure = sum(1 / variance for _, variance in estimates)
-    expected = float(sum(value / variance for value, variance in estimates) / sure)
+    expected = sum(value / variance for value, variance in estimates) / sure
     # What the model was trained on it knows too well to show what it lost: there only the scores say it.
     return expected if bench.splits.train is None else max(expected, 100 * score_noise(original, got))
+
+
+def _scores(bench: Bench) -> bool:
+    return bench.metric.name == "top1" and bench.original_select.ndim == 2
 
 
 def score_noise(original: Array, output: Array) -> float:
@@ -98,6 +107,7 @@ class Search:
         self.tried: list[Candidate] = []
         self.fits: dict[str, dict[float, Fit]] = {}
         self.harm: dict[str, dict[float, float]] = {}
+        self.points, self.nats = KNOWN_BEFORE * POINTS_A_NAT, KNOWN_BEFORE
 
     def able(self) -> list[Layer]:
         """Return the layers that may be stored narrower."""
@@ -108,8 +118,13 @@ class Search:
         file = emit(self.state.model, scheme, self.state.seen()).SerializeToString()
         session = ort.session(file, self.bench.threads)
         distance = divergence(self.bench.original_calibrate, answers(session, self.bench.splits.calibrate.x))
-        drop = expected_drop(self.bench, answers(session, self.bench.splits.select.x))
-        return Candidate(len(file), distance, drop, scheme)
+        return Candidate(len(file), distance, self._expected(answers(session, self.bench.splits.select.x)), scheme)
+
+    def _expected(self, got: Array) -> float:
+        if _scores(self.bench):  # each model tried tells more about what distance costs this network
+            self.points += float(foretold_drop(self.bench, got).mean())
+            self.nats += divergence(self.bench.original_select, got)
+        return expected_drop(self.bench, got, self.points / self.nats)
 
     def measure(self) -> bool:
         """Fit each layer alone to each width, and see what the narrow ones do to the answers; say whether time was enough.
