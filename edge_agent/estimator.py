@@ -15,10 +15,12 @@ CALL_MS = 0.7  # what a tiny call costs on a link without delay
 FAST, SLOW = 0.5, 0.1
 PROBE_EVERY_S = 10.0  # without a transfer for this long, one is made
 PROBE_SHARE = 0.01  # of the time, at most
-SURPRISES = 3  # samples in a row that the slow average does not explain: the network has changed
+SURPRISES = 3  # samples in a row that what is known does not explain: the network has changed
+LONGER, LONGER_BY_MS = 1.5, 3.0  # a round trip that is both is a surprise
 MISSES = 2
 TRIAL_S = 10.0  # after a ping closed what missing requests had opened: for this long one more miss opens it again
 FIRST_PROBE_S, LAST_PROBE_S, JITTER = 0.5, 30.0, 0.2
+SOON_S, ABSENCE_SHARE = 2.0, 0.1  # a probe comes at least so soon, or after so much of the time that the tail was away
 
 
 class Estimator:
@@ -29,6 +31,7 @@ class Estimator:
         self._fallback_rtt = rtt_ms
         self._rtts: deque[tuple[float, float]] = deque(maxlen=200)
         self._surprises = 0
+        self._longer: list[tuple[float, float]] = []
         self._queue_ms = 0.0
         self._last_traffic_s = float("-inf")
         self._probe_at_s = float("-inf")
@@ -45,11 +48,23 @@ class Estimator:
         """Something was sent or came back."""
         self._last_traffic_s = now_s
 
-    def on_ping(self, now_s: float, rtt_ms: float) -> None:
-        """A tiny call came back."""
-        self._rtts.append((now_s, max(0.0, rtt_ms - CALL_MS)))
+    def on_ping(self, now_s: float, rtt_ms: float, *, alone: bool = True) -> None:
+        """A tiny call came back; `alone` says that no request of ours was on the link, which would have held it up."""
+        rtt = max(0.0, rtt_ms - CALL_MS)
+        known = self.rtt_ms(now_s) if self._rtts else rtt
+        if alone:
+            longer = rtt > max(LONGER * known, known + LONGER_BY_MS)
+            self._longer = [*self._longer, (now_s, rtt)] if longer else []
+        self._rtts.append((now_s, rtt))
+        if len(self._longer) >= SURPRISES:  # the way is longer now: what was known of it no longer holds
+            self._rtts, self._longer = deque(self._longer, maxlen=self._rtts.maxlen), []
+            self._probe_at_s = float("-inf")
         self._fallback_rtt = rtt_ms
         self.on_traffic(now_s)
+
+    def on_return(self) -> None:
+        """The tail was away and answers again: the way to it may be another one."""
+        self._probe_at_s = float("-inf")
 
     def on_transfer(
         self, now_s: float, size: int, total_ms: float, server_ms: float, queue_ms: float = 0.0, cold: bool = False
@@ -99,6 +114,7 @@ class Breaker:
     probe_at_s: float | None = None  # None: closed
     wait_s: float = FIRST_PROBE_S
     trial_until_s: float = float("-inf")
+    away_since_s: float = float("-inf")
 
     @property
     def open(self) -> bool:
@@ -125,5 +141,8 @@ class Breaker:
             self.misses, self.wait_s = 0, FIRST_PROBE_S  # the trial went well, or nobody asked: it begins anew
         self.misses, self.silences = self.misses + (not ping), self.silences + ping
         if self.open or max(self.misses, self.silences) >= MISSES:
+            self.away_since_s = self.away_since_s if self.open else now_s
             self.probe_at_s = now_s + self.wait_s * (1 + JITTER * (2 * luck - 1))
-            self.wait_s = min(self.wait_s * 2, LAST_PROBE_S)
+            # A tail that lives and does not compute is asked ever more rarely, one that is away may be back any moment.
+            soon = max(SOON_S, ABSENCE_SHARE * (now_s - self.away_since_s)) if ping else LAST_PROBE_S
+            self.wait_s = min(self.wait_s * 2, soon, LAST_PROBE_S)

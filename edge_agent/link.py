@@ -21,7 +21,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,8 @@ class Link:
         self._plans: set[str] = set()
         self._probing = False
         self._workers: set[asyncio.Task[Any]] = set()
+        self._channel: Any = None
+        self._stub: Any = None
 
     async def serve(self, path: Path, stop: asyncio.Event) -> None:
         """Listen on the Unix socket until `stop`.
@@ -74,16 +76,13 @@ class Link:
             Unreachable: the socket cannot be made.
             NotFound: a TLS file is missing.
         """
-        channel = _channel(self._target, self._tls)
-        stub = oip.service().GRPCInferenceServiceStub(channel)
+        self._open()
         try:
-            server = await asyncio.start_unix_server(
-                lambda reader, writer: self._worker(stub, reader, writer), _unnamed(path), limit=1 << 20
-            )
+            server = await asyncio.start_unix_server(self._worker, _unnamed(path), limit=1 << 20)
         except OSError as error:
             raise Unreachable(f"cannot listen on {path}: {error.strerror or error}") from None
         _name(path)
-        warm = asyncio.create_task(self._keep_warm(stub), name="keep-warm")
+        warm = asyncio.create_task(self._keep_warm(), name="keep-warm")
         try:
             await stop.wait()
         finally:
@@ -96,10 +95,25 @@ class Link:
                 writer.close()
             if self._workers:
                 await asyncio.wait(self._workers, timeout=1)
-            await channel.close()
+            await self._channel.close()
             _remove(path)
 
-    async def _worker(self, stub: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _open(self) -> None:
+        self._channel = _channel(self._target, self._tls)
+        self._stub = oip.service().GRPCInferenceServiceStub(self._channel)
+
+    def _reopen(self) -> None:
+        """Try the next probe on a new connection: on the old one TCP repeats what was lost ever more rarely, and nothing else."""
+        old = self._channel
+        self._open()
+        self._background(old.close(PING_DEADLINE_S), "close")
+
+    def _background(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._workers.add(task)
+        task.add_done_callback(self._workers.discard)
+
+    async def _worker(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         if task is not None:
             self._workers.add(task)
@@ -110,7 +124,7 @@ class Link:
         try:
             while (message := await ipc.read(reader)) is not None:
                 header, body = message
-                self._handle(stub, writer, header, body)
+                self._handle(writer, header, body)
                 await writer.drain()
         except (FormatError, ConnectionError):
             pass  # a worker that speaks nonsense or is gone loses its connection, the others keep theirs
@@ -120,10 +134,10 @@ class Link:
                 self._calls.pop(key).cancel()
             writer.close()
 
-    def _handle(self, stub: Any, writer: asyncio.StreamWriter, header: Mapping[str, Any], body: memoryview) -> None:
+    def _handle(self, writer: asyncio.StreamWriter, header: Mapping[str, Any], body: memoryview) -> None:
         op, number = header.get("op"), header.get("id")
         if op == "look":
-            self._start_probe(stub)
+            self._start_probe()
             return
         self._use()
         if op in ("infer", "plain") and type(number) is int:
@@ -131,12 +145,12 @@ class Link:
             if len(self._calls) >= MAX_IN_FLIGHT:
                 self._refuse(writer, number, "exhausted", f"{MAX_IN_FLIGHT} requests are on their way already")
                 return
-            task = asyncio.create_task(self._infer(stub, writer, number, header, bytes(body)), name=f"infer-{number}")
+            task = asyncio.create_task(self._infer(writer, number, header, bytes(body)), name=f"infer-{number}")
             self._calls[key] = task
             task.add_done_callback(lambda _: self._calls.pop(key, None))
         elif op == "plan" and len(self._plans) < MAX_PLANS:
             self._plans.add(str(header.get("plan"))[:64])
-            self._start_warming(stub)
+            self._start_warming()
         elif op == "cancel" and type(number) is int:
             task_or_none = self._calls.pop((id(writer), number), None)
             if task_or_none is not None:
@@ -144,27 +158,25 @@ class Link:
                 if header.get("late") is True:
                     self._missed()
 
-    def _start_probe(self, stub: Any) -> None:
+    def _start_probe(self) -> None:
         """Learn the bandwidth while every skill stays local, or none of them would ever find out that the link is better now."""
         now = self._clock()
         if self._probing or not self._connected_once or self._breaker.open or not self._estimator.wants_probe(now):
             return
         self._probing = True
-        task = asyncio.create_task(self._probe(stub), name="probe")
-        self._workers.add(task)
-        task.add_done_callback(self._workers.discard)
+        self._background(self._probe(), "probe")
 
-    async def _probe(self, stub: Any) -> None:
+    async def _probe(self) -> None:
         """Send two requests to a model that no tail has: the first one warms the connection, the second one is timed."""
         import grpc
 
         began = start = self._clock()
         try:
-            await self._ping(stub)
+            await self._ping()
             for _ in range(2):
                 start = self._clock()
                 with contextlib.suppress(grpc.aio.AioRpcError):
-                    await stub.ModelInfer(
+                    await self._stub.ModelInfer(
                         _request(PROBE, bytes(PROBE_BYTES), PROBE_DEADLINE_US), timeout=PROBE_DEADLINE_US / 1e6
                     )
             now = self._clock()
@@ -175,24 +187,20 @@ class Link:
             self._estimator.on_probe(self._clock(), self._clock() - began)
             self._probing = False
 
-    def _start_warming(self, stub: Any) -> None:
+    def _start_warming(self) -> None:
         """Have the tail load the plans in use before a request needs them; one that it does not know shows in the request."""
 
         async def warm(name: str) -> None:
             import grpc
 
             with contextlib.suppress(grpc.aio.AioRpcError):
-                await stub.ModelReady(oip.messages().ModelReadyRequest(name=name), timeout=WARM_DEADLINE_S)
+                await self._stub.ModelReady(oip.messages().ModelReadyRequest(name=name), timeout=WARM_DEADLINE_S)
 
         if self._connected_once and not self._breaker.open:
             for name in self._plans:
-                task = asyncio.create_task(warm(name), name=f"warm-{name}")
-                self._workers.add(task)
-                task.add_done_callback(self._workers.discard)
+                self._background(warm(name), f"warm-{name}")
 
-    async def _infer(
-        self, stub: Any, writer: asyncio.StreamWriter, number: int, header: Mapping[str, Any], frame: bytes
-    ) -> None:
+    async def _infer(self, writer: asyncio.StreamWriter, number: int, header: Mapping[str, Any], frame: bytes) -> None:
         import grpc
 
         start = self._clock()
@@ -205,7 +213,7 @@ class Link:
             return
         self._estimator.on_traffic(start)
         try:
-            call = stub.ModelInfer(request, timeout=deadline_us / 1e6)
+            call = self._stub.ModelInfer(request, timeout=deadline_us / 1e6)
             response = await call
             times = {
                 key: float(value) / 1e3
@@ -241,7 +249,7 @@ class Link:
             b"".join(response.raw_output_contents),
         )
 
-    async def _keep_warm(self, stub: Any) -> None:
+    async def _keep_warm(self) -> None:
         """Ping while somebody uses the link; while the breaker is open, probe at its pace instead."""
         while True:
             now = self._clock()
@@ -254,14 +262,17 @@ class Link:
                 await asyncio.sleep(KEEP_WARM_S if self._connected_once else 0)
             probe_at = self._breaker.probe_at_s
             if probe_at is None or self._clock() >= probe_at:  # it may have opened meanwhile
-                await self._ping(stub)
+                if self._breaker.open and self._breaker.silences:
+                    self._reopen()
+                await self._ping()
 
-    async def _ping(self, stub: Any) -> None:
+    async def _ping(self) -> None:
         import grpc
 
         start, probing = self._clock(), self._breaker.open
+        alone = not self._calls and not self._probing
         try:
-            await stub.ServerLive(
+            await self._stub.ServerLive(
                 oip.messages().ServerLiveRequest(), timeout=PING_DEADLINE_S, wait_for_ready=not self._connected_once
             )
         except grpc.aio.AioRpcError:
@@ -271,14 +282,15 @@ class Link:
         if self._breaker.open and not probing:
             return  # sent before requests went unanswered: it says nothing of now
         if self._connected_once and not self._breaker.open:
-            self._estimator.on_ping(now, (now - start) * 1e3)
+            self._estimator.on_ping(now, (now - start) * 1e3, alone=alone and not self._calls)
         # The first one after an absence paid for TCP and TLS: its time says nothing, and the tail may be another process.
         returned = not self._connected_once or self._breaker.open
         self._connected_once = True
         self._breaker.on_ping(now)
         self._tell_all()
         if returned:
-            self._start_warming(stub)
+            self._estimator.on_return()
+            self._start_warming()
 
     def _use(self) -> None:
         self._last_use_s = self._clock()
@@ -404,6 +416,7 @@ def _channel(target: str, tls: Path | None) -> Any:
         ("grpc.min_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 5000),
         ("grpc.enable_http_proxy", 0),
+        ("grpc.use_local_subchannel_pool", 1),  # or a new channel would be the old connection
     )
     if tls is None:
         return grpc.aio.insecure_channel(target, options=options)

@@ -44,6 +44,10 @@ class Tail:
         self.pings: list[float] = []
         self.asked: list[float] = []
         self.warmed: list[str] = []
+        self.opened: list[float] = []
+
+    async def close(self, grace: float) -> None:
+        """Stands for the channel's too."""
 
     async def finish(self, limit_s: float, computes: bool = False) -> Any:
         if not self.up:
@@ -82,19 +86,31 @@ class Writer:
         self.heard.append(dict(unpack_frame(data[4:], 1 << 20)[0]))
 
 
+class Scripted(Link):
+    """A link whose connections all lead to one scripted tail."""
+
+    def __init__(self, tail: Tail) -> None:
+        super().__init__("nowhere:1", None, clock=asyncio.get_running_loop().time, luck=lambda: 0.5)
+        self.tail = tail
+        self._open()
+
+    def _open(self) -> None:
+        self._channel = self._stub = self.tail
+        self.tail.opened.append(self._clock())
+
+
 class World:
     """A link, its scripted tail and one worker."""
 
     def __init__(self) -> None:
-        loop = asyncio.get_running_loop()
         self.tail, self.worker = Tail(), Writer()
-        self.link = Link("nowhere:1", None, clock=loop.time, luck=lambda: 0.5)
+        self.link = Scripted(self.tail)
         self.link._writers.add(self.worker)  # type: ignore[arg-type]
         self.link._use()
-        self.warm = asyncio.create_task(self.link._keep_warm(self.tail))
+        self.warm = asyncio.create_task(self.link._keep_warm())
 
     def say(self, **header: Any) -> None:
-        self.link._handle(self.tail, self.worker, header, memoryview(b"frame"))  # type: ignore[arg-type]
+        self.link._handle(self.worker, header, memoryview(b"frame"))  # type: ignore[arg-type]
 
     async def ask(self, **more: Any) -> dict[str, Any]:
         """Send one request and return the answer."""
@@ -143,24 +159,42 @@ def test_a_used_connection_is_kept_warm_on_its_own_channel_and_an_unused_one_is_
     simulated(story)
 
 
-def test_a_tail_that_is_gone_is_probed_ever_more_rarely_and_found_again_by_itself(simulated: Any) -> None:
+def test_a_tail_that_is_gone_is_probed_on_new_connections_and_found_again_by_itself(simulated: Any) -> None:
     async def story(world: World) -> None:
         world.say(op="plan", plan=PLAN)
         await asyncio.sleep(1)
         assert world.up()
+        assert len(world.tail.opened) == 1
         world.tail.up = False
         gone = asyncio.get_running_loop().time()
-        await asyncio.sleep(120)
+        await asyncio.sleep(600)
         assert not world.up()
         probes = [at for at in world.tail.pings if at > gone]
         gaps = [b - a for a, b in itertools.pairwise(probes)]
-        assert gaps[1:7] == pytest.approx([0.5, 1, 2, 4, 8, 16], abs=0.1)
-        assert max(gaps) <= 30.1
+        assert gaps[1:5] == pytest.approx([0.5, 1, 2, 2], abs=0.1)
+        for at, gap in zip(probes, gaps, strict=False):  # missed for a tenth of the absence at most
+            assert gap <= max(2.1, 0.11 * (at + gap - gone))
+        assert max(gaps) == pytest.approx(30, abs=0.5)
+        assert (
+            world.tail.opened[1:] == probes[2:]
+        )  # TCP repeats what was lost ever more rarely, a new connection asks at once
         world.tail.up, before = True, len(world.tail.warmed)
         await asyncio.sleep(31)
         assert world.up()
         assert world.tail.warmed[before:] == [PLAN]  # it may be another process now
         assert (await world.ask())["ok"]
+
+    simulated(story)
+
+
+def test_after_an_outage_of_ten_seconds_the_tail_is_found_again_within_two(simulated: Any) -> None:
+    async def story(world: World) -> None:
+        await asyncio.sleep(1)
+        world.tail.up = False
+        await asyncio.sleep(10)
+        world.tail.up = True
+        await asyncio.sleep(2.1)
+        assert world.up()
 
     simulated(story)
 

@@ -43,6 +43,34 @@ def test_the_round_trip_is_the_least_of_the_last_ten_seconds() -> None:
     assert estimator.rtt_ms(11.0) == pytest.approx(50.0)
 
 
+def test_three_longer_round_trips_in_a_row_on_a_free_link_are_a_longer_way_and_ask_for_its_bandwidth() -> None:
+    estimator = Estimator()
+    send(estimator, 0.0, 20, 5)
+    for at in (1.0, 1.2, 1.4):
+        assert estimator.rtt_ms(at) == pytest.approx(5.0)
+        assert not estimator.wants_probe(at)
+        estimator.on_ping(at, 50.0 + CALL_MS)
+    assert estimator.rtt_ms(1.4) == pytest.approx(50.0)
+    assert estimator.wants_probe(1.4)
+
+
+def test_round_trips_behind_a_request_or_between_short_ones_are_no_longer_way() -> None:
+    estimator = Estimator()
+    for at in range(20):
+        estimator.on_ping(at / 10, (50.0 if at % 3 else 5.0) + CALL_MS)
+    for at in range(20, 40):
+        estimator.on_ping(at / 10, 50.0 + CALL_MS, alone=False)
+    assert estimator.rtt_ms(4.0) == pytest.approx(5.0)
+
+
+def test_a_tail_that_was_away_and_is_back_is_asked_for_its_bandwidth() -> None:
+    estimator = Estimator()
+    send(estimator, 0.0, 20, 5)
+    assert not estimator.wants_probe(1.0)
+    estimator.on_return()
+    assert estimator.wants_probe(1.0)
+
+
 def test_small_and_cold_transfers_say_nothing_about_the_rate() -> None:
     estimator = Estimator()
     estimator.on_transfer(0.0, 500, 40.0, 1.0)
@@ -70,7 +98,7 @@ def test_two_misses_open_the_breaker_and_one_answer_closes_it() -> None:
 
 
 @given(st.lists(st.floats(0, 1), min_size=3, max_size=30))
-def test_probes_grow_rarer_up_to_a_bound_and_are_spread(lucks: list[float]) -> None:
+def test_probes_of_a_tail_that_lives_grow_rarer_up_to_a_bound_and_are_spread(lucks: list[float]) -> None:
     breaker, now = Breaker(), 0.0
     for at, luck in enumerate(lucks):
         breaker.on_miss(now, luck)
@@ -79,6 +107,18 @@ def test_probes_grow_rarer_up_to_a_bound_and_are_spread(lucks: list[float]) -> N
             middle = min(0.5 * 2 ** (at - 1), LAST_PROBE_S)
             assert 0.8 * middle - 1e-9 <= wait <= 1.2 * middle + 1e-9
             now = breaker.probe_at_s
+
+
+@given(st.lists(st.floats(0, 1), min_size=3, max_size=60))
+def test_a_tail_that_is_away_is_looked_for_within_two_seconds_or_a_tenth_of_its_absence(lucks: list[float]) -> None:
+    breaker, now = Breaker(), 0.0
+    breaker.on_miss(now, 0.5, ping=True)
+    for luck in lucks:
+        breaker.on_miss(now, luck, ping=True)
+        assert breaker.probe_at_s is not None
+        wait = breaker.probe_at_s - now
+        assert wait <= 1.2 * min(LAST_PROBE_S, max(2.0, 0.1 * now)) + 1e-9
+        now = breaker.probe_at_s
 
 
 def test_pings_do_not_hide_a_tail_that_lives_but_does_not_compute() -> None:
