@@ -1,4 +1,7 @@
-"""The tail's one compute thread: takes decoded requests, those that must begin first, and runs their remaining segments."""
+"""The tail computes one batch at a time: decoded requests wait, those that must begin first go first, segments run one by one.
+
+A thread of its own takes what waits. A request that finds nobody else may run on its caller's thread: two hand-overs less.
+"""
 
 import concurrent.futures
 import dataclasses
@@ -62,6 +65,7 @@ class Engine:
         self._queue: LaneQueue[Job] = LaneQueue(bound)
         self._metrics = metrics or Metrics()
         self._ready = threading.Condition()
+        self._busy = False  # somebody computes
         self._stop_at_s = float("inf")
         self._thread = threading.Thread(target=self._work, name="tail-compute", daemon=True)
         self._thread.start()
@@ -77,9 +81,16 @@ class Engine:
         return self._stop_at_s != float("inf")
 
     def submit(
-        self, loaded: Loaded, after: int, values: "Arrays", deadline_s: float, wanted: Callable[[], bool]
+        self,
+        loaded: Loaded,
+        after: int,
+        values: "Arrays",
+        deadline_s: float,
+        wanted: Callable[[], bool],
+        *,
+        here: bool = False,
     ) -> "concurrent.futures.Future[Result]":
-        """Queue a request.
+        """Queue a request, or with `here` run it on this thread if nobody else computes or waits.
 
         Raises:
             QueueFull: as many wait as may.
@@ -89,11 +100,17 @@ class Engine:
         with self._ready:
             if self.draining:
                 raise Draining("the tail is shutting down: answer on the device")
-            if not self._queue.push(job, deadline_s - loaded.pace.least_s(after), _lane(job)):
+            here = here and not self._busy and not len(self._queue)
+            if here:
+                self._busy = True
+            elif not self._queue.push(job, deadline_s - loaded.pace.least_s(after), _lane(job)):
                 raise QueueFull(
                     f"the tail has {self._bound} requests waiting: try again later, or answer on the device"
                 )
-            self._ready.notify()
+            elif not self._busy:
+                self._ready.notify()
+        if here:
+            self._compute((job,))
         return job.result
 
     def drain(self, grace_s: float) -> None:
@@ -106,21 +123,29 @@ class Engine:
     def _work(self) -> None:
         while True:
             with self._ready:
-                while not len(self._queue) and self._stop_at_s == float("inf"):
+                while self._busy or not (len(self._queue) or self.draining):
                     self._ready.wait(IDLE_WAKE_S)
                 now = time.monotonic()
                 if now > self._stop_at_s:
                     for left in self._queue.clear():
                         self._give_up(left, "drain", Draining("the tail shut down before the request's turn"))
                 if not len(self._queue):
-                    if self._stop_at_s == float("inf"):
-                        continue
                     return
                 turn = self._queue.pop(now, functools.partial(_how_many, now))
+                self._busy = bool(turn.jobs)
             for late in turn.expired:
                 self._give_up(late, "queue", DeadlineExceeded("the request's time ran out while it waited at the tail"))
             if turn.jobs:
-                self._run(turn.jobs)
+                self._compute(turn.jobs)
+
+    def _compute(self, jobs: Sequence[Job]) -> None:
+        """Run a batch for which `_busy` was set."""
+        try:
+            self._run(jobs)
+        finally:
+            with self._ready:
+                self._busy = False
+                self._ready.notify()
 
     def _run(self, jobs: Sequence[Job]) -> None:
         start = time.monotonic()

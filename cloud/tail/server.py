@@ -100,7 +100,9 @@ def make_service(
                 try:
                     values = frame.decode()
                     decoded = time.monotonic()
-                    waiting = engine.submit(frame.loaded, frame.cut.after, values, deadline, context.is_active)
+                    waiting = engine.submit(
+                        frame.loaded, frame.cut.after, values, deadline, context.is_active, here=True
+                    )
                 except BaseException:
                     budget.give(size)
                     raise

@@ -169,3 +169,47 @@ def test_a_request_that_cannot_be_in_time_any_more_is_not_begun(chain: Chain, as
     with pytest.raises(DeadlineExceeded, match="ran out while it waited"):
         late.result(WAIT_S)
     assert chain.batches == []
+
+
+def test_a_request_that_finds_nobody_else_runs_on_its_callers_thread_and_others_wait_for_it(
+    chain: Chain, engine: Engine, ask: Any
+) -> None:
+    threads: list[str] = []
+    chain.on_run = lambda _at, _array: threads.append(threading.current_thread().name)
+    loaded = Loaded("1" * 16, Planned(), chain, Pace(2))  # type: ignore[arg-type]
+    found: list[Any] = []
+
+    def alone() -> None:
+        values = {"x": np.zeros((1, 1))}
+        found.append(engine.submit(loaded, 0, values, time.monotonic() + 60, lambda: True, here=True))
+
+    caller = threading.Thread(target=alone, name="caller")
+    caller.start()
+    assert chain.started.wait(WAIT_S)
+    waiting = ask(7)
+    assert engine.waiting == 1  # nothing computes beside it
+    chain.gate.set()
+    caller.join(WAIT_S)
+    assert found[0].result(WAIT_S).outputs["x"].item() == 2
+    assert waiting.result(WAIT_S).outputs["x"].item() == 9
+    assert threads == ["caller", "caller", "tail-compute", "tail-compute"]
+
+
+def test_draining_waits_for_what_runs_on_a_callers_thread(chain: Chain, engine: Engine) -> None:
+    loaded = Loaded("1" * 16, Planned(), chain, Pace(2))  # type: ignore[arg-type]
+    found: list[Any] = []
+    values = {"x": np.zeros((1, 1))}
+    caller = threading.Thread(
+        target=lambda: found.append(
+            engine.submit(loaded, 0, values, time.monotonic() + 60, lambda: True, here=True).result(WAIT_S)
+        )
+    )
+    caller.start()
+    assert chain.started.wait(WAIT_S)
+    ending = threading.Thread(target=engine.drain, args=(WAIT_S,))
+    ending.start()
+    chain.gate.set()
+    ending.join(WAIT_S)
+    caller.join(WAIT_S)
+    assert not ending.is_alive()
+    assert found[0].outputs["x"].item() == 2
