@@ -1,5 +1,6 @@
 """What a run leaves behind: the report with its figures, and the files of the result folder."""
 
+import collections
 import dataclasses
 import json
 import platform
@@ -19,6 +20,7 @@ from compress.measure import Runner
 from compress.pieces import pieces
 from compress.recipe import Recipe, RecipeLayer
 from compress.report import Baseline, DataLevel, Details, LayerRow, Moment, Point, Report, Result
+from compress.scheme import Scheme
 from compress.stage import Stage, write
 from skills import ort, zstd
 from skills.files import sha256_hex
@@ -84,7 +86,7 @@ def report(run: Run, chosen: Judged, all_judged: Sequence[Judged], plain: Emitte
     scheme = emitted.state.scheme
     details = Details(
         original.source.name, _model_file(run.profile), run.max_drop, run.goal, run.seed,
-        _rows(emitted), emitted.audit.counts if emitted.audit else {}, emitted.state.notes, warnings,
+        _rows(emitted), emitted.audit.counts if emitted.audit else {}, (*emitted.state.notes, *_stored(scheme)), warnings,
         {name: len(part) for name, part in run.splits.parts().items()},
         data_level=_level(run), unit=original.metric.unit,
         pareto=tuple(_point(one, chosen, times, at) for at, one in enumerate(shown)),
@@ -202,6 +204,16 @@ def _float(original: Original) -> object:
     import onnx
 
     return onnx.load_model_from_string(original.stripped)
+
+
+def _stored(scheme: Scheme | None) -> tuple[str, ...]:
+    """Return in words how wide the layers are stored."""
+    if scheme is None or not scheme.layers:
+        return ()
+    counts = collections.Counter(layer.bits for layer in scheme.layers)
+    rows = ", ".join(f"{counts[bits]} in {bits:g} bits" for bits in sorted(counts, reverse=True))
+    needs = f" Such weights need onnxruntime {_version(least_runtime(scheme))} or newer." if min(counts) < 8 else ""
+    return (f"Layers are stored as follows: {rows}.{needs}",)
 
 
 def _total(counts: Mapping[str, int]) -> int:

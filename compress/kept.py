@@ -16,7 +16,7 @@ from skills.profile import Profile
 
 
 def pack(state: State) -> bytes:
-    """Return all of a state but the models that were tried."""
+    """Return all of a state but the models that were only tried."""
     arrays: dict[str, Array] = {"model": np.frombuffer(state.model.SerializeToString(), np.uint8)}
     head: dict[str, Any] = {"notes": state.notes, "passes": state.passes, "choices": dict(state.choices)}
     head["harm"] = {node: list(row.items()) for node, row in state.harm.items()}
@@ -25,15 +25,7 @@ def pack(state: State) -> bytes:
         for at, (name, seen) in enumerate(state.statistics.items()):
             head["seen"].append([name, float(seen.lo), float(seen.hi), float(seen.least), float(seen.most)])
             arrays[f"counts {at}"], arrays[f"mean {at}"] = seen.counts, seen.mean
-    if state.scheme is not None:
-        scheme = state.scheme
-        head["layers"] = [dataclasses.asdict(layer) for layer in scheme.layers]
-        head["ranges"] = {name: [float(found.lo), float(found.hi)] for name, found in scheme.ranges.items()}
-        head["codes"] = [[node, codes.axis, codes.bits] for node, codes in scheme.codes.items()]
-        head["biases"] = list(scheme.biases)
-        for at, codes in enumerate(scheme.codes.values()):
-            arrays[f"values {at}"], arrays[f"scales {at}"] = codes.values, codes.scales
-        arrays |= {f"bias {at}": bias for at, bias in enumerate(scheme.biases.values())}
+    head["schemes"] = [_described(scheme, f"{at} ", arrays) for at, scheme in enumerate(_schemes(state))]
     arrays["head"] = np.frombuffer(json.dumps(head).encode(), np.uint8)
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
@@ -47,25 +39,46 @@ def unpack(raw: bytes, profile: Profile) -> State:
     with np.load(io.BytesIO(raw), allow_pickle=False) as stored:
         arrays = {name: stored[name] for name in stored.files}
     head = json.loads(arrays["head"].tobytes())
-    statistics = scheme = None
+    statistics = None
     if "seen" in head:
         statistics = {
             name: Observed(arrays[f"counts {at}"], lo, hi, least, most, arrays[f"mean {at}"])
             for at, (name, lo, hi, least, most) in enumerate(head["seen"])
         }
-    if "layers" in head:
-        scheme = Scheme(
-            tuple(Layer(**{**row, "shape": tuple(row["shape"])}) for row in head["layers"]),
-            {name: Range(*limits) for name, limits in head["ranges"].items()},
-            profile,
-            {
-                node: Codes(arrays[f"values {at}"], arrays[f"scales {at}"], axis, bits)
-                for at, (node, axis, bits) in enumerate(head["codes"])
-            },
-            {node: arrays[f"bias {at}"] for at, node in enumerate(head["biases"])},
-        )
+    schemes = [_scheme(row, f"{at} ", arrays, profile) for at, row in enumerate(head["schemes"])]
     return State(
-        onnx.load_model_from_string(arrays["model"].tobytes()), statistics, scheme, tuple(head["notes"]),
+        onnx.load_model_from_string(arrays["model"].tobytes()), statistics, schemes[0] if schemes else None, tuple(head["notes"]),
         {node: dict(row) for node, row in head["harm"].items()},
-        passes=tuple(head["passes"]), choices=head["choices"],
+        passes=tuple(head["passes"]), choices=head["choices"], bolder=tuple(schemes[1:]),
     )  # fmt: skip
+
+
+def _schemes(state: State) -> tuple[Scheme, ...]:
+    return () if state.scheme is None else (state.scheme, *state.bolder)
+
+
+def _described(scheme: Scheme, prefix: str, arrays: dict[str, Array]) -> dict[str, Any]:
+    """Return a scheme without its arrays, which go into `arrays`."""
+    for at, codes in enumerate(scheme.codes.values()):
+        arrays[f"{prefix}values {at}"], arrays[f"{prefix}scales {at}"] = codes.values, codes.scales
+    for at, bias in enumerate(scheme.biases.values()):
+        arrays[f"{prefix}bias {at}"] = bias
+    return {
+        "layers": [dataclasses.asdict(layer) for layer in scheme.layers],
+        "ranges": {name: [float(found.lo), float(found.hi)] for name, found in scheme.ranges.items()},
+        "codes": [[node, codes.axis, codes.bits] for node, codes in scheme.codes.items()],
+        "biases": list(scheme.biases),
+    }
+
+
+def _scheme(row: dict[str, Any], prefix: str, arrays: dict[str, Array], profile: Profile) -> Scheme:
+    return Scheme(
+        tuple(Layer(**{**layer, "shape": tuple(layer["shape"])}) for layer in row["layers"]),
+        {name: Range(*limits) for name, limits in row["ranges"].items()},
+        profile,
+        {
+            node: Codes(arrays[f"{prefix}values {at}"], arrays[f"{prefix}scales {at}"], axis, bits)
+            for at, (node, axis, bits) in enumerate(row["codes"])
+        },
+        {node: arrays[f"{prefix}bias {at}"] for at, node in enumerate(row["biases"])},
+    )

@@ -22,7 +22,9 @@ class Rung:
     share: float
 
 
-RUNGS = (Rung(0.84, 3.2, 0.20), Rung(0.72, 3.0, 0.30), Rung(0.60, 2.8, 0.30), Rung(0.48, 2.7, 0.20))
+RUNGS = (
+    Rung(0.85, 3.2, 0.15), Rung(0.74, 3.0, 0.25), Rung(0.64, 2.9, 0.25), Rung(0.55, 2.8, 0.20), Rung(0.46, 2.7, 0.15)
+)  # fmt: skip
 HOPELESS = 8.0  # times the budget lost on select: nothing behind this rung will be within it
 
 
@@ -40,8 +42,8 @@ def batch(samples: int) -> int:
 def steps(at: int, climbed: tuple[Rung, ...], left_s: float, step_s: float, samples: int) -> int:
     """Return for how many steps rung number `at` is trained, 0 if the time is too short to be of use.
 
-    `left_s` is what is left for this rung and those behind it. The count is rounded down to two leading binary digits: two
-    runs whose steps take about as long then make the same plan.
+    `left_s` is what is left for this rung and those behind it; the count is
+    rounded down to two leading binary digits: two runs whose steps take about as long then make the same plan.
     """
     share = climbed[at].share / sum(rung.share for rung in climbed[at:])
     each = max(1, samples // batch(samples))

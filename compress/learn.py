@@ -46,7 +46,7 @@ class Reached:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Lesson:
-    """What training may use. `kept` and `keep` read and write the resume store; `teacher` answers as the output should."""
+    """What training may use. `get` and `put` read and write the resume store; `teacher` answers as the output should."""
 
     calibrate: Part
     train: Part
@@ -61,7 +61,8 @@ class Lesson:
     get: Callable[[str], bytes | None]
     put: Callable[[str, bytes], None]
     say: Callable[[str, float], None]
-    multiple: int = 0  # of channels, as `shrinking.choose` takes it
+    multiple: int = 0  # of channels, as `shrinking.choose` takes it; and `block`
+    block: int = 1
 
     def kept(self, key: str, make: Callable[[], bytes]) -> bytes:
         """Return what is kept under a key, or make and keep it."""
@@ -78,9 +79,9 @@ class Lesson:
 
 
 def climb(model: Any, lesson: Lesson, planned: Sequence[Stage] | None = None) -> Iterator[Reached]:
-    """Yield what each rung comes to, until the time is spent or, with `planned`, those stages are done again.
+    """Yield what each stage comes to, until the time is spent or, with `planned`, those stages are done again.
 
-    `model` is the canonicalised float graph. Later rungs are smaller; each starts from the one before.
+    `model` is the canonicalised float graph. Later rungs are smaller; each starts from the weights of the one before.
     """
     model = with_biases(model)
     full, done = model, Shrink()
@@ -98,7 +99,7 @@ def climb(model: Any, lesson: Lesson, planned: Sequence[Stage] | None = None) ->
         else:
             shrink = choose(
                 full, done, x[:SAMPLES], wanted, usual[at].kept, lesson.goal,
-                lambda share: lesson.say("choosing what to remove", share), lesson.multiple,
+                lambda share: lesson.say("choosing what to remove", share), lesson.multiple, lesson.block,
             )  # fmt: skip
         small = shrink.apply(full)
         bits = dict(known.bits) if known is not None else _widths(small, lesson, usual[at], x[:SAMPLES], wanted)

@@ -49,17 +49,22 @@ def parents(data: Data, **files: str | None) -> dict[str, str]:
 
 def tools() -> dict[str, str]:
     """Return the versions of everything that had a hand in it, those of packages only if they were really imported."""
+    known = ground()
+    for name in ("torch", "ai_edge_litert", "PIL"):
+        if name in sys.modules:
+            known[name] = str(getattr(sys.modules[name], "__version__", ""))
+    return known
+
+
+def ground() -> dict[str, str]:
+    """Return the versions of what every run uses: the same in each process of an installation."""
     import onnx
 
     import skills
 
-    known = ort.versions() | {
+    return ort.versions() | {
         "python": platform.python_version(),
         "numpy": np.__version__,
         "onnx": onnx.__version__,
         "skerry": getattr(skills, "__version__", ""),
     }
-    for name in ("torch", "ai_edge_litert", "PIL"):
-        if name in sys.modules:
-            known[name] = str(getattr(sys.modules[name], "__version__", ""))
-    return known

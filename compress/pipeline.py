@@ -32,7 +32,8 @@ CHECK_SAMPLES = 16
 class State:
     """What is known so far: the float model, what calibration saw, the scheme, and remarks for the report.
 
-    `passes` are those that changed something; `choices` says for passes with several options which one they took.
+    `passes` are those that changed something; `choices` says for passes with several options which one they took. `bolder`
+    are smaller schemes that may keep the budget too, the largest first.
     """
 
     model: Any
@@ -45,6 +46,7 @@ class State:
     tried: tuple[Candidate, ...] = ()
     passes: tuple[str, ...] = ()
     choices: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    bolder: tuple[Scheme, ...] = ()
 
     def seen(self) -> Statistics:
         """Return the statistics; a pass that needs them runs after `ranges`."""

@@ -18,7 +18,7 @@ from compress.converters.environment import ready
 from compress.data import Data, Splits
 from compress.emit import widths
 from compress.judge import Emitted, Original, look, result, write
-from compress.lineage import parents, tools
+from compress.lineage import ground, parents
 from compress.measure import Runner
 from compress.passes.bias import BIAS
 from compress.passes.bits import BITS
@@ -100,7 +100,7 @@ def run(
     inputs = _inputs(teacher, recipe)
     all_inputs = parents(samples, model=read.sha256, **inputs)
     taught = "" if teacher is None else sha256_hex(measure.answers(original.teacher, splits.calibrate.x).tobytes())
-    about = (all_inputs, taught, profile, max_drop, goal, seed, [step.name for step in passes], tools())
+    about = (all_inputs, taught, profile, max_drop, goal, seed, [step.name for step in passes], ground())
     work.open(sha256_hex(repr(about).encode()), resume)
 
     stages: dict[str, tuple[Stage, ...]] = {}
@@ -110,6 +110,7 @@ def run(
         written, plain = ((_replayed(again, (*passes, *PASSES, *WEIGHTS_ONLY), bench, original, work, stages),),), None
     else:
         written, plain = _searched(passes, learns, bench, original, work, stages)
+    warnings = (*warnings, *work.left_out)
     work.say("looking at the report part", TRAINED_UP_TO + 0.02)
     families = [[look(one, splits.report, original) for one in family] for family in written]
     judged = [one for family in families for one in family]
@@ -147,11 +148,19 @@ def _searched(
     if plain is not None:
         candidates.insert(0, write("plain int8", plain, bench.profile, bench.splits, original, bench.metric))
     work.found(candidates[-1], original)
+    for at, scheme in enumerate(state.bolder):
+        bolder = dataclasses.replace(state, scheme=scheme)
+        candidates.append(write(f"bolder {at + 1}", bolder, bench.profile, bench.splits, original, bench.metric))
     trained: list[Emitted] = []
     if learns:
-        for at, reached in enumerate(_climb(state, bench, original, work)):
-            emitted = _trained(f"trained {at + 1}", reached, state, bench, original, work)
-            stages[emitted.name] = reached.stages
+        for reached in _climb(state, bench, original, work):
+            name = f"trained {len(reached.stages)}"
+            try:
+                emitted = _trained(name, reached, state, bench, original, work)
+            except SkerryError as error:  # not to be had on this runtime; the others are
+                work.left_out.append(f"'{name}' was left out: {error}.")
+                continue
+            stages[name] = reached.stages
             trained.append(emitted)
             work.found(emitted, original)
             if emitted.drop_select > ladder.HOPELESS * max(bench.max_drop, 1.0):
@@ -197,6 +206,7 @@ class _Work:
         self.noted = began
         self.calibrated = 1.0
         self.trail: list[Moment] = []
+        self.left_out: list[str] = []
         self.best = ""
         self.shown = 0.0
 
@@ -327,7 +337,7 @@ def _climb(
     lesson = learn.Lesson(
         bench.splits.calibrate, train, original.session, original.teacher, labels, bench.goal,  # type: ignore[arg-type]
         widths(state.model, bench.profile), bench.seed, len(os.sched_getaffinity(0)), work.left, work.get, work.put, say,
-        bench.profile.channel_multiple,
+        bench.profile.channel_multiple, bench.profile.channel_block,
     )  # fmt: skip
     return learn.climb(state.model, lesson, planned)
 
@@ -337,7 +347,8 @@ def _trained(
 ) -> Emitted:
     """Place a trained network on its runtime and write it with the codes that it was trained to."""
     passes = (*itertools.takewhile(lambda name: name != PLACE.name, before.passes), replay.TRAIN)
-    state = apply(PLACING, State(reached.trained.model, notes=before.notes, passes=passes), lambda _step: bench)
+    model = canonicalise(reached.trained.model)  # where a branch was removed, two activations follow each other
+    state = apply(PLACING, State(model, notes=before.notes, passes=passes), lambda _step: bench)
     scheme = state.planned()
     known = {layer.node for layer in scheme.layers}
     scheme = scheme.with_bits({node: width for node, width in reached.bits.items() if node in known})

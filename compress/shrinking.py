@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from compress import graph
-from compress.channels import Branch, Group, branches, groups, macs, params, rounded, shrink
+from compress.channels import Branch, Group, branches, groups, params, rounded, shrink, work
 from compress.graph import Array
 from compress.measure import divergence
 from compress.saliency import contribution
@@ -41,27 +41,30 @@ class Shrink:
         return shrink(model, self.keep, [branch for branch in branches(model) if branch.add in self.without])
 
 
-def cost(model: Any, whole: Any, goal: Goal) -> float:
-    """Return what is left of a network's cost, 0..1: weights for size, multiplications for latency, half and half for both."""
+def cost(model: Any, whole: Any, goal: Goal, block: int = 1) -> float:
+    """Return what is left of a network's cost, 0..1: weights for size, work for latency, half and half for both.
+
+    `block` is how many channels the runtime computes at once: fewer take as long.
+    """
     parts = []
     if goal != "latency":
         parts.append(sum(params(model).values()) / max(1, sum(params(whole).values())))
     if goal != "size":
-        parts.append(sum(macs(model).values()) / max(1, sum(macs(whole).values())))
+        parts.append(work(model, block) / max(1, work(whole, block)))
     return sum(parts) / len(parts)
 
 
 def choose(
     model: Any, now: Shrink, x: Array, original: Array, target: float, goal: Goal,
-    say: Callable[[float], None] = lambda _share: None, multiple: int = 0,
+    say: Callable[[float], None] = lambda _share: None, multiple: int = 0, block: int = 1,
 ) -> Shrink:  # fmt: skip
     """Return `now` and more to remove, until at most `target` of the cost of `model` is left or nothing more can go.
 
     `original` is what the network answered to `x` before anything was removed; channels are kept in multiples of
-    `multiple`, or of 8 in wide layers and 4 in narrow ones where it is 0.
+    `multiple`, or of 8 in wide layers and 4 in narrow ones where it is 0. `block` is that of `cost`.
     """
-    probe = _Probe(model, x, original, multiple)
-    left = cost(now.apply(model), model, goal)
+    probe = _Probe(model, x, original, multiple, block)
+    left = cost(now.apply(model), model, goal, block)
     for turn in range(ROUNDS):
         if left <= target:
             break
@@ -70,7 +73,7 @@ def choose(
         found = []
         steps = list(probe.candidates(now))
         for at, step in enumerate(steps):
-            saved = left - cost(step.apply(model), model, goal)
+            saved = left - cost(step.apply(model), model, goal, block)
             if saved > 0:
                 found.append((max(probe.harm(step) - plain, 0.0) / saved, at, step))
             say((turn + (at + 1) / len(steps)) / ROUNDS)
@@ -78,7 +81,7 @@ def choose(
             break
         for _, _, step in sorted(found, key=lambda row: row[:2]):
             now = _joined(now, step)
-            left = cost(now.apply(model), model, goal)
+            left = cost(now.apply(model), model, goal, block)
             if left <= until:
                 break
     say(1.0)
@@ -116,8 +119,8 @@ def _joined(one: Shrink, other: Shrink) -> Shrink:
 class _Probe:
     """The network with parts of it at zero, and how far its answers then are from the original's."""
 
-    def __init__(self, model: Any, x: Array, original: Array, multiple: int) -> None:
-        self.model, self.original, self.multiple = model, original, multiple
+    def __init__(self, model: Any, x: Array, original: Array, multiple: int, block: int) -> None:
+        self.model, self.original, self.multiple, self.block = model, original, multiple, block
         self.twin = Twin(model).eval()
         self.x = torch.from_numpy(np.ascontiguousarray(x))
         self.groups: tuple[Group, ...] = groups(model)
@@ -150,12 +153,16 @@ class _Probe:
             units = state.keep.get(number, tuple(range(group.size)))
             multiple = self.multiple or (8 if group.size >= WIDE else 4)
             least = rounded(group.size * LEAST_KEPT, multiple, multiple)
-            stay = max(rounded(len(units) - group.size * CHUNK, multiple, least), least)
-            if stay >= len(units) or set(group.makers) <= gone or not group.makers:
+            if len(units) <= least or set(group.makers) <= gone or not group.makers:
                 continue
             scores = contribution(self.values, group, self.power)
-            best = sorted(sorted(units, key=lambda unit: -scores[unit])[:stay])
-            found.append(dataclasses.replace(state, keep={**state.keep, number: tuple(best)}))
+            ranked = sorted(units, key=lambda unit: -scores[unit])
+            step = max(rounded(len(units) - group.size * CHUNK, multiple, least), least)
+            fewer = (len(units) - 1) // self.block * self.block if self.block > 1 else 0  # a block less to compute
+            found += [
+                dataclasses.replace(state, keep={**state.keep, number: tuple(sorted(ranked[:stay]))})
+                for stay in sorted({step, fewer} if fewer >= least else {step})
+            ]
         return found
 
     def _mask(self, state: Shrink) -> None:

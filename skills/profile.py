@@ -41,6 +41,11 @@ class Profile:
         int, Doc("where channels are removed, those left are a multiple of this; 0: 8 in wide layers, 4 in narrow ones"),
         Limits(min=0, max=128),
     ] = 0  # fmt: skip
+    channel_block: Annotated[
+        int,
+        Doc("how many channels the runtime computes at once: a layer with fewer takes as long"),
+        Limits(min=1, max=128),
+    ] = 1
     accelerator: Annotated[
         str | None,
         Doc("as Arm's Vela names it: a .tflite is compiled for it too"),

@@ -10,10 +10,11 @@ import contextlib
 import dataclasses
 import math
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
-from compress.emit import MIN_PACKED, emit, least_runtime, widths
+from compress.emit import MIN_PACKED, emit, widths
 from compress.graph import Array
 from compress.knapsack import Choice, Option, front
 from compress.measure import answers, divergence, foretold, log_probabilities, points
@@ -24,12 +25,11 @@ from compress.scheme import Candidate, Layer, Scheme
 from skills import ort
 from skills.errors import FormatError
 
-BUDGET_SHARE = (
-    0.5  # of the budget may be foreseen: what is chosen looks better than it is, and the report part has its luck
-)
+SAFE = 0.5  # of the budget may be foreseen: what is chosen looks better than it is, and the report part has its luck
+BOLD = 1.0  # of the budget may be foreseen of what is only offered
+MOST_BOLDER = 6
 FORETOLD_ERROR = 0.3  # how far off, relatively, the drop foretold by confidence is, however many samples there are
-POINTS_A_NAT = 30.0  # of drop for one of distance, as on four reference nets; what is tried soon tells better
-KNOWN_BEFORE = 0.001  # nats that this counts for
+POINTS_A_NAT = 30.0  # of drop for one of distance: 25 to 35 on the reference nets
 DISTANCE_ERROR, DISTANCE_DOUBT = 0.4, 0.15  # relatively, and in points
 PROBE = 3  # bits at which a layer's harm is measured; at other widths it follows the error of the layer's own answers
 CLOSE = 0.02  # the search ends when the sizes in question are this near, relatively
@@ -46,40 +46,32 @@ def temperature(scores: Array, labels: Array | None) -> float:
     return float(TEMPERATURES[int(np.argmin(losses))])
 
 
-def foretold_drop(bench: Bench, got: Array) -> Array:
-    """Return for each sample of the select part the points that its answer costs, going by the original's confidence,
-    which the labels set right first."""
-    original = bench.original_select
-    return foretold(log_probabilities(original) / temperature(original, bench.splits.select.y), got)
-
-
-def expected_drop(bench: Bench, got: Array, points_a_nat: float) -> float:
+def expected_drop(bench: Bench, got: Array) -> float:
     """Return the drop in points to expect of a model that answers `got` on the select part.
 
     For class scores three estimates are weighed by how sure each is: the measured drop, which with few samples is mostly
-    chance; what the original's confidence says that the changed answers cost; and what the distance of all answers says,
-    changed or not, at so many points a nat.
+    chance; what the original's confidence, set right by the labels, says that the changed answers cost; and what the
+    distance of all answers says, changed or not. Scores so far from log-odds that no temperature fits have no such distance.
     """
     part, original = bench.splits.select, bench.original_select
     measured = points(bench.metric, part, original, got)
-    if not _scores(bench):
+    if bench.metric.name != "top1" or original.ndim != 2:
         return measured
     n, changed = len(got), (original.argmax(axis=1) != got.argmax(axis=1)).mean()
-    lost = foretold_drop(bench, got)
-    by_answers, by_distance = float(lost.mean()), points_a_nat * divergence(original, got)
-    estimates = (
+    heat = temperature(original, part.y)
+    lost = foretold(log_probabilities(original) / heat, got)
+    by_answers, by_distance = float(lost.mean()), POINTS_A_NAT * divergence(original, got)
+    estimates = [
         (measured, 1e4 * (changed + 1 / n) / n),
         (by_answers, (FORETOLD_ERROR * by_answers) ** 2 + (float(lost.var()) + 625 / n) / n),
         (by_distance, (DISTANCE_ERROR * by_distance) ** 2 + DISTANCE_DOUBT**2),
-    )
+    ]
+    if not TEMPERATURES[0] < heat < TEMPERATURES[-1]:
+        del estimates[2]
     sure = sum(1 / variance for _, variance in estimates)
-    expected = sum(value / variance for value, variance in estimates) / sure
+    expected = float(sum(value / variance for value, variance in estimates) / sure)
     # What the model was trained on it knows too well to show what it lost: there only the scores say it.
     return expected if bench.splits.train is None else max(expected, 100 * score_noise(original, got))
-
-
-def _scores(bench: Bench) -> bool:
-    return bench.metric.name == "top1" and bench.original_select.ndim == 2
 
 
 def score_noise(original: Array, output: Array) -> float:
@@ -107,7 +99,6 @@ class Search:
         self.tried: list[Candidate] = []
         self.fits: dict[str, dict[float, Fit]] = {}
         self.harm: dict[str, dict[float, float]] = {}
-        self.points, self.nats = KNOWN_BEFORE * POINTS_A_NAT, KNOWN_BEFORE
 
     def able(self) -> list[Layer]:
         """Return the layers that may be stored narrower."""
@@ -118,13 +109,8 @@ class Search:
         file = emit(self.state.model, scheme, self.state.seen()).SerializeToString()
         session = ort.session(file, self.bench.threads)
         distance = divergence(self.bench.original_calibrate, answers(session, self.bench.splits.calibrate.x))
-        return Candidate(len(file), distance, self._expected(answers(session, self.bench.splits.select.x)), scheme)
-
-    def _expected(self, got: Array) -> float:
-        if _scores(self.bench):  # each model tried tells more about what distance costs this network
-            self.points += float(foretold_drop(self.bench, got).mean())
-            self.nats += divergence(self.bench.original_select, got)
-        return expected_drop(self.bench, got, self.points / self.nats)
+        drop = expected_drop(self.bench, answers(session, self.bench.splits.select.x))
+        return Candidate(len(file), distance, drop, scheme)
 
     def measure(self) -> bool:
         """Fit each layer alone to each width, and see what the narrow ones do to the answers; say whether time was enough.
@@ -204,19 +190,27 @@ class Search:
         self._say(at, f"{found.bytes} bytes: {found.drop:+.2f} points")
         return found
 
-    def fits_budget(self, found: Candidate) -> bool:
-        """Return whether a model may be expected to keep the budget."""
-        return found.drop <= BUDGET_SHARE * self.bench.max_drop
-
-    def run(self) -> Scheme:
-        """Return the smallest scheme found that may be expected to keep the budget."""
+    def run(self) -> tuple[Scheme, tuple[Scheme, ...]]:
+        """Return the smallest scheme that is foreseen to take half of the budget, and smaller ones that take up to all of it."""
         best = self.judge(self.start)
         self.tried.append(best)
         if not self.measure():
-            return best.scheme
+            return best.scheme, ()
         choices = front(self.options())
-        fits, fails = 0, len(choices)  # choices[fits] keeps the budget, choices[fails] (if there is one) does not
-        harm = BUDGET_SHARE * self.bench.max_drop / POINTS_A_NAT
+        found: dict[int, Candidate] = {0: best}  # of the choices
+        for share in (SAFE, BOLD):
+            self.bisect(choices, found, share * self.bench.max_drop)
+        limit = SAFE * self.bench.max_drop
+        best = min((one for one in found.values() if one.drop <= limit), key=lambda one: one.bytes, default=best)
+        bolder = [one for one in found.values() if one.bytes < best.bytes and one.drop <= BOLD * self.bench.max_drop]
+        bolder.sort(key=lambda one: -one.bytes)
+        return best.scheme, tuple(one.scheme for one in bolder[:MOST_BOLDER])
+
+    def bisect(self, choices: Sequence[Choice], found: dict[int, Candidate], limit: float) -> None:
+        """Try choices until the smallest that keeps a foreseen drop within `limit` is known, or the time is spent."""
+        fails = min((at for at, one in found.items() if at and one.drop > limit), default=len(choices))
+        fits = max(at for at in found if at < fails)
+        harm = limit / POINTS_A_NAT
         took = 0.0  # a model that cannot be finished in time is not begun
         while fails - fits > 1 and self.bench.left() > took:
             began = time.monotonic()
@@ -228,13 +222,9 @@ class Search:
             else:
                 middle = (choices[fits].size + choices[fails].size) / 2
                 at = next(k for k in range(fits + 1, fails) if choices[k].size <= middle or k == fails - 1)
-            found = self.rebuilt(choices[at], 0.4 + 0.55 * min(1.0, len(self.tried) / 10))
+            found[at] = self.rebuilt(choices[at], 0.4 + 0.55 * min(1.0, len(self.tried) / 14))
             took = time.monotonic() - began
-            good = self.fits_budget(found)
-            fits, fails, harm = (at, fails, 3 * harm) if good else (fits, at, harm / 3)
-            if good:
-                best = min(best, found, key=lambda one: one.bytes)
-        return best.scheme
+            fits, fails, harm = (at, fails, 3 * harm) if found[at].drop <= limit else (fits, at, harm / 3)
 
     def _say(self, share: float, best: str = "") -> None:
         self.bench.say(share, best)
@@ -255,15 +245,12 @@ def _run(state: State, bench: Bench) -> State:
     search = Search(state, bench, allowed)
     if len(allowed) < 2 or bench.goal == "latency" or not search.able():
         return state
-    scheme = search.run()
-    counts = {bits: sum(layer.bits == bits for layer in scheme.layers) for bits in allowed}
-    stored = ", ".join(f"{count} in {bits:g} bits" for bits, count in counts.items() if count)
-    note = f"Layers are stored as follows: {stored}; {len(search.tried)} whole models were tried."
-    if any(count for bits, count in counts.items() if bits < 8):
-        note += f" Such weights need onnxruntime {'.'.join(map(str, least_runtime(scheme)))} or newer."
+    scheme, bolder = search.run()
+    note = f"To choose the stored bits, {len(search.tried)} whole models were tried."
     return dataclasses.replace(
-        state, scheme=scheme, notes=(*state.notes, note), harm=search.harm, tried=(*state.tried, *search.tried)
-    )
+        state, scheme=scheme, bolder=bolder, notes=(*state.notes, note), harm=search.harm,
+        tried=(*state.tried, *search.tried),
+    )  # fmt: skip
 
 
 BITS = Pass("bits", "choosing bits for each layer", _run)

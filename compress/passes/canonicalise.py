@@ -51,15 +51,21 @@ def _raise_opset(model: Any) -> Any:
 
 
 def _remove_nothing(model: Any) -> None:
-    """Identity and (at inference) Dropout pass their input on."""
+    """Identity and (at inference) Dropout pass their input on, and so does a Relu what another one gives."""
     ends = graph.outputs(model)
     rename: dict[str, str] = {}
     ending: dict[str, str] = {}  # what a node makes that only passes it on as the graph's output -> that output
     made = {name for node in model.graph.node for name in node.output} - ends
     kept = []
+    positive: set[str] = set()
     for node in model.graph.node:
         for at, name in enumerate(node.input):
             node.input[at] = rename.get(name, name)
+        if node.op_type == "Relu":
+            if node.input[0] in positive and node.output[0] not in ends:
+                rename[node.output[0]] = node.input[0]
+                continue
+            positive.add(node.output[0])
         mask_is_read = len(node.output) > 1 and bool(node.output[1]) and node.output[1] in graph.consumers(model)
         training = len(node.input) > 2 and bool(node.input[2])
         if node.op_type in NOTHING and node.output[0] not in ends and not mask_is_read and not training:

@@ -14,7 +14,7 @@ import torch
 from compress import graph, neural
 from compress.graph import Array
 from compress.moments import measurable
-from compress.passes.bits import BUDGET_SHARE, Search
+from compress.passes.bits import SAFE, Search
 from compress.passes.place import place
 from compress.pipeline import Bench, Pass, State
 from compress.scheme import Candidate, Layer, Scheme
@@ -79,9 +79,7 @@ def _run(state: State, bench: Bench) -> State:
         bench.say((at + 1) / len(_ways()), told[-1])
     note = f"Weight-only by neural-compressor, against {now.bytes:,} bytes at {now.drop:+.2f} points without: {'; '.join(told)}."
     state = dataclasses.replace(state, notes=(*state.notes, note), tried=(*state.tried, *tried.values()))
-    better = [
-        way for way, found in tried.items() if found.bytes < now.bytes and found.drop <= BUDGET_SHARE * bench.max_drop
-    ]
+    better = [way for way, found in tried.items() if found.bytes < now.bytes and found.drop <= SAFE * bench.max_drop]
     if not better:
         return state
     best = min(better, key=lambda way: tried[way].bytes)
@@ -96,7 +94,7 @@ def _ways() -> dict[str, tuple[neural.Method, int]]:
 def _kept(state: State, scheme: Scheme, way: str, why: str) -> State:
     note = f"{why} {way} (method, inputs that share a scale) in {len(scheme.blocks)} layers."
     choices = {**state.choices, WEIGHT_ONLY.name: way}
-    return dataclasses.replace(state, scheme=scheme, notes=(*state.notes, note), choices=choices)
+    return dataclasses.replace(state, scheme=scheme, bolder=(), notes=(*state.notes, note), choices=choices)
 
 
 def _tried(state: State, bench: Bench, way: str) -> Scheme:

@@ -494,3 +494,14 @@ def test_a_metric_that_fails_ends_the_run_before_the_search(small_net: Callable[
             progress=lambda stage, *_: stages.append(stage),
         )  # fmt: skip
     assert stages == ["reading the model and the data"]
+
+
+def test_the_detectors_metric_of_the_docs_marks_each_box(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "compression.md").read_text()
+    (code,) = [part.split("```")[0] for part in page.split("```python\n") if part.startswith("# boxes.py")]
+    np.savez(tmp_path / "boxes.npz", x=np.zeros((20, 3), np.float32), y=np.tile(np.float32([0, 0, 2, 2]), (20, 1)))
+    (tmp_path / "boxes.py").write_text(code.replace("boxes.npz", str(tmp_path / "boxes.npz")))
+    found = data.load(f"{tmp_path / 'boxes.py'}:samples")
+    assert callable(found.metric)
+    guesses = np.float32([[0, 0, 2, 2], [1, 0, 3, 2], [5, 5, 6, 6], [2, 2, 1, 1]])
+    assert found.metric(guesses, found.y[:4]) == pytest.approx([1, 1 / 3, 0, 0])

@@ -52,7 +52,7 @@ def test_what_is_chosen_later_goes_on_from_what_went_before(small_net: Callable[
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_harm_by_masks_is_that_of_the_really_smaller_graph(kind: str, small_net: Callable[[str], Any]) -> None:
     model, x, wanted = prepared(small_net(kind))
-    probe = _Probe(model, x, wanted, 0)
+    probe = _Probe(model, x, wanted, 0, 1)
     assert probe.harm(Shrink()) == pytest.approx(0, abs=1e-5)
     steps = probe.candidates(Shrink())
     assert steps
@@ -86,3 +86,13 @@ def test_a_branch_that_went_with_channels_can_be_lifted_too(small_net: Callable[
     trained = done.apply(model)
     assert len(trained.graph.node) < len(model.graph.node)
     assert done.apply(lift(model, done, trained)).SerializeToString() == trained.SerializeToString()
+
+
+def test_channels_that_a_kernel_computes_anyway_are_no_saving_of_time(small_net: Callable[[str], Any]) -> None:
+    model, x, wanted = prepared(small_net("plain"))
+    found = choose(model, Shrink(), x, wanted, 0.6, "size")
+    small = found.apply(model)
+    widths = {name: value.shape[0] for name, value in graph.arrays(small).items() if value.ndim == 4}
+    assert any(width < 16 for width in widths.values())
+    assert cost(small, model, "latency") < 1
+    assert cost(small, model, "latency", 64) == pytest.approx(1)  # all of them fit into one block, and did before

@@ -24,3 +24,9 @@ def test_an_identity_in_front_of_the_output_gives_its_name_to_what_it_passed_on(
 
 def test_an_identity_of_the_input_itself_stays() -> None:
     assert ending_in(helper.make_node("Identity", ["x"], ["y"])) == [("Identity", ["y"])]
+
+
+def test_a_relu_behind_a_relu_goes_and_one_behind_anything_else_stays() -> None:
+    nodes = [helper.make_node("Relu", ["x"], ["a"]), helper.make_node("Relu", ["a"], ["b"]),
+             helper.make_node("Neg", ["b"], ["c"]), helper.make_node("Relu", ["c"], ["y"])]  # fmt: skip
+    assert [kind for kind, _ in ending_in(*nodes)] == ["Relu", "Neg", "Relu"]
