@@ -174,7 +174,11 @@ class Student:
         return [{"params": p, "lr": rate, "base": rate, "weight_decay": decay} for p, rate, decay in rows if p]
 
     def finish(self) -> tuple[Any, dict[str, Codes]]:
-        """Return the graph with the norms folded in, and the codes of the rounded layers by node."""
+        """Return the graph with the norms folded in, and the codes of the rounded layers by node.
+
+        A rounded layer's weights are those that its codes stand for: the ones that were trained may lie far from them (on
+        CIFAR a ResNet-56 that was right 91 % of the time with its codes was so 40 % of the time without).
+        """
         model = self.twin.to_onnx()
         values = graph.arrays(model)
         factors: dict[str, Array] = {}
@@ -183,11 +187,13 @@ class Student:
             factors[weight], offset = norm.fold()
             values[bias] = values[bias] * factors[weight] + offset
         codes: dict[str, Codes] = {}
-        for name, rounding in self.rounding.items():
-            codes[rounding.layer.node] = rounding.codes(values[name], factors.get(name, np.ones(1, np.float32)))
         for name, factor in factors.items():
-            axis = 1 if self.transposed(name) else 0
-            values[name] = values[name] * _along(factor, axis, values[name].ndim)
+            if name not in self.rounding:
+                axis = 1 if self.transposed(name) else 0
+                values[name] = values[name] * _along(factor, axis, values[name].ndim)
+        for name, rounding in self.rounding.items():
+            made = rounding.codes(values[name], factors.get(name, np.ones(1, np.float32)))
+            codes[rounding.layer.node], values[name] = made, made.restore()
         for item in model.graph.initializer:
             if item.name in self.twin.weights:
                 item.CopyFrom(graph.tensor(item.name, values[item.name].astype(np.float32)))

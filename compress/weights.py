@@ -64,8 +64,10 @@ def half(values: Array) -> Array:
 
 
 def encode(weight: Array, axis: int, bits: float, range_bits: int = 8) -> Codes:
-    """Return codes for `weight`, each channel's scale the one of `CANDIDATES` with the least squared error.
+    """Return codes for `weight`, each channel's scale the candidate with the least squared error.
 
+    Candidates are `CANDIDATES` cuts and, at few bits, each scale that makes the largest value a code: what was rounded once
+    is found again unchanged.
     A channel of zeros gets scale 1: zero times anything is right, and a scale of 0 would not be.
     """
     low, high = limits(bits, range_bits)
@@ -75,13 +77,14 @@ def encode(weight: Array, axis: int, bits: float, range_bits: int = 8) -> Codes:
     biggest[biggest < reach * np.finfo(np.float32).tiny] = reach  # all zero, or so small that the scale would vanish
     best = np.full(len(rows), np.inf)
     scales = biggest / reach
-    for factor in np.linspace(1.0, LEAST_SHRINK[range_bits if bits == 8 else bits], CANDIDATES):
-        scale = (biggest * factor / reach)[:, None]
+    cuts = np.linspace(1.0, LEAST_SHRINK[range_bits if bits == 8 else bits], CANDIDATES)
+    for factor in (*cuts, *(reach / code for code in range(1, -low + 1) if low >= -8)):
+        scale = half(biggest * np.float32(factor / reach))[:, None]
         error = ((np.clip(np.rint(rows / scale), low, high) * scale - rows) ** 2).sum(axis=1)
         better = error < best
         best[better] = error[better]
         scales[better] = scale[better, 0]
-    return encode_with(weight, axis, bits, scales.astype(np.float32), range_bits)
+    return encode_with(weight, axis, bits, scales, range_bits)
 
 
 def encode_with(weight: Array, axis: int, bits: float, scales: Array, range_bits: int = 8) -> Codes:

@@ -7,15 +7,15 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from compress.packing import pack, padding, unpack
 from compress.weights import TERNARY, encode, half, limits
 
-SHAPES = array_shapes(min_dims=1, max_dims=4, min_side=0, max_side=9)
 NARROW = (4, 3, 2, TERNARY)
 WEIGHTS = arrays(np.float32, array_shapes(min_dims=2, max_dims=4, max_side=6), elements=st.floats(-4, 4, width=32))
 
 
 @st.composite
-def narrow_codes(draw: st.DrawFn) -> tuple[float, np.ndarray]:
+def narrow_codes(draw: st.DrawFn, least: int = 0) -> tuple[float, np.ndarray]:
     bits = draw(st.sampled_from(NARROW))
-    return bits, draw(arrays(np.int8, SHAPES, elements=st.integers(*limits(bits))))
+    shapes = array_shapes(min_dims=1, max_dims=4, min_side=least, max_side=9)
+    return bits, draw(arrays(np.int8, shapes, elements=st.integers(*limits(bits))))
 
 
 @given(narrow_codes())
@@ -50,6 +50,13 @@ def test_codes_are_made_for_the_scales_that_are_stored(scale: float) -> None:
     with np.errstate(over="ignore"):
         exact = (codes.scales.astype(np.float16).astype(np.float32) == codes.scales).all()
     assert exact == (scale in (1e-3, 1.0))  # what 16 bits cannot hold stays in 32
+
+
+@given(narrow_codes(least=1), st.floats(1e-4, 10))
+def test_what_was_rounded_once_is_found_again_unchanged(case: tuple[float, np.ndarray], scale: float) -> None:
+    bits, codes = case
+    weight = codes.astype(np.float32) * half(np.full(1, scale, np.float32))
+    assert (encode(weight, 0, bits).restore() == weight).all()
 
 
 def test_a_nearly_dead_channel_does_not_force_its_neighbours_into_32_bits() -> None:
