@@ -90,11 +90,15 @@ class Board:
         if self._connection is None:
             raise Unreachable(f"{self.name} is not running")
         body, json_len = encode_call(call)
+        path, headers = f"/v2/models/{skill}/infer", {BINARY_HEADER: str(json_len)}
         begin = time.perf_counter()
         try:
-            self._connection.request("POST", f"/v2/models/{skill}/infer", body, {BINARY_HEADER: str(json_len)})
-            response = self._connection.getresponse()
-            data = response.read()
+            try:
+                response, data = _post(self._connection, path, body, headers)
+            except ConnectionError:  # the agent closes a connection that was silent for a minute: on to a new one
+                self._connection.close()
+                begin = time.perf_counter()
+                response, data = _post(self._connection, path, body, headers)
         except (OSError, http.client.HTTPException) as error:
             self._connection.close()
             raise Unreachable(f"{self.name} does not answer: {error}") from None
@@ -132,3 +136,11 @@ class Board:
 
     def _command(self, verb: str) -> list[str]:
         return [sys.executable, "-P", "-m", "edge_agent", verb, "--data", str(self.folder)]
+
+
+def _post(
+    connection: http.client.HTTPConnection, path: str, body: bytes, headers: dict[str, str]
+) -> tuple[http.client.HTTPResponse, bytes]:
+    connection.request("POST", path, body, headers)
+    response = connection.getresponse()
+    return response, response.read()

@@ -10,6 +10,8 @@ from compress import compress
 
 pytestmark = pytest.mark.reference
 
+BUDGET_S = 60.0  # for training; the bench has an hour
+
 
 def load(reference: Path) -> Any:
     spec = importlib.util.spec_from_file_location("reference_load", reference / "load.py")
@@ -28,6 +30,7 @@ def test_resnet20_keeps_its_accuracy_and_is_never_slower(reference: Path, tmp_pa
         reference / "cifar10jpeg" / "resnet20_cifar10jpeg.onnx",
         {"x": x[:2000], "y": y[:2000], "x_train": x_train[:1000], "y_train": y_train[:1000]},
         tmp_path / "out",
+        time_budget=BUDGET_S,
     )
     assert report.verdict != "not_reached"
     assert report.drop <= 1.0
@@ -51,6 +54,7 @@ def test_a_watch_net_in_one_dimension_is_small_and_fast(reference: Path, tmp_pat
         reference / "watch_imu" / "har_watch_cnn.onnx",
         {"x": x, "y": y, "x_train": x_train, "y_train": y_train},
         tmp_path / "out",
+        time_budget=BUDGET_S,
     )
     assert report.drop <= 1.0
     assert report.ratio_file > 5
