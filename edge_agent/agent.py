@@ -345,6 +345,9 @@ class Agent:
     async def _obey(self, number: str, header: Mapping[str, Any], body: bytes) -> None:
         try:
             match header.get("op"):
+                case "hello":  # the controller was away when this device came: it may not have heard its first words
+                    self._greet()
+                    reply, answer = {}, b""
                 case "infer":
                     reply, answer = await self._infer(header, body)
                 case "logs":

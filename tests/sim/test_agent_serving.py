@@ -316,3 +316,17 @@ def test_a_quiet_device_gives_a_sign_of_life_every_minute(scene):
         assert 9 <= len(world.controller.reports) <= 11
 
     scene(story)
+
+
+def test_asked_for_a_sign_of_life_a_device_introduces_itself_again(scene):
+    """A controller that came back after its broker never heard the first words."""
+
+    async def story(world):
+        await world.boot()
+        await world.until(lambda: world.controller.hellos)
+        (first,) = world.controller.hellos
+        world.controller.command("q", op="hello")
+        await world.until(lambda: len(world.controller.hellos) == 2)
+        assert world.controller.hellos[1].nonce != first.nonce
+
+    scene(story)
