@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from edge_agent.tail_client import LinkClient, Tail
+from edge_agent.tail_client import LinkClient, Reply, Tail
 from skills import codec, ort
 from skills.confidence import confidence
 from skills.errors import FormatError, NotFound
@@ -128,6 +128,8 @@ class SplitModel:
                 values = self._chain.run(feeds, 0, cut.after) if cut.after else feeds
                 for coding in cut.codings:
                     codec.encode(coding, cut.tensors, values)
+                for reply in self.plan.replies if cut.name == "local" else ():
+                    codec.decode(reply, self.plan.outputs, codec.encode(reply, self.plan.outputs, values))
 
     def _choose(self, now_s: float) -> tuple[Choice, str]:
         estimate, reason = self._estimate(now_s)
@@ -163,19 +165,20 @@ class SplitModel:
             return self._go_on(start, choice, values, 0, "the tensors hold NaN or infinity", None, mine)
         sent = self._clock()
         patience = self._patience_s(start, sent, choice, deadline_s, mine is not None)
-        request = tail.send(self._hash, cut.name, coding.name, frame, patience + self._rest_s(choice) + 0.05)
-        reply = tail.wait(request, patience)
-        if reply is not None and reply.outputs is not None and self._complete(reply.outputs):
-            return self._done(start, choice, "cloud" if cut.name == "input" else "split", len(frame), reply.outputs, "")
+        request = tail.send(
+            self._hash, cut.name, coding.name, frame, patience + self._rest_s(choice) + 0.05,
+            choice.reply.name if choice.reply else "",
+        )  # fmt: skip
+        reply = self._look(request, patience, choice)
         if reply is None:
             return self._go_on(
                 start, choice, values, len(frame), f"no answer within {patience * 1e3:.0f} ms", request, mine
             )
-        if reply.kind == "invalid" or reply.outputs is not None:
+        if reply.outputs is not None:
+            return self._done(start, choice, "cloud" if cut.name == "input" else "split", len(frame), reply.outputs, "")
+        if reply.kind == "invalid":
             self._refused_until_s = self._clock() + REFUSED_S
-        return self._go_on(
-            start, choice, values, len(frame), reply.error or "the tail's answer lacks an output", None, mine
-        )
+        return self._go_on(start, choice, values, len(frame), reply.error, None, mine)
 
     def _joint(self, start: float, choice: Choice, reason: str, inputs: "Arrays", deadline_s: float | None) -> "Arrays":
         """Ask the small model; where it is not sure, the big one, with the small one's answer in hand.
@@ -236,8 +239,8 @@ class SplitModel:
             )
         for at in range(choice.cut.after, len(self.plan.segments)):
             if request is not None and self.tail is not None:
-                reply = self.tail.wait(request, 0)
-                if reply is not None and reply.outputs is not None and self._complete(reply.outputs):
+                reply = self._look(request, 0, choice)
+                if reply is not None and reply.outputs is not None:
                     return self._done(
                         start,
                         choice,
@@ -273,16 +276,36 @@ class SplitModel:
     ) -> float:
         if deadline_s is None:
             return self._wait_s
+        reading_s = choice.reply.decode_ms * self._alpha / 1e3 if choice.reply else 0.0
+        spare = start + deadline_s - sent - reading_s - MARGIN_S
         if answered:  # the small model's answer is there: nothing needs to run here after the wait
-            return max(0.0, min(self._wait_s, start + deadline_s - sent - MARGIN_S))
-        spare = start + deadline_s - sent - self._rest_s(choice) - MARGIN_S
+            return max(0.0, min(self._wait_s, spare))
+        spare -= self._rest_s(choice)
         if self._rest_s(choice) <= deadline_s:
             return max(0.0, min(self._wait_s, spare))
         predicted_s = max(0.0, choice.ms - choice.cut.device_ms.p50 * self._alpha) / 1e3
         return min(self._wait_s, deadline_s, PATIENCE * predicted_s)
 
-    def _complete(self, outputs: "Arrays") -> bool:
-        return all(live.name in outputs for live in self.plan.outputs)
+    def _look(self, request: int, timeout_s: float, choice: Choice) -> Reply | None:
+        """Return the reply with the model's outputs in it, or as invalid if they cannot be had of it; None: none came yet."""
+        reply = self.tail.wait(request, timeout_s) if self.tail is not None else None
+        if reply is None or reply.outputs is None:
+            return reply
+        outputs, coding = reply.outputs, choice.reply
+        if reply.coding:
+            if coding is None or coding.name != reply.coding:
+                return Reply(
+                    None, "invalid", f"the tail's answer is in a coding {reply.coding[:16]!r} that nobody asked for"
+                )
+            try:
+                outputs = self.timer.run(
+                    lambda: codec.decode_reply(coding, self.plan.outputs, reply.outputs or {})
+                ).value
+            except FormatError as error:
+                return Reply(None, "invalid", f"the tail's answer: {error}")
+        if any(live.name not in outputs for live in self.plan.outputs):
+            return Reply(None, "invalid", "the tail's answer lacks an output")
+        return Reply(outputs)
 
     def _done(self, start: float, choice: Choice, where: Any, size: int, outputs: "Arrays", reason: str) -> "Arrays":
         coding = choice.coding.name if choice.coding else ""

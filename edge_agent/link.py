@@ -3,11 +3,13 @@
     python -m edge_agent.link --socket PATH --target HOST:PORT [--tls DIR]
 
 DIR holds ca.pem, cert.pem and key.pem. Workers connect to the Unix socket and speak frames (edge_agent/ipc.py):
-  to the link    infer  {id, plan, cut, codec, deadline_us} + activation frame · cancel {id, late} · plan {plan}: have it warmed
+  to the link    infer  {id, plan, cut, codec, reply?, deadline_us} + activation frame · cancel {id, late}
+                 plan   {plan}: have it warmed
                  plain  {id, plan, cut, tensors: [[name, datatype, shape, bytes]…], tail_ms, deadline_us} + raw tensors: for
                  stock servers, which know neither frames nor say how long they took; `tail_ms` is what the plan says
                  look {}: a request looked at the estimate and may stay local
-  to the worker  answer {id, ok, outputs: [[name, datatype, shape, bytes]…]} + raw tensors, or {id, ok: false, kind, error}
+  to the worker  answer {id, ok, outputs: [[name, datatype, shape, bytes]…]} + raw tensors, or {id, ok: false, kind, error};
+                 with `reply` where the one tensor is a frame in the coding that was asked for
                  estimate {mbit, rtt_ms, up, cold, queue_ms}: at once, and whenever it has changed
 While anybody used it in the last five seconds it keeps the connection warm with tiny calls on the same channel: TCP starts
 slowly again after half a second of silence, which costs more than a plan gains.
@@ -243,11 +245,10 @@ class Link:
             [one.name, one.datatype, list(one.shape), len(raw)]
             for one, raw in zip(response.outputs, response.raw_output_contents, strict=True)
         ]
-        self._send(
-            writer,
-            {"op": "answer", "id": number, "ok": True, "outputs": outputs, "tail_ms": round(tail_ms, 3)},
-            b"".join(response.raw_output_contents),
-        )
+        answer = {"op": "answer", "id": number, "ok": True, "outputs": outputs, "tail_ms": round(tail_ms, 3)}
+        if "split.reply" in response.parameters:
+            answer["reply"] = response.parameters["split.reply"].string_param
+        self._send(writer, answer, b"".join(response.raw_output_contents))
 
     async def _keep_warm(self) -> None:
         """Ping while somebody uses the link; while the breaker is open, probe at its pace instead."""
@@ -366,6 +367,8 @@ def _request(header: Mapping[str, Any], frame: bytes, deadline_us: int) -> Any:
     request.raw_input_contents.append(frame)
     for key in ("plan", "cut", "codec"):
         request.parameters[f"split.{key}"].string_param = str(header[key])
+    if "reply" in header:
+        request.parameters["split.reply"].string_param = str(header["reply"])
     request.parameters["split.deadline_us"].int64_param = deadline_us
     return request
 

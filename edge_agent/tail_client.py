@@ -26,11 +26,15 @@ MAX_FRAME_BYTES = oip.MAX_MESSAGE_BYTES + (1 << 20)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Reply:
-    """The tail's outputs; or why there are none: `kind` is unavailable, late, exhausted or invalid."""
+    """The tail's outputs; or why there are none: `kind` is unavailable, late, exhausted or invalid.
+
+    With a `coding` the one output is a frame, the answer in that coding of the plan's replies.
+    """
 
     outputs: "Mapping[str, NDArray[Any]] | None"
     kind: str = ""
     error: str = ""
+    coding: str = ""
 
 
 class Tail(Protocol):
@@ -42,8 +46,11 @@ class Tail(Protocol):
     def estimate(self) -> Estimate:
         """Return what is known of the link now, without waiting; a bandwidth of 0 is not known yet."""
 
-    def send(self, plan: str, cut: str, codec: str, frame: bytes, deadline_s: float) -> int:
-        """Send a frame and return the request's number. A link that is gone shows in `wait`."""
+    def send(self, plan: str, cut: str, codec: str, frame: bytes, deadline_s: float, reply: str = "") -> int:
+        """Send a frame and return the request's number. A link that is gone shows in `wait`.
+
+        `reply` names the coding that the answer may come back in; it may come raw all the same.
+        """
 
     def send_plain(
         self, plan: str, cut: str, arrays: "Mapping[str, NDArray[Any]]", deadline_s: float, tail_ms: float = 0.0
@@ -90,8 +97,9 @@ class LinkClient:
             self._put(ipc.frame({"op": "look"}))
         return self._estimate
 
-    def send(self, plan: str, cut: str, codec: str, frame: bytes, deadline_s: float) -> int:
-        return self._send({"op": "infer", "plan": plan, "cut": cut, "codec": codec}, frame, deadline_s)
+    def send(self, plan: str, cut: str, codec: str, frame: bytes, deadline_s: float, reply: str = "") -> int:
+        header = {"op": "infer", "plan": plan, "cut": cut, "codec": codec} | ({"reply": reply} if reply else {})
+        return self._send(header, frame, deadline_s)
 
     def send_plain(
         self, plan: str, cut: str, arrays: "Mapping[str, NDArray[Any]]", deadline_s: float, tail_ms: float = 0.0
@@ -212,7 +220,7 @@ class LinkClient:
             for name, kind, shape, size in header["outputs"]:
                 outputs[name] = oip.from_raw(name, kind, shape, body[at : at + size])
                 at += size
-            self._replies[header["id"]] = Reply(outputs)
+            self._replies[header["id"]] = Reply(outputs, coding=str(header.get("reply", "")))
 
     def _lose(self) -> None:
         self.close()

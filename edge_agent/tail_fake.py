@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from edge_agent.tail_client import Reply
 from skills import codec, ort
 from skills.errors import SkerryError
@@ -29,7 +31,10 @@ class FakeClock:
 
 
 class FakeTail:
-    """Keeps to the contract of `edge_agent.tail_client.Tail`; `link`, `delay_s`, `silent` and `refuse` script it."""
+    """Keeps to the contract of `edge_agent.tail_client.Tail`; `link`, `delay_s`, `silent` and `refuse` script it.
+
+    `replies` is what was asked of the answers' coding.
+    """
 
     def __init__(self, plan_folder: Path, clock: FakeClock, delay_s: float = 0.02) -> None:
         plan = load_plan((plan_folder / "split.yaml").read_text())
@@ -45,6 +50,7 @@ class FakeTail:
         self.refuse: Reply | None = None
         self.prepared = ""
         self.cancelled: list[tuple[int, bool]] = []
+        self.replies: list[str] = []
 
     def prepare(self, plan: str) -> None:
         self.prepared = plan
@@ -52,11 +58,12 @@ class FakeTail:
     def estimate(self) -> Estimate:
         return self.link
 
-    def send(self, plan: str, cut: str, codec: str, frame: bytes, deadline_s: float) -> int:
+    def send(self, plan: str, cut: str, codec: str, frame: bytes, deadline_s: float, reply: str = "") -> int:
         self._next += 1
+        self.replies.append(reply)
         if not self.silent:
-            reply = self.refuse or self._answer(plan, cut, codec, frame)
-            self._due[self._next] = (self._clock() + self.delay_s, reply)
+            answer = self.refuse or self._answer(plan, cut, codec, frame, reply)
+            self._due[self._next] = (self._clock() + self.delay_s, answer)
         return self._next
 
     def send_plain(
@@ -84,14 +91,16 @@ class FakeTail:
     def close(self) -> None:
         self._due.clear()
 
-    def _answer(self, name: str, cut_name: str, coding_name: str, frame: bytes) -> Reply:
+    def _answer(self, name: str, cut_name: str, coding_name: str, frame: bytes, wanted: str) -> Reply:
         plan = self._plans.get(name)
         if plan is None:
             return Reply(None, "invalid", f"no plan {name!r} lies here")
         try:
             cut = plan.cut(cut_name)
             coding = next(one for one in cut.codings if one.name == coding_name)
-            return Reply(self._chain.run(codec.decode(coding, cut.tensors, frame), cut.after))
+            outputs = self._chain.run(codec.decode(coding, cut.tensors, frame), cut.after)
+            coded = codec.encode_reply(plan.replies, plan.outputs, wanted, outputs)
+            return Reply(outputs) if coded is None else Reply({"frame": np.frombuffer(coded, np.uint8)}, coding=wanted)
         except (SkerryError, StopIteration) as error:
             return Reply(None, "invalid", str(error) or f"cut {cut_name} has no coding {coding_name}")
 

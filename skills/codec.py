@@ -101,6 +101,41 @@ def _total(tensors: Sequence[Live], heads: Sequence[tuple[tuple[int, ...], int]]
     return sum(math.prod(shape) * _itemsize(live) for live, (shape, _) in zip(tensors, heads, strict=True))
 
 
+def encode_reply(
+    codings: Sequence[Coding], tensors: Sequence[Live], name: str, arrays: Mapping[str, "Array"]
+) -> bytes | None:
+    """Return an answer as a frame in the coding called `name`, None where it goes back raw.
+
+    Raw goes what asks for no coding of `codings`, is empty or not finite, lies beyond the range that the coding was
+    calibrated for (a clipped score would be a wrong answer), or becomes no smaller.
+    """
+    coding = next((one for one in codings if one.name == name), None)
+    if coding is None:
+        return None
+    try:
+        checked = {live.name: _checked(live, arrays) for live in tensors}
+        if not all(array.size for array in checked.values()):
+            return None
+        if not all(_in_range(coding, at, checked[live.name]) for at, live in enumerate(tensors)):
+            return None
+        frame = encode(coding, tensors, checked)
+    except FormatError:
+        return None
+    return frame if len(frame) < sum(array.nbytes for array in checked.values()) else None
+
+
+def decode_reply(coding: Coding, tensors: Sequence[Live], arrays: Mapping[str, "Array"]) -> dict[str, "Array"]:
+    """Return the outputs of an answer that came as one UINT8 tensor [n], the frame.
+
+    Raises:
+        FormatError: it is something else, or its frame does not fit `coding` and `tensors`.
+    """
+    (frame,) = arrays.values() if len(arrays) == 1 else (None,)
+    if frame is None or frame.ndim != 1 or frame.dtype != "uint8":
+        raise FormatError("a coded answer is one UINT8 tensor of one dimension, the packed frame")
+    return decode(coding, tensors, frame.data)
+
+
 def calibrated(kind: str, samples: "Array") -> tuple[float, int]:
     """Return (scale, zero point) of an affine coding: the whole range, for u4 all but the outermost 0.1 %.
 
@@ -214,6 +249,14 @@ def _codes(coding: Coding, at: int, array: "Array") -> "Array":
     values += np.float32(coding.zeros[at])
     codes = np.clip(np.rint(values, out=values), 0, top, out=values).astype(np.uint8 if top < 256 else np.uint16)
     return codes if coding.kind == "rice" else codes.ravel()
+
+
+def _in_range(coding: Coding, at: int, array: "Array") -> bool:
+    """Say whether an affine coding is off by a step at most, because no value has to be clipped further."""
+    if coding.kind not in CODED_KINDS or array.dtype.kind != "f":
+        return True
+    low, high = (code * coding.scales[at] for code in (-1 - coding.zeros[at], TOP[coding.kind] + 1 - coding.zeros[at]))
+    return low <= float(array.min()) and float(array.max()) <= high
 
 
 def _planes(codes: "Array") -> bytes:

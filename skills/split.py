@@ -19,6 +19,7 @@ from skills.wire import Doc, Limits, decode_yaml, encode_json
 
 MAX_PLAN_BYTES = 1 << 20
 CALL_BYTES = 600  # headers and parameters of one call and its answer, on the wire
+CODED_REPLY_BYTES = 42  # what names a reply's coding, in the call and in its answer
 INITIAL_WINDOW_BYTES = 14_600  # ten segments of 1460 bytes: what TCP sends before the first acknowledgement (RFC 6928)
 CODED_KINDS = ("u8", "u4", "u16", "rice")
 TOP = {"u4": 15, "u8": 255, "u16": 65_535, "rice": 65_535}  # the largest code of each affine coding
@@ -79,9 +80,12 @@ class Coding:
     ] = ()
     bytes_p50: Annotated[int, Limits(min=0)] = 0
     bytes_p95: Annotated[int, Limits(min=0)] = 0
-    encode_ms: Annotated[float, Limits(min=0), Doc("on the device")] = 0.0
-    decode_ms: Annotated[float, Limits(min=0), Doc("at the tail")] = 0.0
-    drop: Annotated[float, Doc("percentage points lost against the whole model")] = 0.0
+    encode_ms: Annotated[float, Limits(min=0), Doc("on the device; of a reply, at the tail")] = 0.0
+    decode_ms: Annotated[float, Limits(min=0), Doc("at the tail; of a reply, on the device")] = 0.0
+    reply: Annotated[
+        str, Limits(max_items=16), Doc("the one of `replies` that the answer may come back in; empty: raw only")
+    ] = ""
+    drop: Annotated[float, Doc("percentage points lost against the whole model, its reply's included")] = 0.0
     drop_ci95: Annotated[tuple[float, float] | None, Doc("paired interval of the drop")] = None
     admitted: Annotated[bool, Doc("false: its drop is over the budget, so it is never chosen")] = True
 
@@ -177,6 +181,9 @@ class Verdict:
     coding: str
     ms: float
     text: str
+    reply: Annotated[
+        str, Limits(max_items=16), Doc("the coding that the answer comes back in; empty: raw, or none comes")
+    ] = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -266,8 +273,13 @@ class Plan:
         Doc("the whole model's own value of the metric; 1 where it is the yardstick"),
     ] = None
     reply_bytes: Annotated[
-        int, Limits(min=0), Doc("what comes back for one input; the link is taken to be as fast both ways")
+        int, Limits(min=0), Doc("what comes back for one input, raw; the link is taken to be as fast both ways")
     ] = 0
+    replies: Annotated[
+        tuple[Coding, ...],
+        Limits(max_items=8),
+        Doc("ways to write the outputs for the way back: encode_ms at the tail, decode_ms on the device"),
+    ] = ()
     memory_mb: Annotated[
         float | None, Limits(min=1), Doc("memory of the device; a cut that needs more is not used")
     ] = None
@@ -305,6 +317,7 @@ class Plan:
         for path in self.files():
             check_path(path)
         self._check_flow()
+        self._check_replies()
 
     def _check_flow(self) -> None:
         known = {tensor.name for tensor in self.inputs}
@@ -316,6 +329,23 @@ class Plan:
         absent = {tensor.name for tensor in self.outputs} - known
         if absent:
             raise FormatError(f"no segment gives the output {min(absent)!r}")
+
+    def _check_replies(self) -> None:
+        names = [reply.name for reply in self.replies]
+        for reply in self.replies:
+            if reply.kind in IMAGE_KINDS or names.count(reply.name) > 1:
+                raise FormatError(f"the replies are {', '.join(names)}: each name once, and none is for pictures")
+            if reply.kind in CODED_KINDS and not len(reply.scales) == len(reply.zeros) == len(self.outputs):
+                raise FormatError(
+                    f"the model has {len(self.outputs)} outputs, the reply {reply.name} {len(reply.scales)} scales"
+                )
+        for cut in self.cuts:
+            for coding in cut.codings:
+                if coding.reply and coding.reply not in names:
+                    raise FormatError(
+                        f"cut {cut.name}: the coding {coding.name} has the reply {coding.reply!r}, "
+                        f"the plan's replies are {', '.join(names) or 'none: leave it out'}"
+                    )
 
     def files(self) -> Iterator[str]:
         """Yield the paths of the segments, their shared constants and the small model, relative to split.yaml."""
@@ -351,11 +381,15 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Choice:
-    """A cut, the coding that goes over the wire (None: nothing does), and the predicted milliseconds to the answer."""
+    """A cut, the coding that goes over the wire (None: nothing does), the predicted milliseconds to the answer.
+
+    `reply` is the coding that the answer comes back in; None: raw.
+    """
 
     cut: Cut
     coding: Coding | None
     ms: float
+    reply: Coding | None = None
 
 
 def load_plan(text: str, source: str = "split.yaml") -> Plan:
@@ -385,6 +419,8 @@ def plan_hash(plan: Plan) -> str:
     ]
     files = [segment.sha256 for segment in plan.segments] + ([plan.shared.sha256] if plan.shared else [])
     core = {"format": plan.format, "files": files, "inputs": plan.inputs, "outputs": plan.outputs, "cuts": cuts}
+    if plan.replies:
+        core["replies"] = [(c.kind, c.scales, c.zeros) for c in plan.replies]
     return hashlib.sha256(encode_json(core)).hexdigest()[:16]
 
 
@@ -421,18 +457,49 @@ def slow_start_ms(size: int, mbit: float, rtt_ms: float) -> float:
     return lost
 
 
-def predict_ms(plan: Plan, cut: Cut, coding: Coding | None, estimate: Estimate, alpha: float = 1.0) -> float:
-    """Predict the milliseconds from input to answer: T = H + E + RTT + 8(S+reply)/B + slow start + queue + G + K + overhead.
+def reply_ms(raw_bytes: int, reply: Coding | None, mbit: float, alpha: float = 1.0) -> float:
+    """Return what an answer of `raw_bytes` costs on its way back, raw (None) or in a coding, on a link of `mbit`.
 
-    `alpha` is how much slower the device runs now than when it was measured.
+    Without its share of the round trip; `alpha` is how much slower the device decodes now than when it was measured.
+    """
+    if reply is None:
+        return raw_bytes * 8 / (mbit * 1000)
+    return (reply.bytes_p50 + CODED_REPLY_BYTES) * 8 / (mbit * 1000) + reply.encode_ms + reply.decode_ms * alpha
+
+
+def predict(plan: Plan, cut: Cut, coding: Coding | None, estimate: Estimate, alpha: float = 1.0) -> Choice:
+    """Return an option with its milliseconds from input to answer, and the reply that is best for it.
+
+    T = H + E + RTT + 8(S+600)/B + slow start + queue + G + K + reply + overhead, where the reply costs 8R/B raw or
+    8(R+42)/B + encoding + decoding. `alpha` is how much slower the device runs now than when it was measured.
     """
     head = cut.device_ms.p50 * alpha
     if coding is None:
-        return head
-    transfer = (coding.bytes_p50 + plan.reply_bytes + CALL_BYTES) * 8 / (estimate.mbit * 1000)
+        return Choice(cut, None, head)
+    back, reply = reply_ms(plan.reply_bytes, None, estimate.mbit), None
+    for named in plan.replies if coding.reply else ():
+        if named.name == coding.reply:
+            coded = reply_ms(plan.reply_bytes, named, estimate.mbit, alpha)
+            fewer = plan.policy.minimize == "bytes" and named.bytes_p50 + CODED_REPLY_BYTES < plan.reply_bytes
+            if coded < back or fewer:
+                back, reply = coded, named
+    transfer = (coding.bytes_p50 + CALL_BYTES) * 8 / (estimate.mbit * 1000)
     cold = slow_start_ms(coding.bytes_p50, estimate.mbit, estimate.rtt_ms) if estimate.cold else 0.0
     tail = coding.decode_ms + cut.tail_ms.p50 + estimate.queue_ms
-    return head + coding.encode_ms * alpha + estimate.rtt_ms + transfer + cold + tail + plan.policy.overhead_ms
+    there = head + coding.encode_ms * alpha + estimate.rtt_ms + transfer + cold + tail
+    return Choice(cut, coding, there + back + plan.policy.overhead_ms, reply)
+
+
+def predict_ms(plan: Plan, cut: Cut, coding: Coding | None, estimate: Estimate, alpha: float = 1.0) -> float:
+    """Return the milliseconds that `predict` foresees."""
+    return predict(plan, cut, coding, estimate, alpha).ms
+
+
+def moved_bytes(plan: Plan, choice: Choice) -> int:
+    """Return the bytes of tensors that an option moves over the link, there and back (median)."""
+    if choice.coding is None:
+        return 0
+    return choice.coding.bytes_p50 + (choice.reply.bytes_p50 if choice.reply else plan.reply_bytes)
 
 
 def admitted(plan: Plan, private: bool | None = None) -> Iterator[tuple[Cut, Coding | None]]:
@@ -467,7 +534,7 @@ def choose_cut(
     `slo_ms` overrides the plan's; with `minimize: bytes` the fewest bytes within it win.
     """
     choices = [
-        Choice(cut, coding, predict_ms(plan, cut, coding, estimate, alpha))
+        predict(plan, cut, coding, estimate, alpha)
         for cut, coding in admitted(plan, private)
         if coding is None or estimate.up
     ]
@@ -479,7 +546,7 @@ def choose_cut(
     if plan.policy.minimize == "bytes" and slo_ms is not None:
         in_time = [choice for choice in choices if choice.ms <= slo_ms]
         if in_time:
-            return min(in_time, key=lambda choice: (choice.coding.bytes_p50 if choice.coding else 0, choice.ms))
+            return min(in_time, key=lambda choice: (moved_bytes(plan, choice), choice.ms))
     return min(choices, key=lambda choice: choice.ms)
 
 
@@ -497,9 +564,7 @@ def settle(plan: Plan, held: Held | None, best: Choice, estimate: Estimate, now_
     if held is None or plan.policy.pin is not None or (best.coding is None and not estimate.up):
         same = held is not None and held.choice.coding is None
         return Held(best, held.since_s if held is not None and same else now_s)
-    current = Choice(
-        held.choice.cut, held.choice.coding, predict_ms(plan, held.choice.cut, held.choice.coding, estimate, alpha)
-    )
+    current = predict(plan, held.choice.cut, held.choice.coding, estimate, alpha)
     if (best.cut.name, best.coding) == (current.cut.name, current.coding):
         return Held(current, held.since_s)
     gain = 1 - best.ms / current.ms if current.ms > 0 else 0.0

@@ -317,6 +317,52 @@ def make_small_net(kind: str) -> SmallNet:  # noqa: C901 - one branch a kind of 
     return SmallNet(model, x, y)
 
 
+@pytest.fixture(scope="session")
+def detector() -> bytes:
+    """A net of a detector's shape: scores (n, 1728, 2) and boxes (n, 1728, 4) for a picture (n, 1, 48, 48)."""
+    import numpy as np
+    from onnx import helper, numpy_helper
+
+    chance = np.random.default_rng(3)
+    stored = [numpy_helper.from_array(chance.normal(0, 0.3, (16, 1, 3, 3)).astype(np.float32), "w")]
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], pads=[1, 1, 1, 1], strides=[2, 2]),
+        helper.make_node("Relu", ["c"], ["r"]),
+    ]
+    for name, wide in (("scores", 2), ("boxes", 4)):
+        weight = chance.normal(0, 0.2, (3 * wide, 16, 3, 3)).astype(np.float32)
+        stored += [
+            numpy_helper.from_array(weight, f"{name}_w"),
+            numpy_helper.from_array(np.array([0, -1, wide]), f"{name}_s"),
+        ]
+        nodes += [
+            helper.make_node("Conv", ["r", f"{name}_w"], [f"{name}_c"], pads=[1, 1, 1, 1]),
+            helper.make_node("Transpose", [f"{name}_c"], [f"{name}_t"], perm=[0, 2, 3, 1]),
+            helper.make_node("Reshape", [f"{name}_t", f"{name}_s"], ["logits" if name == "scores" else name]),
+        ]
+    nodes.append(helper.make_node("Sigmoid", ["logits"], ["scores"]))
+    ends = [
+        helper.make_tensor_value_info(name, 1, shape)
+        for name, shape in (("x", ["n", 1, 48, 48]), ("scores", ["n", 1728, 2]), ("boxes", ["n", 1728, 4]))
+    ]
+    graph = helper.make_graph(nodes, "detector", ends[:1], ends[1:], stored)
+    opset = [helper.make_opsetid("", 17)]
+    return bytes(helper.make_model(graph, opset_imports=opset, ir_version=8).SerializeToString())
+
+
+@pytest.fixture(scope="session")
+def planned_detector(detector: bytes, tmp_path_factory: pytest.TempPathFactory) -> "PlannedNet":
+    """A split plan of a net of a detector's shape, whose answer of 41 kB may come back coded."""
+    import numpy as np
+
+    from cloud.split import split
+
+    folder = tmp_path_factory.mktemp("detector") / "plan"
+    x = np.random.default_rng(4).normal(0, 1, (24, 1, 48, 48)).astype(np.float32)
+    split(detector, {"x": x}, out=folder, slowdown=10, rounds=2, most_samples=12, most_gate=24, max_drop=8.0)
+    return PlannedNet(folder, detector, x)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class PlannedNet:
     """A split plan in `folder`, the whole model it was made from, and inputs."""

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from skills.split import Choice, Coding, Cut, Estimate, Link, Plan, choose_cut, predict_ms
+from skills.split import Choice, Coding, Cut, Estimate, Link, Plan, choose_cut, predict, predict_ms
 
 MOST = 10  # options of a plan that are measured on one link
 HOPELESS = 4.0  # predicted to be so many times slower than the best: not measured, for it cannot be the oracle
@@ -108,11 +108,13 @@ def _admitted(plan: Plan, estimate: Estimate) -> Iterator[Choice]:
     for cut in plan.cuts:
         for coding in cut.codings or (None,):
             if coding is None or coding.admitted:
-                yield Choice(cut, coding, predict_ms(plan, cut, coding, estimate))
+                yield predict(plan, cut, coding, estimate)
 
 
 def _dominates(one: Choice, other: Choice) -> bool:
     if one.coding is None or other.coding is None or one is other:
+        return False
+    if one.reply != other.reply:
         return False
     mine, its = _costs(one.cut, one.coding), _costs(other.cut, other.coding)
     return all(a <= b for a, b in zip(mine, its, strict=True)) and mine != its

@@ -17,7 +17,7 @@ from nets import Planned
 from store import Store
 
 from cloud.tail.store import install
-from skills.split import Estimate, Link, plan_hash
+from skills.split import Coding, Estimate, Link, plan_hash
 
 BLOCKS = 3
 RUNS = 10
@@ -142,7 +142,12 @@ def _bench(planned: Planned, on: wire.Wire, near: Path) -> Any:
 
 def _costs(planned: Planned) -> list[object]:
     """Return what a cell depends on beyond the plan's hash: with other costs other arms would be measured."""
-    return [
-        [cut.name, cut.device_ms.p50, cut.tail_ms.p50, [(one.name, one.bytes_p50, one.admitted) for one in cut.codings]]
-        for cut in planned.plan.cuts
+    costs: list[object] = [
+        [cut.name, cut.device_ms.p50, cut.tail_ms.p50, [_cost(one) for one in cut.codings]] for cut in planned.plan.cuts
     ]
+    return [*costs, *([one.name, one.bytes_p50, one.encode_ms, one.decode_ms] for one in planned.plan.replies)]
+
+
+def _cost(coding: Coding) -> tuple[object, ...]:
+    said = (coding.name, coding.bytes_p50, coding.admitted)
+    return (*said, coding.reply) if coding.reply else said

@@ -126,7 +126,8 @@ def for_device(one: Planned, slowdown: float) -> Planned:
         )
         for cut in one.plan.cuts
     )
-    plan = dataclasses.replace(one.plan, cuts=cuts, slowdown=slowdown)
+    replies = tuple(dataclasses.replace(reply, decode_ms=reply.decode_ms * share) for reply in one.plan.replies)
+    plan = dataclasses.replace(one.plan, cuts=cuts, replies=replies, slowdown=slowdown)
     folder = one.folder.with_name(f"{one.folder.name}-x{slowdown:g}")
     if not (folder / "segments").is_dir():
         shutil.copytree(one.folder / "segments", folder / "segments")

@@ -81,7 +81,14 @@ def split_json(report: "SplitReport") -> dict[str, Any]:
         "private": report.plan.private,
         "slowdown": report.plan.slowdown,
         "verdicts": [
-            {"link": str(one.link), "cut": one.cut, "coding": one.coding, "ms": one.ms, "text": one.text}
+            {
+                "link": str(one.link),
+                "cut": one.cut,
+                "coding": one.coding,
+                "reply": one.reply,
+                "ms": one.ms,
+                "text": one.text,
+            }
             for one in report.verdicts
         ],
     }
@@ -89,7 +96,7 @@ def split_json(report: "SplitReport") -> dict[str, Any]:
 
 def split_table(plan: "Plan", links: "Sequence[Link]") -> Group:
     """Return milliseconds from input to answer of every cut in each coding that is its best over some link, and the verdicts."""
-    from cloud.split.verdict import judge, options, proof, warning
+    from cloud.split.verdict import answers, judge, options, proof, warning
 
     columns = [f"{link.mbit:g} Mbit" for link in links]
     made = table(
@@ -118,6 +125,7 @@ def split_table(plan: "Plan", links: "Sequence[Link]") -> Group:
         line = Text(f"{link.mbit:g} Mbit/s, {link.rtt_ms:g} ms: ", "bold")
         sentences.append(line.append(verdict.text, "not bold"))
     note = f"ms to the answer on each link; device {plan.slowdown:g}× slower than here; {proof(plan)}"
+    note += f"; {answers(plan)}" if plan.replies else ""
     doubt = warning(plan)
     warned = [Text(f"warning: {doubt}", "yellow")] if doubt else []
     return Group(made, Text(note, "dim"), *warned, Text(), *sentences)

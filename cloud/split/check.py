@@ -128,6 +128,9 @@ def _choices(plan: Plan) -> Iterator[str]:
         for coding in cut.codings:
             if coding.admitted and not coding.bytes_p50:
                 yield f"cut {cut.name}: the coding {coding.name} was never measured (its bytes_p50 is 0)"
+    for reply in plan.replies:
+        if not reply.bytes_p50:
+            yield f"the reply {reply.name} was never measured (its bytes_p50 is 0)"
 
 
 def _why_not_private(cut: Cut, least: int) -> str:

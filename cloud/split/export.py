@@ -26,12 +26,13 @@ WHY = {
     "verdicts": "What the measurements said when the plan was made. Nothing reads this back: it is for you.",
     "model_sha256": (
         "From here on the two sides must agree: the tail knows the plan by a hash over segments, tensors and codings.\n"
-        "Of a cut you may edit the measured costs, and `admitted` of a coding; nothing else."
+        "Of a cut you may edit the measured costs, and `admitted` and `reply` of a coding; nothing else."
     ),
     "cuts": (
         "device_ms, tail_ms: the segments before and behind the cut, each run as a whole. codings: ways to write the tensors\n"
         "that cross, with bytes, milliseconds and the drop against the whole model, in percentage points."
     ),
+    "replies": "Ways to write the answer for its way back, which a coding names as its reply; raw where that is sooner.",
     "segments": "The pieces of the model, ONNX files beside this one.",
     "shared": "Constants that several segments use, stored once.",
 }

@@ -14,7 +14,18 @@ from cloud.split.graph import Flow, observed_types, read_flow
 from cloud.split.images import recognise
 from cloud.split.inputs import check_fit, read_data, read_model
 from cloud.split.memory import measured_mb
-from cloud.split.profile import Costs, gated, measure, measure_coding, possible_codings, scorer
+from cloud.split.profile import (
+    Costs,
+    gated,
+    measure,
+    measure_coding,
+    measured_replies,
+    paying_replies,
+    possible_codings,
+    returned,
+    scorer,
+    with_reply,
+)
 from cloud.split.report import render_html, report_json
 from cloud.split.segment import Pieces, Types, write_segments
 from cloud.split.shortlist import Candidate, candidate, shortlist, single_tensor_cuts
@@ -105,7 +116,8 @@ def split(
     if min_cut is not None and min_cut not in flow.producer():
         raise UsageError(f"the model has no tensor {min_cut!r} for the minimum cut")
     device: Timer = Dilated(slowdown) if slowdown > 1 else Local()
-    task = Task(raw, beside, graph, flow, types, samples, more, labels, image, device, max_drop, progress)
+    slowest = min(link.mbit for link in (*links, *LINKS, network))
+    task = Task(raw, beside, graph, flow, types, samples, more, labels, image, device, max_drop, slowest, progress)
     cuts = shortlist(flow, most_cuts, min_cut)
     progress("reading the graph", 1, 1)
     with storage_errors(out):
@@ -118,16 +130,18 @@ def split(
         # Every boundary costs a little speed, so only the cuts that some link could want are cut for good.
         least = flow.ancestors(min_cut) if min_cut is not None else None
         wanted = ever_best(
-            _cuts(cuts, first, codings), {f"c{at}" for at, cut in enumerate(cuts, 1) if cut.prefix == least}
-        )
+            _cuts(cuts, first, codings), {f"c{at}" for at, cut in enumerate(cuts, 1) if cut.prefix == least},
+            gate.reply_bytes, gate.replies,
+        )  # fmt: skip
         kept = tuple(cut for at, cut in enumerate(cuts, 1) if f"c{at}" in wanted)
         codings = [codings[0], *(one for at, one in enumerate(codings[1:], 1) if f"c{at}" in wanted)]
         timed = task.time(kept, work, "timing heads and tails", rounds)
-        reply = sum(int(array.nbytes) for array in timed.chain.run(samples[0]).values())
+        used = {coding.reply for one in codings for coding in one}
         plan = Plan(
             sha256_hex(model) if isinstance(model, bytes) else sha256_file(model),
             timed.pieces.live[0], timed.pieces.outputs, timed.pieces.segments, _cuts(kept, timed, codings), network,
-            float(slowdown), private, _least(kept, flow, min_cut), float(max_drop), gate.metric, gate.inputs, reply_bytes=reply,
+            float(slowdown), private, _least(kept, flow, min_cut), float(max_drop), gate.metric, gate.inputs,
+            reply_bytes=gate.reply_bytes, replies=tuple(one for one in gate.replies if one.name in used),
             whole=round(gate.whole, 6), shared=timed.pieces.shared, policy=policy, memory_mb=memory_mb,
         )  # fmt: skip
         plan = _weighed(plan, work)
@@ -180,6 +194,8 @@ class Gate:
     metric: str
     whole: float
     inputs: int
+    reply_bytes: int  # of a raw answer
+    replies: tuple[Coding, ...]  # every coding of it, as measured, the smallest first
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -197,6 +213,7 @@ class Task:
     image: Image | None
     device: Timer
     max_drop: float
+    slowest_mbit: float  # of the links that the plan is for
     progress: Progress
 
     def time(self, cuts: Sequence[Candidate], folder: Path, stage: str, rounds: int) -> Timed:
@@ -257,7 +274,16 @@ class Task:
             return score.mark(answer, truth, None if self.labels is None else int(self.labels[at]))
 
         reference = [mark(at, truth, truth) for at, truth in enumerate(truths)]
-        found: list[list[tuple[Coding, list[float]]]] = []
+        outputs = timed.pieces.outputs
+        reply_bytes = sorted(sum(int(array.nbytes) for array in one.values()) for one in truths)[len(truths) // 2]
+        replies = measured_replies(outputs, truths, self.device)
+        paying = paying_replies(replies, reply_bytes, self.slowest_mbit)
+
+        def marked(at: int, answer: "Arrays", truth: "Arrays") -> list[float]:
+            ways = (answer, *(returned(reply, outputs, answer) for reply in paying))
+            return [mark(at, way, truth) for way in ways]
+
+        found: list[list[tuple[Coding, list[list[float]]]]] = []  # marks by input, then by reply, raw first
         for after, tensors in enumerate(live):
             self.progress("measuring codings", after, len(live))
             values = [timed.chain.run(sample, 0, after) for sample in self.samples]
@@ -268,7 +294,7 @@ class Task:
             found.append([])
             for one in possible_codings(tensors, after == 0, values):
                 coding, answers = measure_coding(one, tensors, values, finish, self.device)
-                marks = [mark(at, *pair) for at, pair in enumerate(zip(answers, truths, strict=True))]
+                marks = [marked(at, *pair) for at, pair in enumerate(zip(answers, truths, strict=True))]
                 found[-1].append((coding, marks))
         self.progress("measuring codings", len(found), len(found))
         until = time.monotonic() + GATE_S
@@ -278,15 +304,21 @@ class Task:
             self.progress("judging the budget", at, len(self.samples) + len(self.more))
             truth = whole.run(sample)
             reference.append(mark(at, truth, truth))
-            for after, codings in enumerate(found):
+            for after, measured in enumerate(found):
                 values_here = timed.chain.run(sample, 0, after)
-                for coding, marks in codings:
+                for coding, marks in measured:
                     decoded = codec.decode(coding, live[after], codec.encode(coding, live[after], values_here))
-                    marks.append(mark(at, timed.chain.run(decoded, after), truth))
+                    marks.append(marked(at, timed.chain.run(decoded, after), truth))
         if self.more:
             self.progress("judging the budget", len(reference), len(reference))
-        judged = [tuple(gated(one, reference, marks, self.max_drop) for one, marks in codings) for codings in found]
-        return Gate(judged, score.metric, sum(reference) / len(reference), len(reference))
+
+        def judged(coding: Coding, marks: list[list[float]]) -> Coding:
+            raw, *coded = zip(*marks, strict=True)
+            alone = gated(coding, reference, raw, self.max_drop)
+            return with_reply(alone, reference, tuple(zip(paying, coded, strict=True)), self.max_drop)
+
+        codings = [tuple(judged(*one) for one in cut) for cut in found]
+        return Gate(codings, score.metric, sum(reference) / len(reference), len(reference), reply_bytes, replies)
 
 
 def _check(out: Path, slowdown: float, max_drop: float, links: Sequence[Link]) -> None:
@@ -397,6 +429,7 @@ def _cuts(cuts: Sequence[Candidate], timed: Timed, codings: Sequence[tuple[Codin
 def _details(timed: Timed, kept: Sequence[Candidate], gate: Gate, rounds: int) -> dict[str, Any]:
     return {
         "metric_whole": gate.whole,
+        "reply": {"raw_bytes": gate.reply_bytes, "codings": [dataclasses.asdict(one) for one in gate.replies]},
         "whole_ms_here": dataclasses.asdict(timed.whole),
         "chain_ms_here": dataclasses.asdict(timed.costs[0].tail),
         "max_abs_difference": timed.gap,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from skills import codec
 from skills.errors import FormatError
-from skills.split import Coding, Kind, Live, Millis
-from skills.timer import Timer
+from skills.split import Coding, Kind, Live, Millis, reply_ms
+from skills.timer import Local, Timer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,6 +23,11 @@ WARMUP = 5
 CODEC_ROUNDS = 12
 JPEG_QUALITIES = (75, 90, 95)
 SIGNAL_KINDS: tuple[Kind, ...] = ("rice", "u16", "u8", "u4")
+REPLY_KINDS: tuple[Kind, ...] = (
+    "u8",
+    "u16",
+    "native",
+)  # 4 bits of a score or a box are no answer, whatever the metric says
 
 
 class Steps(Protocol):
@@ -99,8 +104,6 @@ def possible_codings(tensors: Sequence[Live], is_input: bool, values: Sequence["
 
     What a quantized model computes in whole numbers travels as it is (`native`).
     """
-    import numpy as np
-
     if is_input and all(tensor.image for tensor in tensors):
         yield from (Coding("jpeg", quality) for quality in JPEG_QUALITIES)
         yield Coding("png")
@@ -112,15 +115,57 @@ def possible_codings(tensors: Sequence[Live], is_input: bool, values: Sequence["
     if any(floats):
         # 16 bits are for signals that come in as samples; behind a layer they gain no accuracy over 8 and cost twice the bytes.
         for kind in SIGNAL_KINDS if is_input else ("u8", "u4"):
-            codes = [
-                codec.calibrated(
-                    kind, np.concatenate([np.asarray(one[tensor.name], np.float32).ravel() for one in values])
-                )
-                if is_float
-                else (1.0, 0)
-                for tensor, is_float in zip(tensors, floats, strict=True)
-            ]
-            yield Coding(kind, scales=tuple(scale for scale, _ in codes), zeros=tuple(zero for _, zero in codes))
+            yield _affine(kind, tensors, values)
+
+
+def _affine(kind: Kind, tensors: Sequence[Live], values: Sequence["Arrays"]) -> Coding:
+    """Return an affine coding calibrated on all of `values`; what holds whole numbers stays exact in it."""
+    import numpy as np
+
+    codes = [
+        codec.calibrated(kind, np.concatenate([np.asarray(one[tensor.name], np.float32).ravel() for one in values]))
+        if tensor.dtype.startswith("FP")
+        else (1.0, 0)
+        for tensor in tensors
+    ]
+    return Coding(kind, scales=tuple(scale for scale, _ in codes), zeros=tuple(zero for _, zero in codes))
+
+
+def measured_replies(outputs: Sequence[Live], answers: Sequence["Arrays"], device: Timer) -> tuple[Coding, ...]:
+    """Return the codings of an answer, calibrated and measured on `answers`, the smallest first: encoded here, decoded there.
+
+    One in which most answers would go back raw all the same (empty, not finite, no smaller) is left out.
+    """
+    import numpy as np
+
+    solid = [one for one in answers if all(_solid(np.asarray(one[live.name])) for live in outputs)]
+    floats, found = any(live.dtype.startswith("FP") for live in outputs), []
+    for kind in REPLY_KINDS if 2 * len(solid) > len(answers) else ():
+        if kind != "native" and not floats:
+            continue
+        coding = Coding(kind) if kind == "native" else _affine(kind, outputs, solid)
+        coded = [one for one in solid if codec.encode_reply((coding,), outputs, coding.name, one) is not None]
+        if 2 * len(coded) > len(answers):
+            found.append(measure_coding(coding, outputs, coded, lambda back: back, Local(), device)[0])
+    return tuple(sorted(found, key=lambda one: one.bytes_p50))
+
+
+def paying_replies(replies: Sequence[Coding], raw_bytes: int, slowest_mbit: float) -> tuple[Coding, ...]:
+    """Return the replies that come sooner than a raw one at the rate where bytes cost most."""
+    raw_ms = reply_ms(raw_bytes, None, slowest_mbit)
+    return tuple(one for one in replies if reply_ms(raw_bytes, one, slowest_mbit) < raw_ms)
+
+
+def returned(reply: Coding, outputs: Sequence[Live], answer: "Arrays") -> "Arrays":
+    """Return an answer as the device reads it after its way back, raw where the tail would send it raw."""
+    frame = codec.encode_reply((reply,), outputs, reply.name, answer)
+    return answer if frame is None else codec.decode(reply, outputs, frame)
+
+
+def _solid(array: "NDArray[Any]") -> bool:
+    import numpy as np
+
+    return array.size > 0 and (array.dtype.kind != "f" or bool(np.isfinite(array).all()))
 
 
 def measure_coding(
@@ -128,7 +173,8 @@ def measure_coding(
     tensors: Sequence[Live],
     values: Sequence["Arrays"],
     finish: Callable[["Arrays"], "Arrays"],
-    device: Timer,
+    writes: Timer,
+    reads: Timer = Local(),  # noqa: B008  frozen
 ) -> tuple[Coding, list["Arrays"]]:
     """Return the coding with its bytes and times, and the answers that came of it, measured on every sample."""
     sizes, answers, encodes, decodes = [], [], [], []
@@ -136,10 +182,10 @@ def measure_coding(
         for _ in range(1 if at >= CODEC_ROUNDS else 2):  # the second run is warm
             start, cpu = time.perf_counter(), time.thread_time()
             frame = codec.encode(coding, tensors, one)
-            encode_ms = device.device_ms((time.perf_counter() - start) * 1e3, (time.thread_time() - cpu) * 1e3)
-            start = time.perf_counter()
+            encode_ms = writes.device_ms((time.perf_counter() - start) * 1e3, (time.thread_time() - cpu) * 1e3)
+            start, cpu = time.perf_counter(), time.thread_time()
             decoded = codec.decode(coding, tensors, frame)
-            decode_ms = (time.perf_counter() - start) * 1e3
+            decode_ms = reads.device_ms((time.perf_counter() - start) * 1e3, (time.thread_time() - cpu) * 1e3)
         if coding.kind == "native":
             _check_exact(tensors, one, decoded)
         sizes.append(len(frame))
@@ -169,6 +215,17 @@ def gated(coding: Coding, reference: Sequence[float], marks: Sequence[float], ma
 
     drop, interval = paired_drop(np.asarray(reference), np.asarray(marks))
     return dataclasses.replace(coding, drop=drop, drop_ci95=interval, admitted=drop <= max_drop)
+
+
+def with_reply(
+    coding: Coding, reference: Sequence[float], returns: Sequence[tuple[Coding, Sequence[float]]], max_drop: float
+) -> Coding:
+    """Return a gated coding with the first reply that together with it keeps within the budget, and what both lose."""
+    for reply, marks in returns if coding.admitted else ():
+        both = gated(dataclasses.replace(coding, reply=reply.name), reference, marks, max_drop)
+        if both.admitted:
+            return both
+    return coding
 
 
 def scorer(first: "Arrays", outputs: Sequence[str], labelled: bool) -> Scorer:

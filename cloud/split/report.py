@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cloud.split.verdict import describe, options, proof, warning
-from skills.split import Choice, Plan, plan_hash
+from cloud.split.verdict import answers, describe, options, proof, warning
+from skills.split import Choice, Plan, moved_bytes, plan_hash
 from skills.wire import encode_json, to_plain
 
 RULE = "private: raw or compressed input never leaves the device, and no cut before the declared minimum is used. "
@@ -62,7 +62,10 @@ def report_json(plan: Plan, details: Mapping[str, Any]) -> bytes:
         "verdicts": [to_plain(verdict) for verdict in plan.verdicts],
         "candidates": [to_plain(cut) for cut in plan.cuts],
         "links": [
-            {"link": str(verdict.link), "options": [_option(one) for one in options(plan, verdict.link, every=True)]}
+            {
+                "link": str(verdict.link),
+                "options": [_option(plan, one) for one in options(plan, verdict.link, every=True)],
+            }
             for verdict in plan.verdicts
         ],
         **details,
@@ -88,8 +91,9 @@ def render_html(plan: Plan, details: Mapping[str, Any]) -> str:
     charts = "".join(f"<h2>{say(str(verdict.link))}</h2>{_chart(plan, verdict.link)}" for verdict in plan.verdicts)
     facts = (
         f"{say(_device(plan))} Staying local takes {local:.0f} ms there{_memory(plan)}. {say(_sentence(proof(plan)))} "
-        f"A coding that loses more than {plan.max_drop:g} points is refused. The segments in a row differ from the whole "
-        f"by at most {details.get('max_abs_difference', 0):.1e}, and take {details['chain_ms_here']['p50']:.1f} ms here against "
+        f"A coding that loses more than {plan.max_drop:g} points is refused. {_answers(plan)}The segments in a row differ "
+        f"from the whole by at most {details.get('max_abs_difference', 0):.1e}, and take "
+        f"{details['chain_ms_here']['p50']:.1f} ms here against "
         f"{details['whole_ms_here']['p50']:.1f} ms for the whole."
     )
     doubt = warning(plan)
@@ -119,7 +123,7 @@ def _chart(plan: Plan, link: Any) -> str:
     for at, one in enumerate(shown):
         y, width = at * 24, max(2.0, min(one.ms, longest) / longest * 520)
         colour = _group(one.cut.name) if _key(one) in allowed else "refused"
-        note = f"{one.ms:.0f} ms" + (" »" if one.ms > longest else "") + _size(one)
+        note = f"{one.ms:.0f} ms" + (" »" if one.ms > longest else "") + _size(plan, one)
         rows.append(
             f'<text x="150" y="{y + 16}" text-anchor="end">{html.escape(_label(one))}</text>'
             f'<rect x="158" y="{y + 4}" width="{width:.1f}" height="16" rx="2" fill="var(--{colour})"/>'
@@ -145,7 +149,7 @@ def _table(plan: Plan, details: Mapping[str, Any]) -> str:
             where = html.escape(", ".join(tensor.name for tensor in cut.tensors))
             if coding is None:
                 rows.append(
-                    f'<tr><td>{cut.name}</td><td class="l"></td><td></td><td class="l"></td>{costs}{"<td></td>" * 6}</tr>'
+                    f'<tr><td>{cut.name}</td><td class="l"></td><td></td><td class="l"></td>{costs}{"<td></td>" * 7}</tr>'
                 )
                 continue
             interval = f"{coding.drop_ci95[0]:.1f} … {coding.drop_ci95[1]:.1f}" if coding.drop_ci95 else ""
@@ -153,12 +157,13 @@ def _table(plan: Plan, details: Mapping[str, Any]) -> str:
                 f'<tr class="{"" if coding.admitted else "no"}"><td>{cut.name}</td><td class="l">{where}</td>'
                 f"<td>{'' if share is None else f'{share:.0%}'}</td>"
                 f'<td class="l">{coding.name}</td>{costs}<td>{coding.bytes_p50:,}</td><td>{coding.bytes_p95:,}</td>'
-                f"<td>{coding.encode_ms:.1f}</td><td>{coding.decode_ms:.1f}</td><td>{coding.drop:.1f}</td><td>{interval}</td></tr>"
+                f"<td>{coding.encode_ms:.1f}</td><td>{coding.decode_ms:.1f}</td>"
+                f'<td class="l">{coding.reply or "raw"}</td><td>{coding.drop:.1f}</td><td>{interval}</td></tr>'
             )
     head = (
         '<tr><th>cut</th><th class="l">tensor</th><th>work before</th><th class="l">coding</th><th>device ms</th>'
         f"<th>tail ms</th><th>bytes p50</th><th>p95</th><th>encode ms</th><th>decode ms</th>"
-        f"<th>drop ({html.escape(plan.metric)}, pt)</th><th>95 %</th></tr>"
+        f'<th class="l">answer</th><th>drop ({html.escape(plan.metric)}, pt)</th><th>95 %</th></tr>'
     )
     return f"<table>{head}{''.join(rows)}</table>"
 
@@ -167,6 +172,10 @@ def _device(plan: Plan) -> str:
     if plan.device:
         return f"The device's times were measured on {plan.device}, by its own agent."
     return f"The device was taken to be {plan.slowdown:g} times slower than this machine; no live device was used."
+
+
+def _answers(plan: Plan) -> str:
+    return f"{html.escape(_sentence(answers(plan)))} " if plan.replies else ""
 
 
 def _memory(plan: Plan) -> str:
@@ -180,11 +189,12 @@ def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}" + ("" if text.endswith(".") else ".")
 
 
-def _option(one: Choice) -> dict[str, object]:
+def _option(plan: Plan, one: Choice) -> dict[str, object]:
     coding = one.coding
     return {
         "cut": one.cut.name, "coding": coding.name if coding else "", "ms": round(one.ms, 2),
-        "bytes": coding.bytes_p50 if coding else 0, "admitted": coding.admitted if coding else True, "words": describe(one),
+        "bytes": coding.bytes_p50 if coding else 0, "moved_bytes": moved_bytes(plan, one),
+        "reply": one.reply.name if one.reply else "", "admitted": coding.admitted if coding else True, "words": describe(one),
     }  # fmt: skip
 
 
@@ -196,8 +206,11 @@ def _label(one: Choice) -> str:
     return one.cut.name if one.coding is None else f"{one.cut.name} {one.coding.name}"
 
 
-def _size(one: Choice) -> str:
-    return f", {one.coding.bytes_p50 / 1000:.1f} kB" if one.coding else ""
+def _size(plan: Plan, one: Choice) -> str:
+    if one.coding is None:
+        return ""
+    there, both = one.coding.bytes_p50 / 1000, moved_bytes(plan, one) / 1000
+    return f", {there:.1f} kB there, {both - there:.1f} kB back"
 
 
 def _group(cut: str) -> str:

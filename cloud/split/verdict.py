@@ -3,15 +3,34 @@
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 
-from skills.split import Choice, Coding, Cut, Estimate, Link, Plan, Verdict, admitted, choose_cut, fits, predict_ms
+from skills.split import (
+    Choice,
+    Coding,
+    Cut,
+    Estimate,
+    Link,
+    Plan,
+    Verdict,
+    admitted,
+    choose_cut,
+    fits,
+    moved_bytes,
+    predict,
+    reply_ms,
+)
 
 FEW = 20  # fewer inputs say next to nothing about a share
 LINKS = (Link(1, 30), Link(5, 30), Link(20, 30), Link(100, 30))
 TIE = 1.03  # below three percent two options are the same
 
 
-def ever_best(cuts: Sequence[Cut], keep: AbstractSet[str] = frozenset()) -> frozenset[str]:
-    """Return the true cuts that are the best split on some link, on a device at half to twice the measured speed."""
+def ever_best(
+    cuts: Sequence[Cut], keep: AbstractSet[str] = frozenset(), reply_bytes: int = 0, replies: Sequence[Coding] = ()
+) -> frozenset[str]:
+    """Return the true cuts that are the best split on some link, on a device at half to twice the measured speed.
+
+    An answer has `reply_bytes` raw; `replies` are the codings of it that the cuts' codings name.
+    """
     splits = [
         (cut, coding) for cut in cuts if cut.name not in ("local", "input") for coding in cut.codings if coding.admitted
     ]
@@ -23,7 +42,9 @@ def ever_best(cuts: Sequence[Cut], keep: AbstractSet[str] = frozenset()) -> froz
             def cost(pair: tuple[Cut, Coding], alpha: float = alpha, mbit: float = mbit) -> float:
                 cut, coding = pair
                 there = coding.bytes_p50 / mbit / 125 + coding.decode_ms + cut.tail_ms.p50
-                return (cut.device_ms.p50 + coding.encode_ms) * alpha + there
+                ways = (None, *(one for one in replies if one.name == coding.reply))
+                back = min(reply_ms(reply_bytes, way, mbit, alpha) for way in ways)
+                return (cut.device_ms.p50 + coding.encode_ms) * alpha + there + back
 
             if splits:
                 found.add(min(splits, key=cost)[0].name)
@@ -38,7 +59,7 @@ def options(plan: Plan, link: Link, *, every: bool = False) -> tuple[Choice, ...
         pairs = [(cut, coding) for cut in plan.cuts for coding in (cut.codings or (None,))]
     return tuple(
         sorted(
-            (Choice(cut, coding, predict_ms(plan, cut, coding, estimate)) for cut, coding in pairs),
+            (predict(plan, cut, coding, estimate) for cut, coding in pairs),
             key=lambda one: one.ms,
         )
     )
@@ -69,10 +90,12 @@ def judge(plan: Plan, link: Link) -> Verdict:
         said.append(_no_split(plan))
     if slo_ms is not None and best.ms > slo_ms:
         said.append(f"nothing keeps the limit of {slo_ms:g} ms")
-    size = f", {best.coding.bytes_p50 if best.coding else 0:,} bytes" if plan.policy.minimize == "bytes" else ""
+    size = f", {moved_bytes(plan, best):,} bytes" if plan.policy.minimize == "bytes" else ""
     pinned = " (pinned)" if best.cut.name == plan.policy.pin else ""
-    text = f"{_order(best)}{pinned}: {best.ms:.0f} ms{size}" + (f"; {', '.join(said)}" if said else "")
-    return Verdict(link, best.cut.name, best.coding.name if best.coding else "", float(f"{best.ms:.4g}"), text)
+    reply = best.reply.name if best.reply else ""
+    back = f", the answer comes back as {reply}" if reply else ""
+    text = f"{_order(best)}{pinned}{back}: {best.ms:.0f} ms{size}" + (f"; {', '.join(said)}" if said else "")
+    return Verdict(link, best.cut.name, best.coding.name if best.coding else "", float(f"{best.ms:.4g}"), text, reply)
 
 
 def proof(plan: Plan) -> str:
@@ -88,6 +111,12 @@ def proof(plan: Plan) -> str:
         f"{said}; for {which} the budget of {budget} is unproven on {plan.samples} inputs "
         f"(one input is {step:.2g} points)"
     )
+
+
+def answers(plan: Plan) -> str:
+    """Say what an answer weighs on its way back, raw and in the codings that are worth it."""
+    ways = [f"{plan.reply_bytes:,} bytes raw", *(f"{one.bytes_p50:,} as {one.name}" for one in plan.replies)]
+    return f"an answer comes back in {' or '.join(ways)}" + (", whichever is sooner" if plan.replies else "")
 
 
 def warning(plan: Plan) -> str | None:

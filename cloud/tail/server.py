@@ -2,14 +2,15 @@
 
 Plain: `model_name` is a plan's hash for the whole model, or `<hash>.<cut>` for the tail from that cut on.
 Compact: one UINT8 tensor [n] that is an activation frame; the parameters `split.plan`, `split.cut`, `split.codec` say how to
-read it, and `split.deadline_us` how much time is left. The answer's trailing metadata say where the time went.
+read it, `split.deadline_us` how much time is left, and `split.reply` which coding of the answer the caller can read. An
+answer in that coding is one UINT8 tensor [n] with the parameter `split.reply`; else it is raw, as in plain mode. The
+answer's trailing metadata say where the time went.
 """
 
 import concurrent.futures
-import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from cloud.tail.budget import ByteBudget, OverBudget
 from cloud.tail.engine import MAX_WAITING, Draining, Engine, QueueFull, Result
 from cloud.tail.guard import Guard, NotPermitted
 from cloud.tail.metrics import Listener, Metrics
-from cloud.tail.store import Loaded, Store
+from cloud.tail.request import named, plain_model, plain_name, read, wanted, written
+from cloud.tail.store import Store
 from cloud.tail.warmer import MEASURE_S, Warmer
-from skills import codec, oip, ort, zstd
+from skills import oip, ort, zstd
 from skills.errors import (
     DeadlineExceeded,
     FormatError,
@@ -33,7 +35,6 @@ from skills.errors import (
     UsageError,
 )
 from skills.files import read_bytes
-from skills.split import Coding, Cut
 
 DEFAULT_DEADLINE_S = 30.0
 MAX_DEADLINE_S = 300.0
@@ -68,7 +69,7 @@ def make_service(
                 plan = request.name.partition(".")[0]
                 allow(_device(context), plan, None)
                 try:
-                    _plain_model(store, request.name)
+                    plain_model(store, request.name)
                 except SkerryError:
                     return pb.ModelReadyResponse(ready=False)
                 return pb.ModelReadyResponse(ready=not engine.draining)
@@ -78,8 +79,8 @@ def make_service(
 
         def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
             with _Refusals(grpc, context):
-                allow(_device(context), *_plain_name(request.name))
-                loaded, cut = _plain_model(store, request.name)
+                allow(_device(context), *plain_name(request.name))
+                loaded, cut = plain_model(store, request.name)
                 inputs = loaded.plan.inputs if cut.after == 0 else cut.tensors
                 answer = pb.ModelMetadataResponse(name=request.name, versions=["1"], platform="onnx_segments")
                 for target, tensors in ((answer.inputs, inputs), (answer.outputs, loaded.plan.outputs)):
@@ -92,9 +93,9 @@ def make_service(
                 arrived = time.monotonic()
                 call = oip.from_request(request)
                 deadline = arrived + _seconds_left(call, context)
-                plan, cut_name = _named(request.model_name, call)
+                plan, cut_name = named(request.model_name, call)
                 allow(_device(context), plan, cut_name)
-                frame = _read(store, request.model_name, call)
+                frame = read(store, request.model_name, call)
                 size = request.ByteSize() + frame.decoded_bytes
                 budget.take(size)
                 try:
@@ -109,15 +110,16 @@ def make_service(
                 # Held until the engine lets go of it, which may be after this call has given up waiting.
                 waiting.add_done_callback(lambda _: budget.give(size))
                 result = _wait(waiting, deadline)
-                queue_s, compute_s = result.queue_ms / 1e3, result.compute_ms / 1e3
+                queue_s, compute_s, computed = result.queue_ms / 1e3, result.compute_ms / 1e3, time.monotonic()
+                outputs, said = written(frame, wanted(result.outputs, call.outputs))
                 times = (
                     ("split-decode-us", decoded - arrived),
                     ("split-queue-us", queue_s),
                     ("split-compute-us", compute_s),
+                    ("split-encode-us", time.monotonic() - computed),
                 )
                 context.set_trailing_metadata(tuple((key, str(int(value * 1e6))) for key, value in times))
-                outputs = _wanted(result.outputs, call.outputs)
-                answer = oip.to_response(oip.Answer(outputs, request.model_name, "1", call.id))
+                answer = oip.to_response(oip.Answer(outputs, request.model_name, "1", call.id, said))
                 metrics.answered(frame.loaded.name, frame.cut.name, time.monotonic() - arrived, queue_s, compute_s)
                 return answer
 
@@ -267,94 +269,6 @@ def _certificate_check(grpc: Any, guard: Guard) -> Any:
             )
 
     return CertificateCheck()
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Frame:
-    """A request whose header fits its plan: where to go on, and what `decode` will take beyond the message itself."""
-
-    loaded: Loaded
-    cut: Cut
-    decoded_bytes: int
-    decode: Callable[[], Any]
-
-
-def _named(model: str, call: oip.Call) -> tuple[str, str]:
-    """Return the plan and the cut that a request is about, as it says it."""
-    plan = call.parameters.get("split.plan")
-    return _plain_name(model) if plan is None else (str(plan), str(call.parameters.get("split.cut")))
-
-
-def _plain_name(model: str) -> tuple[str, str]:
-    plan, _, cut = model.partition(".")
-    return plan, cut or "input"  # without a cut: the whole model, for which the input itself is sent
-
-
-def _read(store: Store, model: str, call: oip.Call) -> _Frame:
-    plan, cut_name = _named(model, call)
-    if "split.plan" not in call.parameters:
-        loaded, cut = _plain_model(store, model)
-        values = _checked(loaded, cut, call)
-        return _Frame(loaded, cut, sum(array.nbytes for array in values.values()), lambda: values)
-    try:
-        loaded = store.get(plan)
-    except NotFound as error:
-        raise FormatError(
-            str(error)
-        ) from None  # the device's plan is not ours: its request is wrong here, not merely missing
-    cut = loaded.plan.cut(cut_name)
-    coding = _coding(cut, str(call.parameters.get("split.codec")))
-    (frame,) = call.arrays.values() if len(call.arrays) == 1 else (None,)
-    if frame is None or frame.ndim != 1 or frame.dtype != "uint8":
-        raise FormatError("a compact request carries one UINT8 tensor of one dimension, the packed frame")
-    data = frame.data
-    # What says that it is larger than may be is refused by `decode`, for what it is.
-    size = min(codec.decoded_bytes(cut.tensors, data), codec.MAX_DECODED_BYTES)
-    return _Frame(loaded, cut, size, lambda: codec.decode(coding, cut.tensors, data))
-
-
-def _plain_model(store: Store, model: str) -> tuple[Loaded, Cut]:
-    plan, cut_name = _plain_name(model)
-    loaded = store.get(plan)
-    cut = loaded.plan.cut(cut_name)
-    if cut.after == len(loaded.plan.segments):
-        raise FormatError(f"behind the cut {cut.name} nothing is left for a tail to compute")
-    return loaded, cut
-
-
-def _checked(loaded: Loaded, cut: Cut, call: oip.Call) -> Any:
-    import numpy as np
-
-    tensors = loaded.plan.inputs if cut.after == 0 else cut.tensors
-    for live in tensors:
-        array = call.arrays.get(live.name)
-        if array is None:
-            raise FormatError(f"the tensor {live.name!r} is missing")
-        fits = len(array.shape) == len(live.shape) and all(
-            said in (-1, size) for size, said in zip(array.shape, live.shape, strict=True)
-        )
-        if not fits or oip.datatype(array) != live.dtype or array.size == 0:
-            found = f"{oip.datatype(array)} {list(array.shape)}"
-            raise FormatError(f"the tensor {live.name!r} is {found}, the plan says {live.dtype} {list(live.shape)}")
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise FormatError(f"the tensor {live.name!r} holds NaN or infinity")
-    return {live.name: call.arrays[live.name] for live in tensors}
-
-
-def _wanted(outputs: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    missing = [name for name in names if name not in outputs]
-    if missing:
-        raise FormatError(f"the model has no output {missing[0][:64]!r}, it has {', '.join(outputs)}")
-    return {name: value for name, value in outputs.items() if not names or name in names}
-
-
-def _coding(cut: Cut, name: str) -> Coding:
-    for coding in cut.codings:
-        if coding.name == name:
-            return coding
-    raise FormatError(
-        f"cut {cut.name} has no coding {name[:40]!r}, it has {', '.join(one.name for one in cut.codings) or 'none'}"
-    )
 
 
 def _device(context: Any) -> str:

@@ -98,6 +98,47 @@ def test_looking_does_not_wait_and_a_cancelled_request_is_forgotten(tail: Tail, 
     assert reply.outputs is not None
 
 
+@pytest.fixture(scope="module")
+def real_detector(planned_detector: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("d")
+    install(planned_detector.folder, folder / "tails")
+    with running_tail(folder / "tails", folder) as port, running_link(folder / "l", port):
+        yield folder / "l"
+
+
+@pytest.fixture(params=["fake", "real"])
+def detecting_tail(request: pytest.FixtureRequest, planned_detector: Any) -> Iterator[Tail]:
+    if request.param == "fake":
+        yield FakeTail(planned_detector.folder, FakeClock())
+        return
+    client = LinkClient(request.getfixturevalue("real_detector"))
+    assert client.wait_up(10)
+    yield client
+    client.close()
+
+
+def test_an_answer_comes_coded_where_that_was_asked_for_and_serves_else_raw(
+    detecting_tail: Tail, planned_detector: Any
+) -> None:
+    plan = load_plan((planned_detector.folder / "split.yaml").read_text())
+    (reply,), cut = plan.replies, plan.cut("input")
+    coding, whole = next(one for one in cut.codings if one.kind == "native"), ort.session(planned_detector.model)
+    ordinary = planned_detector.x[:1]
+    extreme = ordinary * 30  # its boxes lie beyond what the reply was calibrated for
+    step = max(reply.scales)
+    for asked, x, coded in ((reply.name, ordinary, True), (reply.name, extreme, False), ("", ordinary, False),
+                            ("u4", ordinary, False), ("no such", ordinary, False)):  # fmt: skip
+        frame = codec.encode(coding, cut.tensors, {"x": x})
+        found = detecting_tail.wait(detecting_tail.send(plan_hash(plan), cut.name, coding.name, frame, 5.0, asked), 5.0)
+        assert found is not None
+        assert found.outputs is not None, found.error
+        assert found.coding == (asked if coded else "")
+        outputs = codec.decode_reply(reply, plan.outputs, found.outputs) if coded else found.outputs
+        for name, array in whole.run({"x": x}).items():
+            assert outputs[name].shape == array.shape
+            assert np.abs(outputs[name] - array).max() < (0.6 * step if coded else 1e-4 * max(1.0, np.abs(array).max()))
+
+
 def test_the_estimate_is_there_without_waiting(tail: Tail) -> None:
     found = tail.estimate()
     assert found.up

@@ -1,5 +1,6 @@
 """A plan that a person edited: what may be edited is honoured, and every fault is one sentence."""
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -102,6 +103,42 @@ def test_a_coding_that_was_added_by_hand_was_never_measured(edited: Any) -> None
     )
     faults = check_plan(folder).faults
     assert any("the coding native was never measured (its bytes_p50 is 0)" in fault for fault in faults)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("reply: u8", "reply: u9", "has the reply 'u9', the plan's replies are u8"),
+        ("reply: u8", "reply: 7", "reply"),
+        ("\nreplies:\n- kind: u8", "\nreplies:\n- kind: u7", "replies[0].kind"),
+        ("\nreplies:\n- kind: u8", "\nreplies:\n- kind: png", "the replies are png: each name once, and none is for pictures"),
+    ],
+)  # fmt: skip
+def test_a_reply_that_cannot_be_is_one_sentence(
+    old: str, new: str, sentence: str, planned_detector: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "plan"
+    shutil.copytree(planned_detector.folder, folder)
+    text = (folder / "split.yaml").read_text()
+    assert check_plan(folder).faults == ()
+    assert "# Ways to write the answer for its way back" in text
+    assert old in text
+    (folder / "split.yaml").write_text(text.replace(old, new, 1))
+    faults = check_plan(folder).faults
+    assert len(faults) == 1
+    assert sentence in faults[0]
+
+
+def test_a_reply_of_other_codes_is_another_plan(planned_detector: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "plan"
+    shutil.copytree(planned_detector.folder, folder)
+    plan = load_plan((folder / "split.yaml").read_text())
+    (reply,) = plan.replies
+    other = dataclasses.replace(reply, scales=(0.5, 0.5), bytes_p50=0)
+    (folder / "split.yaml").write_text(commented(dataclasses.replace(plan, replies=(other,))))
+    faults = check_plan(folder).faults
+    assert any("a segment, tensor or coding was edited" in fault for fault in faults)
+    assert any("the reply u8 was never measured (its bytes_p50 is 0)" in fault for fault in faults)
 
 
 def test_another_model_and_a_damaged_segment_are_named(edited: Any, planned_net: Any, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A split model against a scripted tail: every request is answered, in time where staying local would be, and rightly."""
 
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from edge_agent.infer import SplitModel
 from edge_agent.tail_client import Reply
 from edge_agent.tail_fake import FakeClock, FakeTail
-from skills import ort
+from skills import codec, ort, zstd
 from skills.errors import FormatError
 from skills.split import Estimate
 from skills.timer import Timed
@@ -146,6 +147,95 @@ def test_activations_that_are_not_finite_stay_here(bench: Bench) -> None:
     assert out.shape == (1, 4)
     assert bench.model.last.where == "continued"
     assert "NaN or infinity" in bench.model.last.reason
+
+
+class Detecting(Bench):
+    """The same with a detector, whose answers come back coded."""
+
+    def find(self, at: int = 0) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        x = self.x[at : at + 1]
+        return dict(self.model.answer({"x": x})), self.whole.run({"x": x})
+
+
+@pytest.fixture
+def detecting(planned_detector: Any) -> Detecting:
+    made = Detecting(planned_detector)
+    made.model.use("input", next(one for one in made.model.plan.cut("input").codings if one.kind == "native"))
+    return made
+
+
+def test_a_coded_answer_is_asked_for_where_it_comes_sooner_and_read_right(detecting: Detecting) -> None:
+    step = max(detecting.model.plan.replies[0].scales)
+    for mbit, asked, gap in ((5.0, "u8", 0.6 * step), (10_000.0, "", 1e-5)):
+        detecting.tail.link = Estimate(mbit, 10.0)
+        detecting.model.use(
+            "input", next(one for one in detecting.model.plan.cut("input").codings if one.kind == "native")
+        )
+        found, right = detecting.find()
+        assert detecting.tail.replies[-1] == asked
+        assert detecting.model.last.where == "cloud"
+        for name, array in right.items():
+            assert found[name].dtype == array.dtype
+            np.testing.assert_allclose(found[name], array, atol=gap)
+
+
+def test_a_tail_that_knows_no_coded_replies_answers_raw_and_is_understood(detecting: Detecting) -> None:
+    detecting.tail.refuse = Reply(detecting.whole.run({"x": detecting.x[:1]}))
+    found, right = detecting.find()
+    assert detecting.tail.replies == ["u8"]
+    assert detecting.model.last.where == "cloud"
+    np.testing.assert_allclose(found["boxes"], right["boxes"], atol=1e-5)
+
+
+def hostile_answers(model: SplitModel) -> dict[str, Reply]:
+    (reply,) = model.plan.replies
+    shapes = {"scores": (1, 1728, 2), "boxes": (1, 1728, 4)}
+    good = codec.encode(reply, model.plan.outputs, {name: np.full(s, 0.5, np.float32) for name, s in shapes.items()})
+    bomb = zstd.compress(bytes(1 << 28), 1)
+    free = [live.shape.count(-1) for live in model.plan.outputs]
+
+    def head(batch: int, body: bytes) -> bytes:
+        tensors = b"".join(struct.pack(f">{n + 1}I", *[batch] * n, len(body)) for n in free)
+        return b"SK\x01\x02" + tensors + body * 2
+
+    def sent(frame: bytes, coding: str = reply.name) -> Reply:
+        return Reply({"frame": np.frombuffer(frame, np.uint8)}, coding=coding)
+
+    return {
+        "nothing": sent(b""), "rubbish": sent(b"x" * 500), "short": sent(good[:-1]), "long": sent(good + b"\0"),
+        "bomb": sent(head(1, bomb)), "vast": sent(head((1 << 32) - 1, bomb)), "empty": sent(head(0, zstd.compress(b"", 1))),
+        "another coding": sent(good, "u16"), "a coding of its own": sent(good, "x" * 999),
+        "not bytes": Reply({"frame": np.ones(9, np.float32)}, coding=reply.name),
+        "two": Reply({name: np.ones(9, np.uint8) for name in ("a", "b")}, coding=reply.name),
+        "no tensor": Reply({}, coding=reply.name), "a frame that is not called one": sent(good, ""),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["nothing", "rubbish", "short", "long", "bomb", "vast", "empty", "another coding", "a coding of its own", "not bytes",
+     "two", "no tensor", "a frame that is not called one"],
+)  # fmt: skip
+def test_an_answer_that_is_hostile_is_not_believed_and_the_device_goes_on_by_itself(
+    detecting: Detecting, kind: str
+) -> None:
+    detecting.tail.refuse = hostile_answers(detecting.model)[kind]
+    found, right = detecting.find()
+    assert detecting.model.last.where == "continued"
+    assert detecting.model.last.reason.startswith("the tail's answer")
+    assert len(detecting.model.last.reason) < 200
+    for name, array in right.items():
+        np.testing.assert_allclose(found[name], array, atol=1e-5)
+    detecting.find()
+    assert (detecting.model.last.where, detecting.model.last.reason) == ("local", "the tail refuses this plan")
+
+
+def test_a_reply_that_was_not_asked_coded_is_not_read_as_such(bench: Bench) -> None:
+    bench.model.use(bench.cut)
+    bench.tail.refuse = Reply({"frame": np.zeros(30, np.uint8)}, coding="u8")
+    found, right = bench.ask()
+    assert bench.model.last.where == "continued"
+    np.testing.assert_allclose(found, right, atol=1e-5)
 
 
 @settings(max_examples=60, deadline=None)

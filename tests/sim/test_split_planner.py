@@ -184,6 +184,76 @@ def test_an_int8_model_is_cut_at_its_codes_and_the_chain_is_bit_equal(tmp_path: 
     assert np.array_equal(chain.run({"x": x})["y"], ort.session(model).run({"x": x})["y"])
 
 
+def test_a_detectors_answer_comes_back_coded_within_the_budget(planned_detector: Any) -> None:
+    plan = load_plan((planned_detector.folder / "split.yaml").read_text())
+    report = json.loads((planned_detector.folder / "report.json").read_text())
+    assert plan.reply_bytes == report["reply"]["raw_bytes"] == 1728 * 6 * 4
+    assert [one["kind"] for one in report["reply"]["codings"]] == ["u8", "u16", "native"]
+    (reply,) = plan.replies
+    assert reply.kind == "u8"
+    assert 0 < reply.bytes_p50 <= reply.bytes_p95 < plan.reply_bytes / 3
+    assert reply.encode_ms > 0
+    assert reply.decode_ms > 0
+    named = [coding for cut in plan.cuts for coding in cut.codings if coding.admitted]
+    assert named
+    assert all(coding.reply == "u8" and coding.drop <= plan.max_drop for coding in named)
+    assert all(coding.reply == "" for cut in plan.cuts for coding in cut.codings if not coding.admitted)
+    slow = next(one for one in report["links"] if one["link"] == "1mbit/30ms")["options"]
+    assert {one["reply"] for one in slow if one["admitted"]} == {"u8", ""}  # staying local has none
+    asked = [one for one in slow if one["reply"]]
+    assert all(one["moved_bytes"] == one["bytes"] + reply.bytes_p50 for one in asked)
+    assert {
+        cut["name"] for cut in report["candidates"] if any(one.get("reply") == "u8" for one in cut.get("codings", ()))
+    } >= {"input"}
+    page = (planned_detector.folder / "report.html").read_text()
+    assert f"{reply.bytes_p50:,} as u8" in page
+    assert f"kB there, {reply.bytes_p50 / 1000:.1f} kB back" in page
+    assert '<td class="l">u8</td>' in page
+
+
+def test_a_budget_that_eight_bits_do_not_keep_takes_more_of_them(detector: bytes, tmp_path: Path) -> None:
+    x = np.random.default_rng(4).normal(0, 1, (24, 1, 48, 48)).astype(np.float32)
+    kinds = {}
+    for budget in (8.0, 0.02, 0.0):
+        plan = plan_it(detector, {"x": x}, tmp_path / f"{budget}", max_drop=budget).plan
+        (native,) = [one for one in plan.cut("input").codings if one.kind == "native"]
+        assert native.admitted
+        kinds[budget] = native.reply
+    assert kinds == {8.0: "u8", 0.02: "u16", 0.0: "native"}  # the last one loses nothing
+
+
+def test_a_few_class_scores_come_back_raw(planned_net: Any) -> None:
+    text = (planned_net.folder / "split.yaml").read_text()
+    assert load_plan(text).replies == ()
+    assert "\nreplies:" not in text
+    assert "reply: " not in text
+
+
+@pytest.mark.parametrize(("classes", "pays"), [(10, False), (1000, True)])
+def test_whether_a_reply_is_worth_coding_is_decided_by_the_time_it_takes(classes: int, pays: bool) -> None:
+    from cloud.split.profile import measured_replies, paying_replies
+    from skills.split import Live
+    from skills.timer import Dilated
+
+    chance = np.random.default_rng(0)
+    answers = [{"y": chance.normal(0, 3, (1, classes)).astype(np.float32)} for _ in range(16)]
+    found = measured_replies((Live("y", "FP32", (-1, classes)),), answers, Dilated(10))
+    assert bool(paying_replies(found, classes * 4, 1.0)) is pays
+    assert not paying_replies(found, classes * 4, 10_000.0)  # on such a link nothing is worth an encoder
+
+
+@pytest.mark.parametrize("answer", [np.zeros((1, 0, 6), np.float32), np.full((1, 9), np.inf, np.float32),
+                                    np.array([b"face"], object)])  # fmt: skip
+def test_answers_that_no_frame_carries_have_no_reply_coding(answer: Any) -> None:
+    from cloud.split.profile import measured_replies
+    from skills.split import Live
+    from skills.timer import Local
+
+    kind = "BYTES" if answer.dtype == object else "FP32"
+    live = Live("y", kind, (-1,) * answer.ndim)  # type: ignore[arg-type]
+    assert measured_replies((live,), [{"y": answer}] * 3, Local()) == ()
+
+
 def test_the_budget_is_judged_on_more_inputs_than_the_times(small_net: Any, tmp_path: Path) -> None:
     net = small_net("plain")
     model = net.model.SerializeToString()

@@ -181,7 +181,7 @@ Requests = st.fixed_dictionaries(
         ),
         "raw": st.booleans(),
         "parameters": st.dictionaries(
-            st.sampled_from(["split.plan", "split.cut", "split.codec", "split.deadline_us"]),
+            st.sampled_from(["split.plan", "split.cut", "split.codec", "split.reply", "split.deadline_us"]),
             st.sampled_from(["PLAN", "c1", "input", "local", "u8", "jpeg q1", "", -1, 0, 1, 5_000_000, 1 << 62, True]),
         ),
         "outputs": st.lists(st.sampled_from(["logits", "nothing", ""]), max_size=2),

@@ -193,6 +193,64 @@ CASES = [
 ]
 
 
+SCORES, BOXES = Live("scores", "FP32", (1, 300, 2)), Live("boxes", "FP32", (1, 300, 4))
+FOUND = {"scores": np.random.default_rng(0).random((1, 300, 2), np.float32),
+         "boxes": np.random.default_rng(1).random((1, 300, 4), np.float32) * 1.4 - 0.2}  # fmt: skip
+REPLIES = (*(affine(kind, FOUND["scores"], np.array([-0.2, 1.2])) for kind in ("u8", "u16")), Coding("native"))
+
+
+def as_sent(frame: bytes) -> dict[str, np.ndarray]:
+    return {"frame": np.frombuffer(frame, np.uint8)}
+
+
+@pytest.mark.parametrize(("coding", "gap"), list(zip(REPLIES, (4e-3, 2e-5, 0.0), strict=True)))
+def test_a_coded_answer_is_the_answer_but_for_a_step(coding: Coding, gap: float) -> None:
+    flat = {name: np.clip(np.round(array, 1), 0, 0.9) for name, array in FOUND.items()}
+    for answer in (flat, FOUND):
+        frame = codec.encode_reply(REPLIES, (SCORES, BOXES), coding.name, answer)
+        assert frame is not None
+        back = codec.decode_reply(coding, (SCORES, BOXES), as_sent(frame))
+        for name, array in answer.items():
+            assert back[name].shape == array.shape
+            assert np.abs(back[name] - array).max() <= gap
+
+
+def test_an_answer_goes_raw_where_its_coding_would_change_it_or_gain_nothing() -> None:
+    def frame(name: str = "u8", **changes: np.ndarray) -> bytes | None:
+        return codec.encode_reply(REPLIES, (SCORES, BOXES), name, FOUND | changes)
+
+    assert frame() is not None
+    for asked in ("", "u4", "x" * 999):
+        assert frame(asked) is None
+    beyond, broken = FOUND["boxes"].copy(), FOUND["scores"].copy()
+    beyond[0, 0, 0], broken[0, 0, 0] = 1.5, np.nan
+    assert frame(boxes=beyond) is None  # it was calibrated up to 1.2
+    assert frame(scores=broken) is None
+    assert frame(scores=FOUND["scores"].astype(np.float64)) is None
+    free = Live("scores", "FP32", (1, -1, 2))
+    assert codec.encode_reply(REPLIES, (free, BOXES), "u8", FOUND | {"scores": np.zeros((1, 0, 2), np.float32)}) is None
+    ten = {"y": np.arange(10, dtype=np.float32)[None]}
+    assert codec.encode_reply((Coding("native"),), (Live("y", "FP32", (1, 10)),), "native", ten) is None
+
+
+@settings(max_examples=200)
+@given(
+    coding=st.sampled_from(REPLIES[:2]), at=st.integers(0, 10_000), value=st.integers(0, 255), cut=st.integers(0, 40),
+    add=st.binary(max_size=8), anything=st.none() | st.binary(max_size=300),
+)  # fmt: skip
+def test_a_damaged_answer_is_outputs_of_the_right_shape_or_a_format_error(
+    coding: Coding, at: int, value: int, cut: int, add: bytes, anything: bytes | None
+) -> None:
+    frame = bytearray(codec.encode(coding, (SCORES, BOXES), FOUND))
+    frame[at % len(frame)] = value
+    sent = bytes(frame[: len(frame) - cut]) + add if anything is None else anything
+    with contextlib.suppress(FormatError):
+        back = codec.decode_reply(coding, (SCORES, BOXES), as_sent(sent))
+        assert all(
+            back[live.name].shape == live.shape and np.isfinite(back[live.name]).all() for live in (SCORES, BOXES)
+        )
+
+
 @given(case=st.sampled_from(CASES), data=st.binary(max_size=300))
 def test_any_bytes_are_tensors_or_a_format_error(case: tuple, data: bytes) -> None:  # type: ignore[type-arg]
     coding, tensors, _ = case

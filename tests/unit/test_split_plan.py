@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from skills.errors import FormatError, UsageError
 from skills.split import (
+    CALL_BYTES,
+    CODED_REPLY_BYTES,
     Choice,
     Coding,
     Cut,
@@ -21,8 +23,10 @@ from skills.split import (
     Segment,
     choose_cut,
     load_plan,
+    moved_bytes,
     parse_link,
     plan_hash,
+    predict,
     predict_ms,
     settle,
     slow_start_ms,
@@ -56,6 +60,74 @@ def test_a_plan_reads_back_as_it_was_written() -> None:
     assert load_plan(encode_yaml(plan, "a comment")) == plan
 
 
+U8_REPLY = Coding("u8", scales=(0.1,), zeros=(0,), bytes_p50=19_000, encode_ms=0.3, decode_ms=3.0)
+
+
+def detecting_plan(**changes: object) -> Plan:
+    """A plan whose answer has 106 kB raw and 19 kB coded, which the coding of the input and that of c1 may use."""
+    plan = make_plan()
+    cuts = tuple(
+        dataclasses.replace(cut, codings=tuple(dataclasses.replace(one, reply="u8") for one in cut.codings))
+        if cut.name != "c2" else cut
+        for cut in plan.cuts
+    )  # fmt: skip
+    made = {"cuts": cuts, "reply_bytes": 106_080, "replies": (U8_REPLY,)} | changes
+    return dataclasses.replace(plan, **made)  # type: ignore[arg-type]
+
+
+def test_a_reply_is_coded_where_that_is_sooner_and_its_real_bytes_count() -> None:
+    plan = detecting_plan()
+    cut, coding = plan.cut("input"), plan.cut("input").codings[0]
+    for mbit, kind in ((1.0, "u8"), (20.0, "u8"), (1000.0, None)):
+        found = predict(plan, cut, coding, Estimate(mbit, 5))
+        assert (found.reply.name if found.reply else None) == kind
+        back = (19_042 if kind else 106_080) * 8 / (mbit * 1000) + (3.3 if kind else 0)
+        assert found.ms == pytest.approx(10 + 5 + (30_000 + CALL_BYTES) * 8 / (mbit * 1000) + 3 + back)
+    hot = predict(plan, cut, coding, Estimate(100.0, 5), alpha=5.0)
+    assert hot.reply is None  # the device decodes too slowly now
+    assert (
+        predict(plan, plan.cut("c2"), plan.cut("c2").codings[0], Estimate(1, 5)).reply is None
+    )  # no reply was gated with it
+
+
+def test_a_coded_reply_makes_a_slow_link_worth_asking_over() -> None:
+    plan, slow = detecting_plan(), Estimate(8, 5)
+    assert choose_cut(dataclasses.replace(plan, cuts=make_plan().cuts, replies=()), slow).cut.name == "local"
+    chosen = choose_cut(plan, slow)
+    assert (chosen.cut.name, chosen.reply) == ("input", U8_REPLY)
+    assert moved_bytes(plan, chosen) == 49_000
+
+
+def test_where_bytes_are_billed_those_of_the_reply_count_too() -> None:
+    plan = detecting_plan(policy=Policy(minimize="bytes", slo_ms=90))
+    chosen = choose_cut(plan, Estimate(100, 5), slo_ms=60)
+    assert (chosen.cut.name, chosen.reply) == ("c1", U8_REPLY)  # 39 kB; the input would move 49, and c2 108
+
+
+def test_a_plan_of_before_keeps_its_hash_and_its_raw_replies() -> None:
+    assert plan_hash(make_plan()) == "dbe9576d87093a76"
+    assert "repl" not in encode_yaml(make_plan())
+    other = dataclasses.replace(U8_REPLY, scales=(0.2,))
+    assert len({plan_hash(detecting_plan()), plan_hash(detecting_plan(replies=(other,))), plan_hash(make_plan())}) == 3
+
+
+@pytest.mark.parametrize("scale", [".nan", ".inf", "0.0", "-0.1", "1e-40"])
+def test_a_reply_whose_scale_is_no_positive_number_is_refused(scale: str) -> None:
+    head, key, replies = encode_yaml(detecting_plan()).partition("\nreplies:")
+    assert "[0.1]" in replies
+    assert load_plan(head + key + replies) == detecting_plan()
+    with pytest.raises(FormatError, match="scales"):
+        load_plan(head + key + replies.replace("[0.1]", f"[{scale}]", 1))
+
+
+def test_what_names_a_replys_coding_takes_the_bytes_that_the_cost_model_counts() -> None:
+    from skills import oip
+
+    plain, coded = oip.messages().ModelInferRequest(), oip.messages().ModelInferRequest()
+    coded.parameters["split.reply"].string_param = "u8"
+    assert 2 * (coded.ByteSize() - plain.ByteSize()) == CODED_REPLY_BYTES
+
+
 def test_a_misspelt_key_names_its_line_and_the_right_key() -> None:
     text = encode_yaml(make_plan()).replace("bytes_p50", "byte_p50", 1)
     line = next(at for at, row in enumerate(text.splitlines(), 1) if "byte_p50" in row)
@@ -71,6 +143,10 @@ def test_a_misspelt_key_names_its_line_and_the_right_key() -> None:
         (lambda plan: dataclasses.replace(plan, segments=(*plan.segments[1:], plan.segments[0])), "needs 'mid', which nothing"),
         (lambda plan: dataclasses.replace(plan.cuts[1], tensors=()), "0 tensors, its coding u8 1 scales"),
         (lambda plan: dataclasses.replace(plan, policy=Policy(pin="c7")), "policy.pin is c7"),
+        (lambda plan: detecting_plan(replies=()), "cut input: the coding native has the reply 'u8', the plan's replies are none"),
+        (lambda plan: detecting_plan(replies=(U8_REPLY, U8_REPLY)), "the replies are u8, u8: each name once"),
+        (lambda plan: dataclasses.replace(plan, replies=(Coding("png"),)), "none is for pictures"),
+        (lambda plan: dataclasses.replace(plan, replies=(Coding("u16"),)), "1 outputs, the reply u16 0 scales"),
     ],
 )  # fmt: skip
 def test_a_plan_that_contradicts_itself_is_refused(change: object, sentence: str) -> None:

@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from cloud.split.verdict import ever_best, judge
-from skills.split import Coding, Cut, Link, Live, Millis, Plan, Segment
+from cloud.split.verdict import answers, ever_best, judge
+from skills.split import Coding, Cut, Link, Live, Millis, Plan, Policy, Segment
 
 
 def make_plan(*, private: bool = False, drop: float = 0.0) -> Plan:
@@ -52,3 +52,22 @@ def test_a_cut_that_no_link_could_want_is_not_cut_for_good() -> None:
     worse = dataclasses.replace(plan.cuts[1], name="c2", device_ms=Millis(60, 60))
     assert ever_best([plan.cuts[1], worse]) == {"c1"}
     assert ever_best([plan.cuts[1], worse], {"c2"}) == {"c1", "c2"}
+
+
+def test_the_verdict_says_in_what_coding_the_answer_comes_back_and_counts_its_bytes() -> None:
+    plan = make_plan()
+    reply = Coding("u8", scales=(0.1,), zeros=(0,), bytes_p50=5_000, encode_ms=0.5, decode_ms=1.5)
+    named = tuple(
+        dataclasses.replace(cut, codings=tuple(dataclasses.replace(one, reply="u8") for one in cut.codings))
+        for cut in plan.cuts
+    )
+    plan = dataclasses.replace(plan, cuts=named, reply_bytes=30_000, replies=(reply,))
+    verdict = judge(plan, Link(5, 5))
+    assert (verdict.cut, verdict.reply) == ("input", "u8")
+    assert verdict.text.startswith("send the input (native), the answer comes back as u8: 55 ms; ")
+    billed = dataclasses.replace(plan, policy=Policy(minimize="bytes", slo_ms=140))
+    assert ", the answer comes back as u8: 89 ms, 14,000 bytes" in judge(billed, Link(5, 5)).text
+    fast = judge(plan, Link(1_000, 5))
+    assert fast.reply == ""
+    assert "comes back" not in fast.text
+    assert answers(plan) == "an answer comes back in 30,000 bytes raw or 5,000 as u8, whichever is sooner"
