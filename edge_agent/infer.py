@@ -16,6 +16,7 @@ from skills import codec, ort
 from skills.confidence import confidence
 from skills.errors import FormatError, NotFound
 from skills.files import read_bytes
+from skills.plain import uncoded
 from skills.split import MAX_PLAN_BYTES, Choice, Coding, Estimate, Held, Plan, choose_cut, load_plan, plan_hash, settle
 from skills.timer import Local, Timer
 
@@ -65,8 +66,9 @@ class SplitModel:
         private: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.plan = self._planned = _read_plan(plan_folder)
-        self._hash = plan_hash(self.plan)
+        plan = _read_plan(plan_folder)
+        self._hash, self._stock = plan_hash(plan), plan.policy.tail == "stock"
+        self.plan = self._planned = uncoded(plan) if self._stock else plan
         self._chain = ort.chain(
             [plan_folder / one.file for one in self.plan.segments], [live.name for live in self.plan.outputs]
         )
@@ -165,10 +167,13 @@ class SplitModel:
             return self._go_on(start, choice, values, 0, "the tensors hold NaN or infinity", None, mine)
         sent = self._clock()
         patience = self._patience_s(start, sent, choice, deadline_s, mine is not None)
-        request = tail.send(
-            self._hash, cut.name, coding.name, frame, patience + self._rest_s(choice) + 0.05,
-            choice.reply.name if choice.reply else "",
-        )  # fmt: skip
+        until_s = patience + self._rest_s(choice) + 0.05
+        if self._stock:
+            arrays = {live.name: values[live.name] for live in cut.tensors}
+            request = tail.send_plain(self._hash, cut.name, arrays, until_s, cut.tail_ms.p50)
+        else:
+            said = choice.reply.name if choice.reply else ""
+            request = tail.send(self._hash, cut.name, coding.name, frame, until_s, said)
         reply = self._look(request, patience, choice)
         if reply is None:
             return self._go_on(
@@ -211,6 +216,8 @@ class SplitModel:
         if choice.coding is None:
             return values, None
         try:
+            if self._stock:
+                return values, codec.whole(choice.cut.tensors, values)
             return values, codec.encode(choice.coding, choice.cut.tensors, values)
         except FormatError:
             if choice.cut.after == 0:

@@ -101,6 +101,15 @@ def _total(tensors: Sequence[Live], heads: Sequence[tuple[tuple[int, ...], int]]
     return sum(math.prod(shape) * _itemsize(live) for live, (shape, _) in zip(tensors, heads, strict=True))
 
 
+def whole(tensors: Sequence[Live], arrays: Mapping[str, "Array"]) -> bytes:
+    """Return the tensors' own bytes, one after the other: what a server of the open protocol takes.
+
+    Raises:
+        FormatError: as `encode`.
+    """
+    return b"".join(_checked(live, arrays).tobytes() for live in tensors)
+
+
 def encode_reply(
     codings: Sequence[Coding], tensors: Sequence[Live], name: str, arrays: Mapping[str, "Array"]
 ) -> bytes | None:

@@ -202,6 +202,10 @@ class Policy:
     gain_at_once: Annotated[float, Limits(min=0), Doc("switch at once when it is this share faster")] = 0.30
     streak: Annotated[int, Limits(min=1), Doc("how many times in a row")] = 3
     dwell_s: Annotated[float, Limits(min=0), Doc("shortest stay at a cut")] = 1.0
+    tail: Annotated[
+        Literal["skerry", "stock"],
+        Doc("stock: any server of the Open Inference Protocol; tensors travel as they are, there and back"),
+    ] = "skerry"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

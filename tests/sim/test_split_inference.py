@@ -1,7 +1,11 @@
 """A split model against a scripted tail: every request is answered, in time where staying local would be, and rightly."""
 
+import dataclasses
+import math
+import shutil
 import struct
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -267,3 +271,33 @@ def test_whatever_the_link_does_every_request_is_answered_rightly_and_within_its
         assert found.argmax() == right.argmax() or ran.where in ("split", "cloud")
         assert not (private and ran.where == "cloud")
         bench.clock.advance(0.4)
+
+
+@pytest.mark.parametrize("cut", ["input", "c"])
+def test_a_stock_tail_gets_whole_tensors_and_its_answer_is_the_whole_models(
+    planned_net: Any, tmp_path: Path, cut: str
+) -> None:
+    folder = tmp_path / "plan"
+    shutil.copytree(planned_net.folder, folder)
+    text = (folder / "split.yaml").read_text()
+    (folder / "split.yaml").write_text(text.replace("tail: skerry", "tail: stock"))
+    bench = Bench(dataclasses.replace(planned_net, folder=folder))
+    name = bench.cut if cut == "c" else cut
+    bench.model.use(name)
+    found, right = bench.ask()
+    tensors = bench.model.plan.cut(name).tensors
+    assert (bench.model.last.where, bench.model.last.cut) == ("cloud" if cut == "input" else "split", name)
+    assert bench.model.last.bytes == sum(4 * math.prod(live.shape[1:]) for live in tensors)
+    assert bench.tail.replies == []  # nothing was asked in compact mode
+    np.testing.assert_allclose(found, right, atol=1e-5)
+
+
+def test_a_stock_tail_is_never_sent_what_is_not_finite(planned_net: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "plan"
+    shutil.copytree(planned_net.folder, folder)
+    text = (folder / "split.yaml").read_text()
+    (folder / "split.yaml").write_text(text.replace("tail: skerry", "tail: stock"))
+    bench = Bench(dataclasses.replace(planned_net, folder=folder))
+    bench.model.use("input")
+    with pytest.raises(FormatError, match="NaN"):
+        bench.model.answer({"x": np.full_like(bench.x[:1], np.nan)})
