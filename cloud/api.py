@@ -95,6 +95,12 @@ class RollbackBody(_Body):
     selector: str = Field(max_length=2000)
 
 
+class MeasureBody(_Body):
+    """What a device is to measure: the digest of a work that was uploaded as lent, with all its parts."""
+
+    work: str = Field(pattern="^[0-9a-f]{64}$")
+
+
 def create_app(controller: "Controller") -> FastAPI:
     """Return the API of a controller."""
     app = FastAPI(title="Skerry controller", version=skills.__version__, docs_url="/docs", redoc_url=None)
@@ -188,9 +194,9 @@ def _release_routes(app: FastAPI, controller: "Controller", guard: list[Any]) ->
         return {"sha256": sha256, "size": size}
 
     @app.put("/v1/objects/{sha256}", dependencies=guard, tags=["releases"])
-    async def put_object(sha256: str, request: Request) -> dict[str, Any]:
-        """Upload an object; its name is the SHA-256 of the body."""
-        return {"sha256": sha256, "size": await controller.registry.put(sha256, request.stream())}
+    async def put_object(sha256: str, request: Request, lent: bool = False) -> dict[str, Any]:
+        """Upload an object; its name is the SHA-256 of the body. `lent`: only for a device to measure, then it goes."""
+        return {"sha256": sha256, "size": await controller.registry.put(sha256, request.stream(), lent=lent)}
 
     @app.post("/v1/releases", dependencies=guard, tags=["releases"])
     async def release(body: ReleaseBody) -> dict[str, Any]:
@@ -259,6 +265,11 @@ def _relay_routes(app: FastAPI, controller: "Controller", guard: list[Any]) -> N
         """Return the last lines of a device's log."""
         _, data = await controller.delivery.relay(device, "logs", {"lines": lines}, b"", deadline_ms / 1000)
         return {"device": device, "lines": data.decode(errors="replace").splitlines()}
+
+    @app.post("/v1/devices/{device}/measure", dependencies=guard, tags=["devices"])
+    async def measure(device: str, body: MeasureBody, deadline_ms: Annotated[int, deadline] = 30_000) -> dict[str, Any]:
+        """Have a device measure a work that was lent, or say how far it is. Ask again until `state` is `done`."""
+        return await controller.measuring.ask(device, body.work, deadline_ms / 1000)
 
 
 def _json_len(request: Request, size: int) -> int:

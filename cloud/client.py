@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from cloud.access import Access
-from cloud.views import DeviceView, EventView, ReleaseView, RolloutView, view
+from cloud.views import DeviceView, EventView, MeasureView, ReleaseView, RolloutView, view
 from skills.errors import DeadlineExceeded, FormatError, NotFound, TrustError, Unreachable, error_for
 
 if TYPE_CHECKING:
@@ -147,6 +147,10 @@ class Client:
         """Upload an object."""
         self._json("PUT", f"/v1/objects/{sha256}", content=data, timeout=UPLOAD_DEADLINE_S)
 
+    def lend_object(self, sha256: str, data: bytes) -> None:
+        """Upload an object for a device to measure; the controller drops it when that is done."""
+        self._json("PUT", f"/v1/objects/{sha256}", params={"lent": "true"}, content=data, timeout=UPLOAD_DEADLINE_S)
+
     def release(self, manifest_sha256: str, targets: bytes) -> ReleaseView:
         """Hand in a signed release.
 
@@ -211,6 +215,16 @@ class Client:
         if size is not None and not size.isdecimal():
             raise FormatError(f"the controller answered with {BINARY_HEADER}: {size[:20]!r}, expected a number")
         return decode_answer(response.content, None if size is None else int(size))
+
+    def measure(self, device: str, work: str, deadline_s: float = 30.0) -> MeasureView:
+        """Have a device measure a work that was lent, or see how far it is.
+
+        Raises:
+            NotFound, Refused, Unreachable, DeadlineExceeded: what the device or the controller said.
+        """
+        query, path = {"deadline_ms": str(int(deadline_s * 1000))}, f"/v1/devices/{_segment(device)}/measure"
+        raw = self._json("POST", path, params=query, json={"work": work}, timeout=deadline_s + GRACE_S)
+        return view(MeasureView, raw, "the measurement")
 
     # --- the one door -----------------------------------------------------------------------------
 

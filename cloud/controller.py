@@ -39,6 +39,7 @@ from cloud.fleet import Fleet
 from cloud.https import serve_https
 from cloud.journal import Journal, open_journal
 from cloud.lock import only_one
+from cloud.measuring import Measuring
 from cloud.orders import Orders
 from cloud.permits import Permits
 from cloud.registry import Registry
@@ -83,6 +84,7 @@ class Controller:
         self.orders = Orders(self.database, self.fleet, self.registry, now)
         self.permits = Permits(settings.data / "tails" / "allowed.json", self.database, self.registry, journal)
         self.delivery = Delivery(mqtt, self.fleet, self.orders, self.registry, self.permits, journal)
+        self.measuring = Measuring(self.fleet, self.registry, self.delivery)
         self.children: dict[str, Child] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._started = now()

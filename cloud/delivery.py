@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from cloud.fleet import Fleet
 from cloud.journal import Journal
+from cloud.loans import Loans
 from cloud.orders import Orders
 from cloud.permits import Permits
 from cloud.registry import Registry
@@ -56,6 +57,7 @@ class Delivery:
         self._mqtt, self._fleet, self._orders, self._registry, self._journal = mqtt, fleet, orders, registry, journal
         self._permits = permits
         self._named: dict[str, tuple[str, ...]] = {}  # the manifests in a device's assignment, until it is told anew
+        self.loans = Loans()  # beside their assignments, until a time of the loop
         self._refusing = False  # the disk or the database: said once, and once more when it is over
         self._queues: dict[str, collections.deque[Asked]] = {}
         self._asked = asyncio.Event()
@@ -179,6 +181,7 @@ class Delivery:
         self._uncalled.discard(device)
         self._queues.pop(device, None)
         self._named.pop(device, None)
+        self.loans.forget(device)
         if self.connected.is_set():
             self._mqtt.publish(topics.down(device, "desired"), b"", qos=1, retain=True)
 
@@ -299,13 +302,14 @@ class Delivery:
         return encode_chunk(Chunk(transfer, index, data))
 
     def _check_named(self, device: str, sha256: str) -> None:
-        """Let a device have what its assignment leads to: a metadata set, its manifests, their parts.
+        """Let a device have what its assignment leads to (a metadata set, its manifests, their parts), and what it is lent.
 
         Raises:
             Refused: it leads nowhere near this object.
             NotFound, FormatError, StorageError: a manifest of the assignment cannot be read.
         """
-        if self._registry.is_metadata(sha256):
+        lent = self.loans.holds(device, sha256, asyncio.get_running_loop().time())
+        if lent or self._registry.is_metadata(sha256):
             return
         named = self._named.get(device)
         if named is None:

@@ -1,7 +1,7 @@
 """A device without models: speaks the whole delivery protocol and says that it serves. For simulations and load tests.
 
 It accepts what its controller's director key signed, fetches the manifest and the parts that it would need, chunk by chunk,
-checks every hash, and reports. `outcome` decides what becomes of a version that arrived whole.
+checks every hash, and reports. `outcome` decides what becomes of a version that arrived whole, `figures` what it has measured.
 """
 
 import asyncio
@@ -12,11 +12,13 @@ from collections.abc import Callable
 from skills import topics
 from skills.bundle import Bundle, decode_bundle, fit, parts_for, unpack_part
 from skills.desired import Assignment, ObjectRef, WantedSkill, open_sealed
-from skills.errors import DeadlineExceeded, FormatError, SkerryError, TrustError
+from skills.errors import DeadlineExceeded, FormatError, Refused, SkerryError, TrustError
 from skills.files import sha256_hex
+from skills.measurement import RUNTIME, Figures, Order, Work, open_order, read_work
 from skills.messaging import Connected, Disconnected, Message, MqttClient
 from skills.report import CHUNK_BYTES, MAX_CHUNKS_A_NEED, DeviceState, Hello, Need, Phase, SkillState, decode_chunk
 from skills.resolve import Capabilities, Misfit
+from skills.split import Millis
 from skills.wire import encode_json, pack_frame, unpack_frame
 
 ANY_PC = Capabilities(
@@ -25,6 +27,14 @@ ANY_PC = Capabilities(
 ASK_AGAIN_S = 0.5
 
 Outcome = Callable[[WantedSkill], tuple[Phase, str]]
+
+
+def made_up(sha256: str, work: Work) -> Figures:
+    """Return figures of a device that needs a millisecond for each segment, and half of one for each coding."""
+    heads = tuple(Millis(float(count), float(count)) for count in range(len(work.segments) + 1))
+    codings = tuple(tuple(0.5 for _ in crossing.codings) for crossing in work.crossings)
+    memory = tuple(float(count) for count in range(1, len(work.segments) + 1))
+    return Figures(sha256, heads, codings, memory, 1, 0.0, 1, "a made-up board", ANY_PC.arch, RUNTIME, ANY_PC.agent)
 
 
 @dataclasses.dataclass(slots=True)
@@ -61,6 +71,8 @@ class FakeDevice:
         self._nonce = ""
         self._seq = 0
         self._fetch: _Fetch | None = None
+        self.figures: Callable[[str, Work], Figures] = made_up
+        self._order: tuple[Order, str] | None = None  # what it is to measure, and the question that waits for it
 
     async def run(self) -> None:
         """Connect and follow the controller until cancelled."""
@@ -109,12 +121,45 @@ class FakeDevice:
 
     def _answer(self, payload: bytes) -> None:
         header, body = unpack_frame(payload, 256 << 10)
+        if header["op"] == "measure":
+            self._measure(header["id"], bytes(body))
+            return
         answer: dict[str, object] = {"id": header["id"], "ok": True, "json_len": header.get("json_len", len(body))}
         echo = b"a line of the log\n" if header["op"] == "logs" else bytes(body)
         self._mqtt.publish(topics.up(self.device, "res"), pack_frame(answer, echo))
 
+    def _measure(self, number: str, sealed: bytes) -> None:
+        try:
+            self._order = open_order(sealed, self._director, self.device), number
+        except (TrustError, FormatError) as error:
+            self._say(number, {"ok": False, "error": str(error), "code": error.exit_code})
+            return
+        self._go_on()
+
+    def _next_to_measure(self, order: Order, number: str) -> ObjectRef | None:
+        """Return what is still missing of a work; where nothing is, answer with its figures."""
+        if order.work.sha256 not in self.objects:
+            return order.work
+        work = read_work(self.objects[order.work.sha256])
+        for part in work.parts:
+            if part.wire_sha256 not in self.objects:
+                return ObjectRef(part.wire_sha256, part.wire_size)
+        figures = encode_json(self.figures(order.work.sha256, work))
+        self._say(number, {"ok": True, "state": "done", "share": 1.0}, figures)
+        return None
+
+    def _say(self, number: str, answer: dict[str, object], body: bytes = b"") -> None:
+        self._mqtt.publish(topics.up(self.device, "res"), pack_frame({"id": number, **answer}, body))
+
     def _go_on(self) -> None:
         """Look at what is wanted and start the next fetch, or report."""
+        if self._order is not None:
+            ref = self._next_to_measure(*self._order)
+            if ref is not None:
+                self._fetch = _Fetch(ref, secrets.randbits(32), {})
+                self._ask()
+                return
+            self._order = None
         assignment = self.assignment
         if assignment is None:
             return
@@ -184,6 +229,10 @@ class FakeDevice:
             return
         if chunk.gone:
             self.gone.append(chunk.data.decode())
+            if self._order is not None:
+                refused = {"ok": False, "error": self.gone[-1], "code": Refused.exit_code}
+                self._say(self._order[1], refused)
+                self._order = self._fetch = None
             return
         fetch.pieces[chunk.index] = chunk.data
         if fetch.missing:

@@ -1,6 +1,7 @@
 """What may be delivered: objects by SHA-256, the signed repository, and releases.
 
-`objects/<sha256>` holds wire forms, manifests and metadata sets. `repository/` is the TUF repository: `N.root.json` and
+`objects/<sha256>` holds wire forms, manifests and metadata sets; `lent/<sha256>` what a device is to measure, until it has.
+`repository/` is the TUF repository: `N.root.json` and
 `targets.json` come from whoever holds those keys, `snapshot.json` and `timestamp.json` are signed here, online.
 Commit point of a release is `targets.json`; what follows (online metadata, table row) is made again from it at every start.
 """
@@ -13,7 +14,8 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -36,6 +38,7 @@ MAX_OBJECT_BYTES = (1 << 30) + (1 << 20)
 MAX_TARGETS_BYTES = 768 << 10
 MAX_CACHED = 64  # manifests held in memory
 MAX_OBJECT_SETS = 512  # what belongs to a manifest: asked for with every chunk
+LENT_S = 3600.0  # longer than any measurement takes
 KEPT_SETS = 8  # metadata sets that a device may still be fetching
 REFRESH_BEFORE = timedelta(days=5)  # of the seven that online metadata lives
 ROLES = ("root", "targets", "snapshot", "timestamp")
@@ -59,9 +62,11 @@ class Registry:
             StorageError: a directory or key cannot be written or read.
         """
         self._objects, self._repository, self._keys_dir = data / "objects", data / "repository", data / "keys"
-        self._tails = data / "tails"
+        self._tails, self._lent = data / "tails", data / "lent"
         self._database, self._journal, self._now = database, journal, now
-        for directory in (self._objects, self._repository, self._keys_dir, self._tails):
+        with storage_errors(self._lent), contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self._lent)  # nobody who asked for it is still there
+        for directory in (self._objects, self._repository, self._keys_dir, self._tails, self._lent):
             with storage_errors(directory):
                 directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         for stray in self._objects.glob(".*.tmp"):
@@ -98,8 +103,10 @@ class Registry:
         except FileNotFoundError:
             return None
 
-    async def put(self, sha256: str, body: AsyncIterator[bytes]) -> int:
+    async def put(self, sha256: str, body: AsyncIterator[bytes], *, lent: bool = False) -> int:
         """Take in an object and return its size; it appears whole and verified, or not at all.
+
+        What is `lent` belongs to no release: devices fetch it while they measure, and `take_back` removes it.
 
         Raises:
             TrustError: the bytes have another hash.
@@ -111,6 +118,9 @@ class Registry:
             async for _ in body:  # an answer before the end of the body would look like a broken connection
                 pass
             return known
+        if lent:
+            path = self._lent / sha256
+            self._forget_unused()
         temporary = path.with_name(f".{sha256}.{id(body):x}.tmp")
         digest, size = hashlib.sha256(), 0
         try:
@@ -128,7 +138,7 @@ class Registry:
                 file.flush()
                 await asyncio.to_thread(os.fsync, file.fileno())
                 os.replace(temporary, path)
-                fsync_directory(self._objects)
+                fsync_directory(path.parent)
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -142,12 +152,39 @@ class Registry:
             StorageError: it cannot be read.
         """
         try:
-            with self.path_of(sha256).open("rb") as file:
+            path = self.path_of(sha256)
+            with (path if path.exists() else self._lent / sha256).open("rb") as file:
                 return os.pread(file.fileno(), size, start)
         except FileNotFoundError:
             raise NotFound(f"the controller has no object {sha256[:12]}…") from None
         except OSError as error:
             raise StorageError(f"cannot read the object {sha256[:12]}…: {error.strerror or error}") from error
+
+    def lent_object(self, sha256: str, max_bytes: int) -> bytes:
+        """Return an object that was lent.
+
+        Raises:
+            NotFound: it is not there any more, or never was.
+            FormatError, StorageError: not a SHA-256, or it cannot be read or is larger.
+        """
+        return read_bytes(self._lent / self.path_of(sha256).name, "the lent object", max_bytes)
+
+    def lacks(self, objects: Collection[str]) -> str | None:
+        """Return one of these that is neither an object nor lent; None when all are there."""
+        return next((one for one in objects if self.size_of(one) is None and not (self._lent / one).exists()), None)
+
+    def take_back(self, objects: Collection[str]) -> None:
+        """Remove lent objects."""
+        for sha256 in objects:
+            with contextlib.suppress(OSError):
+                (self._lent / sha256).unlink(missing_ok=True)
+
+    def _forget_unused(self) -> None:
+        """Remove what was lent long ago: whoever lent it ended without a word."""
+        with contextlib.suppress(OSError):
+            for path in self._lent.iterdir():
+                if time.time() - path.stat().st_mtime > LENT_S:
+                    path.unlink(missing_ok=True)
 
     def manifest(self, sha256: str) -> Bundle:
         """Return a bundle's manifest by its hash.

@@ -109,6 +109,15 @@ class EventView:
     data: Mapping[str, Any]
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class MeasureView:
+    """How far a measurement is: `share` of the present `state` from 0 to 1; `figures` only once it is `done`."""
+
+    state: str
+    share: float
+    figures: Mapping[str, Any] | None
+
+
 def view(kind: type[View], raw: object, source: str) -> View:
     """Return `raw` (decoded JSON) as a `kind`.
 

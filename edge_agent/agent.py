@@ -22,6 +22,7 @@ from edge_agent.identity import Identity
 from edge_agent.intake import Intake, Offload
 from edge_agent.links import Links, NoLinks
 from edge_agent.logs import last_lines
+from edge_agent.measuring import Measuring
 from edge_agent.reconcile import Reconciler
 from edge_agent.serve import LocalEndpoint
 from edge_agent.service import Service
@@ -91,6 +92,11 @@ class Agent:
         self.endpoint = LocalEndpoint(
             self.service, self.status, max_bytes=config.max_request_bytes, deadline_s=config.request_deadline_s
         )
+        self._measuring = Measuring(
+            data, identity.device, parts.mqtt, parts.workers, parts.trust, config, parts.capabilities,
+            lambda: sum(worker.pss_kb for worker in self.reconciler.workers()) >> 10,
+            chance=parts.chance, offload=parts.offload,
+        )  # fmt: skip
         self._look_at_standing, self._offload = parts.standing, parts.offload
         self._looked_at, self._unknown = -LOOK_EVERY_S, False
         self._boot = secrets.token_hex(8)
@@ -112,6 +118,7 @@ class Agent:
             StorageError: the data directory cannot be used.
         """
         self._store.prepare()
+        self._measuring.clear()
         self.reconciler.boot()
         await self.endpoint.start(self._config.host, self._config.port)
         self._tasks.append(asyncio.create_task(self._forever(self.reconciler.run), name="reconcile"))
@@ -140,6 +147,7 @@ class Agent:
             # The will again: a broker sends it for those who vanish only, and nobody should wait for one that left.
             self._mqtt.publish(topics.up(self._identity.device, "state"), b"")
         await self.endpoint.stop()
+        await self._measuring.close()
         await self.reconciler.close()
         if self.reconciler.connected and not await self._mqtt.settled(FAREWELL_S):
             LOG.warning("farewell.lost device=%s", self._identity.device)
@@ -290,7 +298,9 @@ class Agent:
                 return
             match kind:
                 case "blk":
-                    self._intake.arrived(decode_chunk(message.payload))
+                    chunk = decode_chunk(message.payload)
+                    self._intake.arrived(chunk)
+                    self._measuring.arrived(chunk)
                 case "desired":
                     self._sealed = message.payload
                     self._arrived.set()
@@ -345,16 +355,18 @@ class Agent:
     async def _obey(self, number: str, header: Mapping[str, Any], body: bytes) -> None:
         try:
             match header.get("op"):
+                case "infer":
+                    reply, answer = await self._infer(header, body)
                 case "hello":  # the controller was away when this device came: it may not have heard its first words
                     self._greet()
                     reply, answer = {}, b""
-                case "infer":
-                    reply, answer = await self._infer(header, body)
                 case "logs":
                     lines = header.get("lines", 100)
                     if not isinstance(lines, int) or not 0 < lines <= MAX_LOG_LINES:
                         raise UsageError(f"{lines!r} log lines were asked for, expected 1 to {MAX_LOG_LINES}")
                     reply, answer = {}, last_lines(self._data, lines)
+                case "measure":
+                    reply, answer = await self._measuring.ask(body, _seconds(header))
                 case other:
                     raise UsageError(f"this agent ({__version__}) does not know the operation {other!r}")
             frame = pack_frame({"id": number, "ok": True, **reply}, answer)
@@ -370,17 +382,22 @@ class Agent:
             self._reply(number, SkerryError("the agent failed, its log says more"))
 
     async def _infer(self, header: Mapping[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
-        skill, version = header.get("skill"), header.get("version")
-        json_len, deadline_ms = header.get("json_len", len(body)), header.get("deadline_ms", 10_000)
+        skill, version, json_len = header.get("skill"), header.get("version"), header.get("json_len", len(body))
         if not isinstance(skill, str) or not (version is None or isinstance(version, str)):
             raise FormatError("the question names no skill")
         if not isinstance(json_len, int) or not 0 <= json_len <= len(body):
             raise FormatError(f"json_len is {json_len!r}, the body has {len(body)} bytes")
-        if not isinstance(deadline_ms, int | float) or isinstance(deadline_ms, bool):
-            raise FormatError(f"deadline_ms is {deadline_ms!r}, expected a number")
-        return await self.service.infer(skill, version, body, json_len, deadline_ms / 1000)
+        return await self.service.infer(skill, version, body, json_len, _seconds(header))
 
     def _reply(self, number: str, error: SkerryError) -> None:
         frame = pack_frame({"id": number, "ok": False, "error": str(error), "code": error.exit_code})
         with contextlib.suppress(SkerryError):
             self._mqtt.publish(topics.up(self._identity.device, "res"), frame)
+
+
+def _seconds(header: Mapping[str, Any]) -> float:
+    """Return how long the asker waits."""
+    deadline_ms = header.get("deadline_ms", 10_000)
+    if not isinstance(deadline_ms, int | float) or isinstance(deadline_ms, bool):
+        raise FormatError(f"deadline_ms is {deadline_ms!r}, expected a number")
+    return deadline_ms / 1000

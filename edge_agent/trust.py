@@ -20,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 from skills.desired import MAX_ASSIGNMENT_BYTES, Assignment, ObjectRef, WantedSkill, open_sealed
 from skills.errors import FormatError, SkerryError, TrustError, Unreachable, UsageError, error_for
 from skills.files import read_bytes
+from skills.measurement import MAX_ORDER_BYTES, Order, open_order
 from skills.report import Sha256
 from skills.signing import MetadataSet, unpack_metadata
 from skills.wire import Limits, decode_json, encode_json
@@ -46,7 +47,7 @@ class Question:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sealed:
-    """Who sealed this assignment, and may it follow `last`? `director` is the path of the pinned key."""
+    """Who sealed this assignment, and may it follow `last`? Or this order? `director` is the path of the pinned key."""
 
     envelope: str
     director: str
@@ -56,19 +57,21 @@ class Sealed:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Ask:
-    """One question to the process: exactly one of the two."""
+    """One question to the process: exactly one of the three."""
 
     release: Question | None = None
     sealed: Sealed | None = None
+    order: Sealed | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Opened:
-    """The answer to `Sealed`: the assignment, or the error's code and sentence."""
+    """The answer to `Sealed`: the assignment or the order, or the error's code and sentence."""
 
     assignment: Assignment | None = None
     code: int = 0
     error: str = ""
+    order: Order | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -90,6 +93,14 @@ class Trust(Protocol):
             Unreachable: the process gave no answer; asking again may help.
         """
 
+    async def open_order(self, envelope: bytes, device: str) -> Order:
+        """Return the order in a sealed envelope.
+
+        Raises:
+            FormatError, TrustError: as `skills.measurement.open_order`.
+            Unreachable: the process gave no answer; asking again may help.
+        """
+
     async def judge(self, wanted: WantedSkill, metadata: ObjectRef, time: int) -> Verdict:
         """Return the verdict.
 
@@ -107,12 +118,23 @@ class TrustProcess:
     async def open(self, envelope: bytes, device: str, last: Assignment | None) -> Assignment:
         if len(envelope) > MAX_ASSIGNMENT_BYTES:
             raise FormatError(f"the assignment has {len(envelope)} bytes, the limit is {MAX_ASSIGNMENT_BYTES}")
-        text = envelope.decode("utf-8", "replace")
-        sealed = Sealed(text, str(self._data / "identity" / "director.pem"), device, last)
-        opened = decode_json(Opened, await self._run(Ask(sealed=sealed)), "the opened assignment")
+        question = Ask(sealed=self._sealed(envelope, device, last))
+        opened = decode_json(Opened, await self._run(question), "the opened assignment")
         if opened.assignment is None:
             raise error_for(opened.code, opened.error)
         return opened.assignment
+
+    async def open_order(self, envelope: bytes, device: str) -> Order:
+        if len(envelope) > MAX_ORDER_BYTES:
+            raise FormatError(f"the order to measure has {len(envelope)} bytes, the limit is {MAX_ORDER_BYTES}")
+        question = Ask(order=self._sealed(envelope, device, None))
+        opened = decode_json(Opened, await self._run(question), "the opened order")
+        if opened.order is None:
+            raise error_for(opened.code, opened.error)
+        return opened.order
+
+    def _sealed(self, envelope: bytes, device: str, last: Assignment | None) -> Sealed:
+        return Sealed(envelope.decode("utf-8", "replace"), str(self._data / "identity" / "director.pem"), device, last)
 
     async def judge(self, wanted: WantedSkill, metadata: ObjectRef, time: int) -> Verdict:
         question = ask(self._data, wanted, metadata, time)
@@ -275,11 +297,13 @@ def answer(question: Ask) -> Opened | Verdict:
     """
     if question.release is not None:
         return judge(question.release)
-    if question.sealed is None:
+    sealed = question.sealed or question.order
+    if sealed is None:
         raise UsageError("nothing was asked")
-    sealed = question.sealed
     pem = read_bytes(Path(sealed.director), "the director's key", MAX_KEY_BYTES)
     try:
+        if question.order is not None:
+            return Opened(order=open_order(sealed.envelope.encode(), pem, sealed.device))
         return Opened(open_sealed(sealed.envelope.encode(), pem, sealed.device, sealed.last))
     except (FormatError, TrustError) as error:
         return Opened(None, error.exit_code, str(error))

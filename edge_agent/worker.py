@@ -1,7 +1,8 @@
 """One version of one skill in a process of its own. It is unloaded by killing it: the operating system frees everything.
 
 Forked by the zygote; speaks frames (edge_agent/ipc.py) with the supervisor, one request at a time. Operations: `load`,
-`probe`, `infer`. Answers carry "ok"; a failure carries "error" (one sentence) and "code" (skills/errors.py).
+`probe`, `infer`; `measure`, of a worker that has loaded nothing. Answers carry "ok"; a failure carries "error" (one
+sentence) and "code" (skills/errors.py).
 """
 
 import contextlib
@@ -18,9 +19,11 @@ from edge_agent import ipc, runtimes
 from edge_agent.answer import Answer, answer_request
 from skills.bundle import MAX_MANIFEST_BYTES, decode_bundle
 from skills.errors import FormatError, SkerryError
-from skills.files import read_bytes
+from skills.files import read_bytes, sha256_hex
 from skills.manifest import Skill, Variant
+from skills.measurement import read_work
 from skills.timer import Timer, parse_timer
+from skills.wire import encode_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -129,6 +132,8 @@ def serve(channel: socket.socket) -> None:
                 loaded = _load(header)
                 reply: dict[str, object] = {"pss_kb": pss_kb()}
                 answer = b""
+            elif header["op"] == "measure" and loaded is None:
+                reply, answer = {}, _measure(header, bytes(body))
             elif loaded is None:
                 raise FormatError("nothing is loaded yet")
             elif header["op"] == "probe":
@@ -157,6 +162,13 @@ def _load(header: Mapping[str, Any]) -> LoadedSkill:
         Path(header["link"]) if header.get("link") else None,
         header["tail_deadline_ms"] / 1e3,
     )
+
+
+def _measure(header: Mapping[str, Any], body: bytes) -> bytes:
+    from edge_agent.measure import measure
+
+    work, timer = read_work(body), parse_timer(header["timer"])
+    return encode_json(measure(Path(header["folder"]), sha256_hex(body), work, timer, header["memory_mb"]))
 
 
 def last_line(error: BaseException) -> str:

@@ -87,6 +87,13 @@ class Workers(Protocol):
             SkerryError: it cannot be started, or the version cannot be loaded; no process stays.
         """
 
+    async def bare(self, load: Load) -> Worker:
+        """Start a worker that loads nothing; of `load` only the names are used. Whoever asked stops it.
+
+        Raises:
+            Unreachable: it cannot be started.
+        """
+
     async def stop(self) -> None:
         """Kill everything."""
 
@@ -111,13 +118,7 @@ class ZygoteWorkers:
         return None if self._process is None else self._process.pid
 
     async def start(self, load: Load, died: Callable[[Worker], None]) -> Worker:
-        async with self._starting:
-            if self._process is None or self._process.poll() is not None:
-                await self._start_zygote()
-        pid, channel, log = await self._fork()
-        reader, writer = await asyncio.open_unix_connection(sock=channel)
-        worker = ForkedWorker(load, pid, reader, writer, log, died)
-        self._alive[pid] = worker
+        worker = await self._forked(load, died)
         header = {
             "op": "load",
             "folder": str(load.folder),
@@ -133,6 +134,18 @@ class ZygoteWorkers:
         except BaseException:
             await worker.stop(0)
             raise
+        return worker
+
+    async def bare(self, load: Load) -> Worker:
+        return await self._forked(load, lambda worker: None)
+
+    async def _forked(self, load: Load, died: Callable[[Worker], None]) -> "ForkedWorker":
+        async with self._starting:
+            if self._process is None or self._process.poll() is not None:
+                await self._start_zygote()
+        pid, channel, log = await self._fork()
+        reader, writer = await asyncio.open_unix_connection(sock=channel)
+        worker = self._alive[pid] = ForkedWorker(load, pid, reader, writer, log, died)
         return worker
 
     async def stop(self) -> None:

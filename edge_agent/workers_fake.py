@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from edge_agent.workers import Load, Worker
-from skills.errors import SkerryError, Unreachable
+from skills.errors import DeadlineExceeded, SkerryError, Unreachable
 
 
 class FakeWorkers:
@@ -21,6 +21,8 @@ class FakeWorkers:
         self.probe: dict[str, str] = {}
         self.probe_hold: asyncio.Event | None = None  # set: probes wait for it
         self.answer: Callable[[Load, bytes], bytes] = lambda load, body: json.dumps({"version": load.version}).encode()
+        self.measure: Callable[[bytes], bytes] = lambda work: b""  # computes figures of a work
+        self.hold_bare: asyncio.Event | None = None  # set: workers that loaded nothing wait for it
         self.alive: list[FakeWorker] = []
         self.started: list[Load] = []
 
@@ -30,6 +32,12 @@ class FakeWorkers:
         if error is not None:
             raise error
         worker = FakeWorker(self, load, died)
+        self.alive.append(worker)
+        return worker
+
+    async def bare(self, load: Load) -> Worker:
+        worker = FakeWorker(self, load, lambda worker: None)
+        worker.hold = self.hold_bare
         self.alive.append(worker)
         return worker
 
@@ -76,11 +84,18 @@ class FakeWorker:
         self._idle.clear()
         try:
             if self.hold is not None:
-                await self.hold.wait()
+                async with asyncio.timeout(deadline_s):
+                    await self.hold.wait()
+        except TimeoutError:
+            raise DeadlineExceeded(f"{self.load.skill} did not answer within {deadline_s:g} s") from None
         finally:
             self._pending -= 1
             if not self._pending:
                 self._idle.set()
+        if self._dead is not None:
+            raise Unreachable(f"{self.load.skill} died: {self._dead}")
+        if header["op"] == "measure":
+            return {"ok": True}, self._pool.measure(bytes(body))
         answer = self._pool.answer(self.load, bytes(body))
         return {"ok": True, "json_len": len(answer), "where": "local", "cut": "local"}, answer
 

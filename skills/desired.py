@@ -61,9 +61,7 @@ class _Envelope:
 
 def seal(assignment: Assignment, director: "Ed25519PrivateKey") -> bytes:
     """Sign an assignment; the result is what travels."""
-    payload = encode_json(assignment)
-    signature = director.sign(PREFIX + payload)
-    return encode_json(_Envelope(base64.b64encode(payload).decode(), base64.b64encode(signature).decode()))
+    return seal_payload(PREFIX, encode_json(assignment), director)
 
 
 def open_sealed(data: bytes, director_pem: bytes, device: str, last: Assignment | None) -> Assignment:
@@ -73,23 +71,7 @@ def open_sealed(data: bytes, director_pem: bytes, device: str, last: Assignment 
         FormatError: not a sealed assignment at all.
         TrustError: another key, another device, an older counter, or the same counter with other content.
     """
-    from cryptography.exceptions import InvalidSignature
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-    from cryptography.hazmat.primitives.serialization import load_pem_public_key
-
-    envelope = decode_json(_Envelope, data, "the assignment", MAX_ASSIGNMENT_BYTES)
-    try:
-        payload = base64.b64decode(envelope.payload, validate=True)
-        signature = base64.b64decode(envelope.signature, validate=True)
-    except binascii.Error as error:
-        raise FormatError(f"the assignment is not base64: {error}") from None
-    key = load_pem_public_key(director_pem)
-    if not isinstance(key, Ed25519PublicKey):
-        raise TrustError("the pinned director key is not an Ed25519 key: enrol the device again")
-    try:
-        key.verify(signature, PREFIX + payload)
-    except InvalidSignature:
-        raise TrustError("the assignment is not signed by this device's controller") from None
+    payload = open_payload(PREFIX, data, director_pem, "the assignment", MAX_ASSIGNMENT_BYTES)
     assignment = decode_json(Assignment, payload, "the assignment", MAX_ASSIGNMENT_BYTES)
     if assignment.device != device:
         raise TrustError(f"the assignment is for the device '{assignment.device}', this is '{device}'")
@@ -98,3 +80,36 @@ def open_sealed(data: bytes, director_pem: bytes, device: str, last: Assignment 
     if last is not None and assignment.counter == last.counter and assignment.skills != last.skills:
         raise TrustError(f"the assignment changes its skills without a new counter (still {last.counter})")
     return assignment
+
+
+def seal_payload(prefix: bytes, payload: bytes, director: "Ed25519PrivateKey") -> bytes:
+    """Sign the exact bytes of a payload in the domain `prefix`."""
+    signature = director.sign(prefix + payload)
+    return encode_json(_Envelope(base64.b64encode(payload).decode(), base64.b64encode(signature).decode()))
+
+
+def open_payload(prefix: bytes, data: bytes, director_pem: bytes, what: str, max_bytes: int) -> bytes:
+    """Return the payload of an envelope that `seal_payload` made with the director's key in the same domain.
+
+    Raises:
+        FormatError: no such envelope, or one of more than `max_bytes`; `what` says what it was to be.
+        TrustError: sealed with another key or in another domain.
+    """
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    envelope = decode_json(_Envelope, data, what, max_bytes)
+    try:
+        payload = base64.b64decode(envelope.payload, validate=True)
+        signature = base64.b64decode(envelope.signature, validate=True)
+    except binascii.Error as error:
+        raise FormatError(f"{what} is not base64: {error}") from None
+    key = load_pem_public_key(director_pem)
+    if not isinstance(key, Ed25519PublicKey):
+        raise TrustError("the pinned director key is not an Ed25519 key: enrol the device again")
+    try:
+        key.verify(signature, prefix + payload)
+    except InvalidSignature:
+        raise TrustError(f"{what} is not signed by this device's controller") from None
+    return payload

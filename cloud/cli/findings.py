@@ -80,6 +80,7 @@ def split_json(report: "SplitReport") -> dict[str, Any]:
         "metric": report.plan.metric,
         "private": report.plan.private,
         "slowdown": report.plan.slowdown,
+        "device": report.plan.device or None,
         "verdicts": [
             {
                 "link": str(one.link),
@@ -124,7 +125,8 @@ def split_table(plan: "Plan", links: "Sequence[Link]") -> Group:
         verdict = judge(plan, link)
         line = Text(f"{link.mbit:g} Mbit/s, {link.rtt_ms:g} ms: ", "bold")
         sentences.append(line.append(verdict.text, "not bold"))
-    note = f"ms to the answer on each link; device {plan.slowdown:g}× slower than here; {proof(plan)}"
+    device = f"device times measured on {plan.device}, which is" if plan.device else "device"
+    note = f"ms to the answer on each link; {device} {plan.slowdown:g}× slower than here; {proof(plan)}"
     note += f"; {answers(plan)}" if plan.replies else ""
     doubt = warning(plan)
     warned = [Text(f"warning: {doubt}", "yellow")] if doubt else []

@@ -1,16 +1,21 @@
 """`skerry split …`: plan a split, and check a plan that a person edited."""
 
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cloud.cli.command import Ordered, command
+from cloud.cli.connection import Ca, Token, Url, connect
 from cloud.cli.screen import Screen
-from skills.errors import FormatError
+from skills.errors import FormatError, NotFound, Refused, Unreachable, UsageError
 
 if TYPE_CHECKING:
+    from cloud.client import Client
     from cloud.split.check import Checked
+    from cloud.split.live import LiveDevice
     from skills.profile import Profile
 
 PANEL = "Models"
@@ -53,6 +58,7 @@ def register(app: typer.Typer) -> None:
         "",
         examples=(
             "skerry split photos.onnx --data photos.npz --device-slowdown 10 --link 20mbit/30ms -o plan",
+            "skerry split photos.onnx --data photos.npz --device cam-1 --link 20mbit/30ms -o plan",
             "skerry split photos.onnx --data photos.npz -o plan --private",
             "skerry split photos.onnx --data photos.npz -o plan --objective bytes --slo-ms 200",
         ),
@@ -83,7 +89,12 @@ def split(
     data: Annotated[Path, typer.Option("--data", metavar="FILE", help="An .npz with x and, if known, y.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="FOLDER", help="Where split.yaml and the segments go.")],
     device: Annotated[
-        str | None, typer.Option("--device", metavar="PROFILE", help="Profile (.yaml or name) of the device.")
+        str | None,
+        typer.Option(
+            "--device",
+            metavar="NAME",
+            help="Profile (.yaml or name) of the device, or an enrolled device that is to measure itself.",
+        ),
     ] = None,
     slowdown: Annotated[
         float | None,
@@ -123,28 +134,42 @@ def split(
     head_tail: Annotated[
         bool, typer.Option("--head-tail", help="Also write head.onnx and tail.onnx of the best true cut.")
     ] = False,
+    url: Url = None,
+    token: Token = None,
+    ca: Ca = None,
 ) -> None:
     """Find out whether and where to cut a model between device and cloud.
 
     Staying local and sending the compressed input are candidates beside every true cut; the verdict says plainly when
     splitting does not pay. With --private, a decoder is trained for each cut (20 s of processor time at most); a cut from
     which it rebuilds inputs is not used, nor is one on fewer than 200 inputs.
+
+    A device profile declares how slow a device is. An enrolled device is sent the segments and eight of the inputs, and its
+    own agent measures them, which may take some minutes; the plan and the report say which of the two it was.
     """
     from cloud.split import LINKS
     from cloud.split import split as run
+    from cloud.split.live import doubt
     from skills.split import parse_link
 
     links = tuple(parse_link(text) for text in link) if link else LINKS
-    factor, memory_mb = device_limits(device, slowdown)
-    with screen.progress("splitting") as step:
+    with contextlib.ExitStack() as open_until_done, screen.progress("splitting") as step:
+        live = None
+        if device is not None and not _is_profile(device):
+            live = live_device(device, slowdown, lambda: open_until_done.enter_context(connect(url, token, ca)))
+            factor, memory_mb = 1.0, live.memory_mb
+        else:
+            factor, memory_mb = device_limits(device, slowdown)
         report = run(
             model, data, slowdown=factor, links=links, private=private, min_cut=min_cut, max_drop=max_drop, out=out,
-            objective=objective, slo_ms=slo_ms, memory_mb=memory_mb, head_tail=head_tail, audit=private,
+            objective=objective, slo_ms=slo_ms, memory_mb=memory_mb, head_tail=head_tail, audit=private, device=live,
             progress=lambda stage, done, of: step(stage, done / of if of else 0.0),
         )  # fmt: skip
     from cloud.cli import findings
 
     screen.result(findings.split_json(report), lambda: findings.split_table(report.plan, links))
+    if text := doubt(report.details.get("live")):
+        screen.say(f"warning: {text}".replace("[", "\\["))
     if head_tail and "head_tail" not in report.details:
         screen.say("the model has no place to cut it, so there is no head.onnx and no tail.onnx")
     screen.say(f"[dim]{out / 'report.html'} shows every cut[/dim]")
@@ -291,6 +316,45 @@ def device_limits(device: str | None, slowdown: float | None) -> tuple[float, fl
     if factor is None:
         raise FormatError(f"the profile {device} does not say how fast the device is: give --device-slowdown as well")
     return factor, profile.memory_mb
+
+
+def _is_profile(device: str) -> bool:
+    from compress import profiles
+
+    return device == "auto" or device.endswith((".yaml", ".yml")) or device in profiles.names()
+
+
+def live_device(device: str, slowdown: float | None, connected: "Callable[[], Client]") -> "LiveDevice":
+    """Return an enrolled device that can measure now, as its controller says.
+
+    Raises:
+        UsageError: a slowdown was given as well, which only a profile can have.
+        NotFound: no controller is known, or it knows no such device.
+        Unreachable: the device is not connected.
+        Refused: it offers no onnxruntime.
+    """
+    from cloud.split.live import LiveDevice
+    from compress import profiles
+    from skills.measurement import RUNTIME
+
+    try:
+        client = connected()
+        known = client.device(device)
+    except NotFound as error:
+        names = f"auto, a .yaml file, or one of {', '.join(profiles.names())}"
+        raise NotFound(
+            f"there is no device profile '{device}' ({names}), and no enrolled device either: {error}"
+        ) from None
+    if slowdown is not None:
+        raise UsageError(f"{device} is an enrolled device and measures how slow it is: leave --device-slowdown away")
+    if not known.online:
+        raise Unreachable(f"the device {device} is not connected, so it cannot measure: try again when it is")
+    runtimes = (known.capabilities or {}).get("runtimes", {})
+    if RUNTIME not in runtimes:
+        raise Refused(
+            f"{device} cannot measure a model: it offers {', '.join(runtimes) or 'no runtime'}, not {RUNTIME}"
+        )
+    return LiveDevice(device, client, float((known.capabilities or {}).get("ram_mb", 0)) or None)
 
 
 def _profile(device: str) -> "Profile":

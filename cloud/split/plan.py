@@ -13,6 +13,7 @@ from cloud.split.export import commented
 from cloud.split.graph import Flow, observed_types, read_flow
 from cloud.split.images import recognise
 from cloud.split.inputs import check_fit, read_data, read_model
+from cloud.split.live import LiveDevice, device_facts, measured_slowdown, with_figures
 from cloud.split.memory import measured_mb
 from cloud.split.profile import (
     Costs,
@@ -33,6 +34,7 @@ from cloud.split.verdict import LINKS, ever_best, judge, options
 from skills import codec, ort
 from skills.errors import FormatError, MissingExtra, UsageError
 from skills.files import fsync_directory, sha256_file, sha256_hex, storage_errors, write_atomic
+from skills.measurement import Figures
 from skills.split import Coding, Cut, Image, Link, Millis, Plan, Policy, Verdict, plan_hash
 from skills.timer import Dilated, Local, Timer
 
@@ -72,6 +74,7 @@ def split(
     objective: str = "latency",
     slo_ms: float | None = None,
     memory_mb: float | None = None,
+    device: LiveDevice | None = None,
     head_tail: bool = False,
     audit: bool = False,
     out: Path,
@@ -89,6 +92,7 @@ def split(
     a picture is recognised from the data unless `image` says how it is normalised. `min_cut` names a tensor: with
     `private` no cut before it is used. `max_drop` is in percentage points, for every coding of every cut; it is
     judged on up to `most_gate` inputs, as many as fit in some seconds, while times and scales come of `most_samples`.
+    A live `device` measures the heads and codings itself; then `slowdown` counts for nothing, and the plan has the measured one.
     `objective` is latency or bytes (within `slo_ms`); a cut whose segments need more than `memory_mb` on the device is not
     used. With `private` and `audit`, cuts from which a decoder could rebuild inputs, or about which that cannot be told, are not
     used either. `head_tail` also writes head.onnx and tail.onnx of the best true cut, for runtimes that know no segments.
@@ -97,6 +101,7 @@ def split(
         UsageError: `out` exists and is no split plan, or a value is out of range.
         NotFound, FormatError: the model or the data is missing or not what it should be.
         StorageError: the disk is full; `out` is as it was.
+        Refused, Unreachable, DeadlineExceeded: a live device does not measure; `out` is as it was.
     """
     start = time.monotonic()
     _check(out, slowdown, max_drop, links)
@@ -115,9 +120,9 @@ def split(
         image = recognise(feeds[flow.inputs[0]])
     if min_cut is not None and min_cut not in flow.producer():
         raise UsageError(f"the model has no tensor {min_cut!r} for the minimum cut")
-    device: Timer = Dilated(slowdown) if slowdown > 1 else Local()
+    timer: Timer = Dilated(slowdown) if slowdown > 1 and device is None else Local()
     slowest = min(link.mbit for link in (*links, *LINKS, network))
-    task = Task(raw, beside, graph, flow, types, samples, more, labels, image, device, max_drop, slowest, progress)
+    task = Task(raw, beside, graph, flow, types, samples, more, labels, image, timer, max_drop, slowest, progress)
     cuts = shortlist(flow, most_cuts, min_cut)
     progress("reading the graph", 1, 1)
     with storage_errors(out):
@@ -127,6 +132,8 @@ def split(
         first = task.time(cuts, work / "first", "timing all candidates", SHORT_ROUNDS)
         gate = task.code(cuts, first)
         codings = gate.codings
+        if device is not None:
+            first, codings, _ = task.there(device, first, codings, work / "first", SHORT_ROUNDS)
         # Every boundary costs a little speed, so only the cuts that some link could want are cut for good.
         least = flow.ancestors(min_cut) if min_cut is not None else None
         wanted = ever_best(
@@ -137,14 +144,20 @@ def split(
         codings = [codings[0], *(one for at, one in enumerate(codings[1:], 1) if f"c{at}" in wanted)]
         timed = task.time(kept, work, "timing heads and tails", rounds)
         used = {coding.reply for one in codings for coding in one}
+        replies, figures = tuple(one for one in gate.replies if one.name in used), None
+        if device is not None:
+            timed, codings, figures = task.there(device, timed, codings, work, rounds)
+            slowdown = measured_slowdown(timed.costs, figures)
+            replies = tuple(dataclasses.replace(one, decode_ms=round(one.decode_ms * slowdown, 3)) for one in replies)
         plan = Plan(
             sha256_hex(model) if isinstance(model, bytes) else sha256_file(model),
             timed.pieces.live[0], timed.pieces.outputs, timed.pieces.segments, _cuts(kept, timed, codings), network,
             float(slowdown), private, _least(kept, flow, min_cut), float(max_drop), gate.metric, gate.inputs,
-            reply_bytes=gate.reply_bytes, replies=tuple(one for one in gate.replies if one.name in used),
+            reply_bytes=gate.reply_bytes, replies=replies,
             whole=round(gate.whole, 6), shared=timed.pieces.shared, policy=policy, memory_mb=memory_mb,
+            device=device.name if device is not None else "",
         )  # fmt: skip
-        plan = _weighed(plan, work)
+        plan = _weighed(plan, work, figures)
         leaks: dict[str, Any] = {}
         if private and audit:
             plan, leaks["privacy_audit"] = task.audited(plan, timed)
@@ -161,6 +174,8 @@ def split(
                 ],
             }
         )
+        if device is not None and figures is not None:
+            details |= {"live": device_facts(device.name, figures)}
         details |= {"segment_audit": segment_audit(task, timed.pieces, work)}
         shutil.rmtree(work / "first")
         best = default_cut(plan) if head_tail else None
@@ -233,6 +248,19 @@ class Task:
         ticker = _ticker(self.progress, stage, rounds)
         costs, whole_ms = measure(chain, whole, range(len(cuts) + 2), self.samples, self.device, rounds, ticker)
         return Timed(pieces, chain, costs, whole_ms, gap)
+
+    def there(
+        self,
+        device: LiveDevice,
+        timed: Timed,
+        codings: list[tuple[Coding, ...]],
+        folder: Path,
+        rounds: int,
+    ) -> tuple[Timed, list[tuple[Coding, ...]], Figures]:
+        """Return the same with the times that a live device took for every head and every coding, and all it measured."""
+        figures = device.figures(folder, timed.pieces, self.samples, codings, rounds, self.progress)
+        costs, codings = with_figures(timed.costs, codings, figures)
+        return dataclasses.replace(timed, costs=costs), codings, figures
 
     def audited(self, plan: Plan, timed: Timed) -> tuple[Plan, dict[str, Any]]:
         """Return the plan with what each cut gives away of the input, and the facts of that audit."""
@@ -344,9 +372,10 @@ def _policy(objective: str, slo_ms: float | None) -> Policy:
     return Policy(minimize="bytes" if objective == "bytes" else "latency", slo_ms=slo_ms)
 
 
-def _weighed(plan: Plan, folder: Path) -> Plan:
-    """Return the plan with the memory that each cut takes on the device."""
-    weights = (0.0, *measured_mb([folder / segment.file for segment in plan.segments]))
+def _weighed(plan: Plan, folder: Path, figures: Figures | None) -> Plan:
+    """Return the plan with the memory that each cut takes on the device, as the device found or as it is found here."""
+    found = measured_mb([folder / one.file for one in plan.segments]) if figures is None else figures.memory_mb
+    weights = (0.0, *found)
     cuts = tuple(
         dataclasses.replace(cut, memory_mb=weights[cut.after]) if cut.after < len(weights) else cut for cut in plan.cuts
     )

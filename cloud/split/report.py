@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cloud.split.live import doubt
 from cloud.split.verdict import answers, describe, options, proof, warning
 from skills.split import Choice, Plan, moved_bytes, plan_hash
 from skills.wire import encode_json, to_plain
@@ -53,12 +54,13 @@ def report_json(plan: Plan, details: Mapping[str, Any]) -> bytes:
             "slowdown": plan.slowdown,
             "measured": measured_on(plan),
             "memory_mb": plan.memory_mb,
+            **{key: value for key, value in (details.get("live") or {}).items() if key != "name"},
         },
         "privacy": privacy(plan, details),
         "metric_name": plan.metric,
         "samples": plan.samples,
         "proof": proof(plan),
-        "warnings": [text for text in (warning(plan),) if text],
+        "warnings": doubts(plan, details),
         "verdicts": [to_plain(verdict) for verdict in plan.verdicts],
         "candidates": [to_plain(cut) for cut in plan.cuts],
         "links": [
@@ -68,9 +70,14 @@ def report_json(plan: Plan, details: Mapping[str, Any]) -> bytes:
             }
             for verdict in plan.verdicts
         ],
-        **details,
+        **{key: value for key, value in details.items() if key != "live"},
     }
     return encode_json(body)
+
+
+def doubts(plan: Plan, details: Mapping[str, Any]) -> list[str]:
+    """Return what makes the figures less sure, one sentence each."""
+    return [text for text in (warning(plan), doubt(details.get("live"))) if text]
 
 
 def measured_on(plan: Plan) -> str:
@@ -90,14 +97,14 @@ def render_html(plan: Plan, details: Mapping[str, Any]) -> str:
     local = plan.cut("local").device_ms.p50
     charts = "".join(f"<h2>{say(str(verdict.link))}</h2>{_chart(plan, verdict.link)}" for verdict in plan.verdicts)
     facts = (
-        f"{say(_device(plan))} Staying local takes {local:.0f} ms there{_memory(plan)}. {say(_sentence(proof(plan)))} "
+        f"{say(_device(plan, details.get('live')))} Staying local takes {local:.0f} ms there{_memory(plan)}. "
+        f"{say(_sentence(proof(plan)))} "
         f"A coding that loses more than {plan.max_drop:g} points is refused. {_answers(plan)}The segments in a row differ "
         f"from the whole by at most {details.get('max_abs_difference', 0):.1e}, and take "
         f"{details['chain_ms_here']['p50']:.1f} ms here against "
         f"{details['whole_ms_here']['p50']:.1f} ms for the whole."
     )
-    doubt = warning(plan)
-    warned = f"<p><b>Warning.</b> {say(_sentence(doubt))}</p>" if doubt else ""
+    warned = "".join(f"<p><b>Warning.</b> {say(_sentence(text))}</p>" for text in doubts(plan, details))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Split report {plan_hash(plan)}</title>
@@ -168,9 +175,13 @@ def _table(plan: Plan, details: Mapping[str, Any]) -> str:
     return f"<table>{head}{''.join(rows)}</table>"
 
 
-def _device(plan: Plan) -> str:
+def _device(plan: Plan, live: Mapping[str, Any] | None) -> str:
     if plan.device:
-        return f"The device's times were measured on {plan.device}, by its own agent."
+        cores = "" if live is None else f" ({live['machine']}, {live['cores']} cores, {live['runtime']})"
+        return (
+            f"The device's times were measured on {plan.device}{cores}, by its own agent: it takes {plan.slowdown:g} times "
+            "as long as this machine."
+        )
     return f"The device was taken to be {plan.slowdown:g} times slower than this machine; no live device was used."
 
 

@@ -21,6 +21,7 @@ from skills.bundle import BundleFile, build_bundle, open_bundle
 from skills.desired import Assignment, ObjectRef, WantedSkill, open_sealed, seal
 from skills.errors import DeadlineExceeded
 from skills.files import sha256_hex
+from skills.measurement import Order, open_order
 from skills.messaging import Message, Will
 from skills.mqtt_fake import FakeBroker
 from skills.report import CHUNK_BYTES, Chunk, DeviceState, Hello, Need, SkillState, encode_chunk
@@ -97,6 +98,9 @@ class InlineTrust:
     async def open(self, envelope: bytes, device: str, last: Assignment | None) -> Assignment:
         pem = (self._data / "identity/director.pem").read_bytes()
         return open_sealed(envelope, pem, device, last)
+
+    async def open_order(self, envelope: bytes, device: str) -> Order:
+        return open_order(envelope, (self._data / "identity/director.pem").read_bytes(), device)
 
     async def judge(self, wanted: WantedSkill, metadata: ObjectRef, time: int) -> Verdict:
         self.asked += 1
