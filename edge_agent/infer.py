@@ -17,7 +17,19 @@ from skills.confidence import confidence
 from skills.errors import FormatError, NotFound
 from skills.files import read_bytes
 from skills.plain import uncoded
-from skills.split import MAX_PLAN_BYTES, Choice, Coding, Estimate, Held, Plan, choose_cut, load_plan, plan_hash, settle
+from skills.split import (
+    MAX_PLAN_BYTES,
+    Choice,
+    Coding,
+    Estimate,
+    Held,
+    Plan,
+    choose_cut,
+    load_plan,
+    plan_hash,
+    resident,
+    settle,
+)
 from skills.timer import Local, Timer
 
 if TYPE_CHECKING:
@@ -69,8 +81,11 @@ class SplitModel:
         plan = _read_plan(plan_folder)
         self._hash, self._stock = plan_hash(plan), plan.policy.tail == "stock"
         self.plan = self._planned = uncoded(plan) if self._stock else plan
+        self._resident = resident(plan)
         self._chain = ort.chain(
-            [plan_folder / one.file for one in self.plan.segments], [live.name for live in self.plan.outputs]
+            [plan_folder / one.file for one in plan.segments],
+            [live.name for live in plan.outputs],
+            resident=self._resident,
         )
         self._small = None if self.plan.small is None else ort.session(plan_folder / self.plan.small.file)
         self.sure = 1.0  # how sure the last answer of a small model was; 1 where none was asked
@@ -127,6 +142,8 @@ class SplitModel:
         feeds: Arrays = {live.name: np.zeros(sizes[live.name], codec.DTYPES[live.dtype]) for live in self.plan.inputs}
         with contextlib.suppress(FormatError):  # a free size that may not be one: then the first request warms
             for cut in self.plan.cuts:
+                if cut.after > self._resident:
+                    continue
                 values = self._chain.run(feeds, 0, cut.after) if cut.after else feeds
                 for coding in cut.codings:
                     codec.encode(coding, cut.tensors, values)
@@ -264,7 +281,7 @@ class SplitModel:
 
     def _run(self, values: "Arrays", first: int, stop: int, expected_ms: float | None) -> "Arrays":
         timed = self.timer.run(lambda: self._chain.run(values, first, stop))
-        if expected_ms is not None:
+        if expected_ms is not None and stop <= self._resident:  # loading says nothing of how fast the device computes
             self._learn(timed.ms, expected_ms)
         return timed.value
 

@@ -66,16 +66,36 @@ class Session:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Passing:
+    """A model that is loaded for one run and let go: for a device that has no room for all segments at once."""
+
+    file: Path
+    threads: int
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+    @classmethod
+    def of(cls, file: Path, threads: int = 1) -> "Passing":
+        """Load a model once, to know its inputs and outputs; raises as `session` does."""
+        seen = session(file, threads)
+        return cls(file, threads, seen.inputs, seen.outputs)
+
+    def run(self, feeds: Mapping[str, "NDArray[Any]"]) -> dict[str, "NDArray[Any]"]:
+        """Load, run once and let go; raises as `session` and `Session.run` do."""
+        return session(self.file, self.threads).run(feeds)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Chain:
     """The segments of a model, run in order; between two of them the live tensors are kept by name, the others dropped."""
 
-    sessions: tuple[Session, ...]
+    sessions: tuple[Session | Passing, ...]
     live: tuple[
         tuple[str, ...], ...
     ]  # live[n]: what lives on after the first n segments; the last one holds the outputs
 
     @classmethod
-    def of(cls, sessions: Sequence[Session], outputs: Sequence[str]) -> "Chain":
+    def of(cls, sessions: Sequence[Session | Passing], outputs: Sequence[str]) -> "Chain":
         """Join sessions in order; `outputs` are the whole model's, wherever in the chain they come to be."""
         return cls(tuple(sessions), tuple(_live_after(sessions[at:], outputs) for at in range(len(sessions) + 1)))
 
@@ -182,13 +202,16 @@ def session(model: bytes | Path, threads: int = 1, *, optimise: bool = True, bes
     return _load(model, threads, optimise=optimise, save_to=None, beside=beside)
 
 
-def chain(files: Sequence[Path], outputs: Sequence[str], threads: int = 1) -> Chain:
-    """Load the segments of a model, in order; `outputs` are the whole model's.
+def chain(files: Sequence[Path], outputs: Sequence[str], threads: int = 1, resident: int | None = None) -> Chain:
+    """Load the segments of a model, in order; `outputs` are the whole model's. Only the first `resident` stay in memory.
 
     Raises:
         NotFound, FormatError, MissingExtra: as for `session`.
     """
-    return Chain.of([session(file, threads) for file in files], outputs)
+    kept = len(files) if resident is None else resident
+    return Chain.of(
+        [session(file, threads) if at < kept else Passing.of(file, threads) for at, file in enumerate(files)], outputs
+    )
 
 
 def audit(model: bytes, beside: Path | None = None) -> Audit:
@@ -282,7 +305,7 @@ def interleaved(
     return {name: _timing(sorted(values)) for name, values in taken.items()}
 
 
-def _live_after(sessions: Sequence[Session], outputs: Sequence[str]) -> tuple[str, ...]:
+def _live_after(sessions: Sequence[Session | Passing], outputs: Sequence[str]) -> tuple[str, ...]:
     given: set[str] = set()
     wanted: dict[str, None] = {}
     for one in sessions:

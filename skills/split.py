@@ -530,6 +530,13 @@ def fits(plan: Plan, cut: Cut) -> bool:
     return plan.memory_mb is None or cut.memory_mb <= plan.memory_mb
 
 
+def resident(plan: Plan) -> int:
+    """Return how many segments the device keeps loaded: all, or where they do not fit, what the largest cut that does needs."""
+    if fits(plan, plan.cut("local")):
+        return len(plan.segments)
+    return max((cut.after for cut in plan.cuts if cut.name != "local" and fits(plan, cut)), default=0)
+
+
 def choose_cut(
     plan: Plan, estimate: Estimate, *, alpha: float = 1.0, private: bool | None = None, slo_ms: float | None = None
 ) -> Choice:

@@ -252,5 +252,5 @@ def _remarks(plan: Plan) -> Iterator[str]:
     if not fits(plan, plan.cut("local")):
         yield (
             f"all segments together need {plan.cut('local').memory_mb:g} MiB, the device has {plan.memory_mb:g}: "
-            "it could not go on by itself while the tail is away"
+            "while the tail is away it loads those behind the cut one after the other, which is slow"
         )

@@ -13,12 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cloud.split.export import commented
 from edge_agent.infer import SplitModel
 from edge_agent.tail_client import Reply
 from edge_agent.tail_fake import FakeClock, FakeTail
 from skills import codec, ort, zstd
 from skills.errors import FormatError
-from skills.split import Estimate
+from skills.split import Estimate, load_plan
 from skills.timer import Timed
 
 
@@ -301,3 +302,25 @@ def test_a_stock_tail_is_never_sent_what_is_not_finite(planned_net: Any, tmp_pat
     bench.model.use("input")
     with pytest.raises(FormatError, match="NaN"):
         bench.model.answer({"x": np.full_like(bench.x[:1], np.nan)})
+
+
+def test_what_does_not_fit_into_memory_is_loaded_only_to_go_on_without_the_tail(
+    planned_net: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "plan"
+    shutil.copytree(planned_net.folder, folder)
+    plan = load_plan((folder / "split.yaml").read_text())
+    small = next(cut for cut in plan.cuts if cut.name.startswith("c") and cut.codings)
+    cuts = tuple(dataclasses.replace(cut, memory_mb=float(cut.after)) for cut in plan.cuts)
+    plan = dataclasses.replace(plan, cuts=cuts, memory_mb=small.after + 0.5)
+    (folder / "split.yaml").write_text(commented(plan))
+    bench = Bench(dataclasses.replace(planned_net, folder=folder))
+    loaded = [isinstance(one, ort.Session) for one in bench.model._chain.sessions]
+    assert loaded == [at < small.after for at in range(len(plan.segments))]
+    bench.model.use(small.name)
+    assert bench.ask()[0].argmax() == bench.ask()[1].argmax()
+    assert bench.model.last.where == "split"
+    bench.tail.silent = True
+    found, right = bench.ask()
+    assert bench.model.last.where == "continued"
+    np.testing.assert_allclose(found, right, atol=1e-5)
