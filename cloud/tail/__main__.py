@@ -12,6 +12,7 @@ from skills.errors import SkerryError
 from skills.files import write_atomic
 
 WARM_S = 5.0
+SWITCH_S = 0.0005  # Python's own is 5 ms: so long the computing thread may wait for its turn after every segment
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     if not 0 <= chosen.drain <= 3600:
         parser.error(f"--drain is {chosen.drain:g}, expected 0 to 3600 seconds")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
+    sys.setswitchinterval(SWITCH_S)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
