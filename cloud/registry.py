@@ -30,6 +30,7 @@ from skills.desired import ObjectRef
 from skills.errors import FormatError, NotFound, StorageError, TrustError
 from skills.files import fsync_directory, read_bytes, sha256_hex, storage_errors, write_atomic
 from skills.split import MAX_PLAN_BYTES, Plan, load_plan, plan_hash
+from skills.stages import check_placement
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -379,6 +380,8 @@ class Registry:
                 folder = PurePosixPath(plan_path).parent
                 if {str(folder / file) for file in plan.files()} != set(segments):
                     raise FormatError(f"{plan_path} names other segments than the bundle's manifest says")
+                if plan_path == bundle.skill.placement:
+                    check_placement(bundle.skill, plan, {part.path: part.sha256 for part in bundle.parts})
 
                 def content(file: str, folder: PurePosixPath = folder) -> bytes:
                     return self._content(parts[str(folder / file)])

@@ -7,7 +7,7 @@ what the remaining segments need, they run here; the first to finish wins. So an
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +23,7 @@ from skills.split import (
     Coding,
     Estimate,
     Held,
+    Live,
     Plan,
     choose_cut,
     load_plan,
@@ -30,6 +31,7 @@ from skills.split import (
     resident,
     settle,
 )
+from skills.stages import StageChain, check_stages, fitted
 from skills.timer import Local, Timer
 
 if TYPE_CHECKING:
@@ -59,7 +61,8 @@ class Ran:
 class SplitModel:
     """Callable as `model(x=array) -> outputs by name`; `last` says where it ran. One request at a time.
 
-    `plan_folder` holds split.yaml and its segments. Without a link it runs everything here. `wait_s` caps how long an
+    `plan_folder` holds split.yaml and its segments; with `stages` it is a plan of these stages of a skill. Without a link
+    it runs everything here. `wait_s` caps how long an
     answer from the tail is waited for; `deadline_s` (of every request, or per call) makes the device go on earlier, as
     soon as waiting longer would make it late.
 
@@ -77,12 +80,19 @@ class SplitModel:
         wait_s: float = WAIT_S,
         private: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
+        stages: StageChain | None = None,
     ) -> None:
         plan = _read_plan(plan_folder)
+        if stages is not None:
+            check_stages(plan)
+            if stages.names != tuple(stage.name for stage in plan.stages):
+                raise FormatError(f"split.yaml places other stages than {', '.join(stages.names)}")
+        elif plan.stages:
+            raise FormatError("split.yaml is a plan of a skill's stages: name it as the skill's placement")
         self._hash, self._stock = plan_hash(plan), plan.policy.tail == "stock"
         self.plan = self._planned = uncoded(plan) if self._stock else plan
-        self._resident = resident(plan)
-        self._chain = ort.chain(
+        self._staged, self._resident = stages is not None, resident(plan)
+        self._chain: ort.Chain | StageChain = stages or ort.chain(
             [plan_folder / one.file for one in plan.segments],
             [live.name for live in plan.outputs],
             resident=self._resident,
@@ -136,15 +146,14 @@ class SplitModel:
 
     def _warm(self) -> None:
         """Run every segment and every coding once on noughts: the first real request must not pay for lazy set-up."""
-        import numpy as np
-
-        sizes = {live.name: [1 if size == -1 else size for size in live.shape] for live in self.plan.inputs}
-        feeds: Arrays = {live.name: np.zeros(sizes[live.name], codec.DTYPES[live.dtype]) for live in self.plan.inputs}
+        feeds = _noughts(self.plan.inputs)
         with contextlib.suppress(FormatError):  # a free size that may not be one: then the first request warms
             for cut in self.plan.cuts:
                 if cut.after > self._resident:
                     continue
-                values = self._chain.run(feeds, 0, cut.after) if cut.after else feeds
+                values = _noughts(cut.tensors)  # of stages, whose code may refuse them: the probe warms it
+                if not self._staged:
+                    values = self._chain.run(feeds, 0, cut.after) if cut.after else feeds
                 for coding in cut.codings:
                     codec.encode(coding, cut.tensors, values)
                 for reply in self.plan.replies if cut.name == "local" else ():
@@ -178,10 +187,10 @@ class SplitModel:
         if tail is None or coding is None:
             raise FormatError("a remote request needs a tail and a coding")
         head = self.timer.run(lambda: self._head(inputs, choice))
-        values, frame = head.value
+        values, frame, why = head.value
         self._learn(head.ms, cut.device_ms.p50 + coding.encode_ms)
         if frame is None:
-            return self._go_on(start, choice, values, 0, "the tensors hold NaN or infinity", None, mine)
+            return self._go_on(start, choice, values, 0, why, None, mine)
         sent = self._clock()
         patience = self._patience_s(start, sent, choice, deadline_s, mine is not None)
         until_s = patience + self._rest_s(choice) + 0.05
@@ -228,18 +237,22 @@ class SplitModel:
             return self._done(start, choice, "local", 0, mine, said)
         return self._remote(start, choice, inputs, self._deadline_s if deadline_s is None else deadline_s, mine)
 
-    def _head(self, inputs: "Arrays", choice: Choice) -> tuple["Arrays", bytes | None]:
+    def _head(self, inputs: "Arrays", choice: Choice) -> tuple["Arrays", bytes | None, str]:
         values = self._chain.run(inputs, 0, choice.cut.after) if choice.cut.after else dict(inputs)
         if choice.coding is None:
-            return values, None
+            return values, None, ""
         try:
+            if self._staged:
+                values = fitted(choice.cut.tensors, values, "the message")
             if self._stock:
-                return values, codec.whole(choice.cut.tensors, values)
-            return values, codec.encode(choice.coding, choice.cut.tensors, values)
-        except FormatError:
+                return values, codec.whole(choice.cut.tensors, values), ""
+            return values, codec.encode(choice.coding, choice.cut.tensors, values), ""
+        except FormatError as error:
+            if self._staged:
+                return values, None, str(error)  # the code here may take what has no way to the tail
             if choice.cut.after == 0:
                 raise  # the caller's input does not fit: no segment would take it either
-            return values, None
+            return values, None, "the tensors hold NaN or infinity"
 
     def _go_on(
         self,
@@ -329,12 +342,24 @@ class SplitModel:
                 return Reply(None, "invalid", f"the tail's answer: {error}")
         if any(live.name not in outputs for live in self.plan.outputs):
             return Reply(None, "invalid", "the tail's answer lacks an output")
+        if self._staged:
+            try:
+                fitted(self.plan.outputs, outputs, "the tail's answer")
+            except FormatError as error:
+                return Reply(None, "invalid", str(error))
         return Reply(outputs)
 
     def _done(self, start: float, choice: Choice, where: Any, size: int, outputs: "Arrays", reason: str) -> "Arrays":
         coding = choice.coding.name if choice.coding else ""
         self.last = Ran(where, choice.cut.name, coding, (self._clock() - start) * 1e3, size, choice.ms, reason)
-        return {live.name: outputs[live.name] for live in self.plan.outputs}
+        return outputs if self._staged else {live.name: outputs[live.name] for live in self.plan.outputs}
+
+
+def _noughts(tensors: Sequence[Live]) -> "Arrays":
+    import numpy as np
+
+    shapes = {live.name: [1 if size == -1 else size for size in live.shape] for live in tensors}
+    return {live.name: np.zeros(shapes[live.name], codec.DTYPES[live.dtype]) for live in tensors}
 
 
 def _read_plan(folder: Path) -> Plan:
@@ -342,7 +367,8 @@ def _read_plan(folder: Path) -> Plan:
         read_bytes(folder / "split.yaml", "the split plan", MAX_PLAN_BYTES).decode("utf-8", "replace"),
         str(folder / "split.yaml"),
     )
+    parts = {part.file for part in plan.parts}  # the tail's: here the models of the chosen variants serve
     for path in plan.files():
-        if not (folder / path).is_file():
+        if path not in parts and not (folder / path).is_file():
             raise NotFound(f"the split plan names {path}, which is not in {folder}")
     return plan

@@ -396,7 +396,8 @@ class Reconciler:
         self._service.known(self._ledger.serving())
 
     def _load(self, skill: str, installed: Installed) -> Load:
-        models = self._ledger.bundle(installed.manifest).skill.models
+        whole = self._ledger.bundle(installed.manifest).skill
+        models = whole.models
         chosen = [v for name, model in models.items() for v in model.variants if v.name == installed.variants.get(name)]
         return Load(
             skill=skill,
@@ -407,7 +408,7 @@ class Reconciler:
             variants=installed.variants,
             timer=self._config.timer,
             tail_deadline_ms=self._config.tail_deadline_ms,
-            link=self._links.open() if any(variant.split for variant in chosen) else None,
+            link=self._links.open() if whole.placement or any(variant.split for variant in chosen) else None,
         )
 
 

@@ -11,6 +11,7 @@ from edge_agent.tail_client import Reply
 from skills import codec, ort
 from skills.errors import SkerryError
 from skills.split import Estimate, load_plan, plan_hash
+from skills.stages import StageChain
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,14 +34,16 @@ class FakeClock:
 class FakeTail:
     """Keeps to the contract of `edge_agent.tail_client.Tail`; `link`, `delay_s`, `silent` and `refuse` script it.
 
-    `replies` is what was asked of the answers' coding.
+    With `stages` it runs those for a plan of stages. `replies` is what was asked of the answers' coding.
     """
 
-    def __init__(self, plan_folder: Path, clock: FakeClock, delay_s: float = 0.02) -> None:
+    def __init__(
+        self, plan_folder: Path, clock: FakeClock, delay_s: float = 0.02, stages: StageChain | None = None
+    ) -> None:
         plan = load_plan((plan_folder / "split.yaml").read_text())
         self._plans = {plan_hash(plan): plan}
         files = [plan_folder / one.file for one in plan.segments]
-        self._chain = ort.chain(files, [live.name for live in plan.outputs])
+        self._chain: ort.Chain | StageChain = stages or ort.chain(files, [live.name for live in plan.outputs])
         self._clock = clock
         self._due: dict[int, tuple[float, Reply]] = {}
         self._next = 0

@@ -6,10 +6,8 @@ sentence) and "code" (skills/errors.py).
 """
 
 import contextlib
-import importlib.util
 import os
 import socket
-import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,14 +20,14 @@ from skills.errors import FormatError, SkerryError
 from skills.files import read_bytes, sha256_hex
 from skills.manifest import Skill, Variant
 from skills.measurement import read_work
-from skills.timer import Timer, parse_timer
+from skills.stages import StageChain, load_stage
+from skills.timer import Local, Timer, parse_timer
 from skills.wire import encode_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Arrays = Mapping[str, NDArray[Any]]
-    StageFunction = Callable[[Arrays, "CallableModel"], Arrays]
 
 
 class CallableModel:
@@ -75,13 +73,24 @@ class LoadedSkill:
         self, skill: Skill, folder: Path, variants: Mapping[str, str], timer: Timer, link: Path | None, wait_s: float
     ) -> None:
         self.skill, self.folder = skill, folder
+        placed = skill.placement is not None
         self._models: dict[str, CallableModel] = {}
         for name, model in skill.models.items():
             variant = next((v for v in model.variants if v.name == variants.get(name)), None)
             if variant is None:
                 raise FormatError(f"model '{name}' has no variant called '{variants.get(name)}'")
-            self._models[name] = CallableModel(variant, folder, timer, link, wait_s)
+            # The stages of a placed skill are timed whole, their models within them.
+            self._models[name] = CallableModel(variant, folder, Local() if placed else timer, link, wait_s)
         self._stages = [(stage, load_stage(folder, stage.code, stage.name)) for stage in skill.stages]
+        self._placed = None
+        if placed:
+            from edge_agent.infer import SplitModel
+
+            chain = StageChain(
+                tuple(_bound(function, self._models[stage.model]) for stage, function in self._stages),
+                tuple(stage.name for stage in skill.stages),
+            )
+            self._placed = SplitModel(folder, timer=timer, link=link, wait_s=wait_s, stages=chain)
 
     def run(self, inputs: "Arrays") -> Answer:
         """Run all stages on checked inputs.
@@ -89,6 +98,9 @@ class LoadedSkill:
         Raises:
             FormatError: the control code refuses the input, or returns something else than the skill promises.
         """
+        if self._placed is not None:
+            outputs = self._placed.answer(inputs)
+            return Answer(outputs=dict(outputs), where=self._placed.last.where, cut=self._placed.last.cut)
         arrays = inputs
         for stage, function in self._stages:
             arrays = function(arrays, self._models[stage.model])
@@ -100,26 +112,18 @@ class LoadedSkill:
         return Answer(outputs=dict(arrays), where=where, cut=cut)
 
     def run_here(self, inputs: "Arrays") -> Answer:
-        """Run as `run` does, with every model wholly on the device."""
+        """Run as `run` does, with every stage and every model wholly on the device."""
         with contextlib.ExitStack() as stack:
+            if self._placed is not None:
+                self._placed.use("local")
+                stack.callback(self._placed.use, None)
             for model in self._models.values():
                 stack.enter_context(model.kept_local())
             return self.run(inputs)
 
 
-def load_stage(folder: Path, code: str, name: str) -> "StageFunction":
-    """Import a stage's file, without writing beside it, and return the function that is named like the stage."""
-    spec = importlib.util.spec_from_file_location(f"skerry_stage_{name}", folder / code)
-    if spec is None or spec.loader is None:
-        raise FormatError(f"{code} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickling in a skill's code look themselves up
-    spec.loader.exec_module(module)
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise FormatError(f"{code} has no function '{name}'")
-    result: StageFunction = function
-    return result
+def _bound(function: "Callable[[Arrays, Any], Arrays]", model: CallableModel) -> "Callable[[Arrays], Arrays]":
+    return lambda arrays: function(arrays, model)
 
 
 def serve(channel: socket.socket) -> None:

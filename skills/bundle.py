@@ -15,11 +15,12 @@ from typing import Annotated, Literal
 
 from skills import zstd
 from skills.errors import FormatError, NotFound, TrustError
-from skills.files import read_bytes, sha256_hex, write_atomic
+from skills.files import read_bytes, sha256_file, sha256_hex, write_atomic
 from skills.manifest import Skill, check_path, load_skill
 from skills.report import CHUNK_BYTES, Sha256
 from skills.resolve import Capabilities, Choice, Misfit, resolve
 from skills.split import load_plan
+from skills.stages import check_placement
 from skills.units import readable
 from skills.wire import Limits, decode_json, encode_json
 
@@ -81,6 +82,7 @@ class Bundle:
         if missing := sorted(wanted - set(paths)):
             raise FormatError(f"the bundle lacks the part {missing[0]}")
         plans = {variant.split for model in self.skill.models.values() for variant in model.variants if variant.split}
+        plans |= {self.skill.placement} if self.skill.placement else set()
         if plans != set(self.splits):
             odd = min(plans ^ set(self.splits))
             raise FormatError(f"the bundle's splits and the skill's variants disagree on the split plan {odd}")
@@ -123,14 +125,16 @@ def load_folder(folder: Path) -> tuple[Skill, dict[str, tuple[str, ...]]]:
     for path in skill.files():
         if not (folder / path).is_file():
             raise NotFound(f"{folder / MANIFEST_NAME} names {path}, which is not there")
-    for variant in (variant for model in skill.models.values() for variant in model.variants if variant.split):
-        plan_path = str(variant.split)
+    named = [variant.split for model in skill.models.values() for variant in model.variants]
+    for plan_path in (path for path in (*named, skill.placement) if path is not None):
         plan = load_plan(read_text(folder / plan_path, "the split plan"), str(folder / plan_path))
         splits[plan_path] = tuple(str(PurePosixPath(plan_path).parent / file) for file in plan.files())
         for path in splits[plan_path]:
             check_path(path)
             if not (folder / path).is_file():
                 raise NotFound(f"{folder / plan_path} names {path}, which is not there")
+        if plan_path == skill.placement:
+            check_placement(skill, plan, {path: sha256_file(folder / path) for path in splits[plan_path]})
     return skill, splits
 
 
@@ -181,7 +185,10 @@ def open_bundle(path: Path) -> BundleFile:
     except _ZIP_FAULTS as error:
         raise FormatError(f"{path} is no bundle (made with: skerry skill build): {error}") from None
     for part in bundle.parts:
-        unpack_part(part, objects[part.wire_sha256])
+        content = unpack_part(part, objects[part.wire_sha256])
+        if part.path == bundle.skill.placement:
+            plan = load_plan(content.decode("utf-8", "replace"), f"{path}: {part.path}")
+            check_placement(bundle.skill, plan, {one.path: one.sha256 for one in bundle.parts})
         if chunk_hashes(objects[part.wire_sha256]) != part.chunks:
             raise TrustError(f"part {part.path} has other chunks than the manifest states")
     return BundleFile(bundle, manifest_bytes, objects)
@@ -203,6 +210,8 @@ def parts_for(bundle: Bundle, choice: Choice) -> tuple[Part, ...]:
     for variant in choice.variants.values():
         wanted.add(str(variant.file or variant.split))
         wanted.update(bundle.splits.get(str(variant.split), ()))
+    if skill.placement is not None:
+        wanted.add(skill.placement)  # the models in it are the tail's; here those of the choice serve
     return tuple(part for part in bundle.parts if part.path in wanted)
 
 

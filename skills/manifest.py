@@ -92,6 +92,10 @@ class Skill:
     probe: Probe = Probe()
     description: Annotated[str, Limits(max_items=500)] = ""
     assets: Annotated[tuple[str, ...], Limits(max_items=64), Doc("further files that the code reads")] = ()
+    placement: Annotated[
+        Literal["split.yaml"] | None,
+        Doc("a plan of the stages beside skill.yaml: the first ones run on the device, the others where it pays"),
+    ] = None
     recipe: Annotated[str | None, Doc("a program that rebuilds the models: python RECIPE --out FOLDER")] = None
     format: Literal["skill/v1"] = "skill/v1"
 
@@ -107,6 +111,9 @@ class Skill:
         _unique("stage", [stage.name for stage in self.stages])
         for name, model in self.models.items():
             _unique(f"variant of model '{name}'", [variant.name for variant in model.variants])
+        for name, model in self.models.items() if self.placement else ():
+            if any(variant.split for variant in model.variants):
+                raise FormatError(f"model '{name}' is split, and so is the skill (placement): use one of the two")
         _unique("input", [tensor.name for tensor in self.inputs])
         _unique("output", [tensor.name for tensor in self.outputs])
         for path in self.files():
@@ -117,6 +124,8 @@ class Skill:
         yield from sorted({stage.code for stage in self.stages})
         yield self.probe.file
         yield from self.assets
+        if self.placement is not None:
+            yield self.placement
         if self.recipe is not None:
             yield self.recipe
         for model in self.models.values():

@@ -249,6 +249,16 @@ class StageAt:
     name: Annotated[str, Limits(min=1, max_items=63)]
     place: Literal["device", "cloud"]
     message: Annotated[tuple[Live, ...], Limits(max_items=64)] = ()
+    model: Annotated[str, Limits(max_items=200), Doc("the model file, among `parts`, that a tail runs it with")] = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StagePart:
+    """A file that the stages need beside their code: a model, or an asset."""
+
+    file: str
+    sha256: Sha256
+    bytes: Annotated[int, Limits(min=0)]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -297,6 +307,9 @@ class Plan:
     small: Annotated[Small | None, Doc("joint inference: a small model that is asked first")] = None
     stages: Annotated[
         tuple[StageAt, ...], Limits(max_items=64), Doc("task split: the segments are these stages of a skill")
+    ] = ()
+    parts: Annotated[
+        tuple[StagePart, ...], Limits(max_items=128), Doc("task split: the models and assets of the stages")
     ] = ()
     verdicts: Annotated[tuple[Verdict, ...], Limits(max_items=64)] = ()
     format: Literal["split/v1"] = "split/v1"
@@ -352,9 +365,9 @@ class Plan:
                     )
 
     def files(self) -> Iterator[str]:
-        """Yield the paths of the segments, their shared constants and the small model, relative to split.yaml."""
-        for segment in self.segments:
-            yield segment.file
+        """Yield the paths of all other files, each once, relative to split.yaml."""
+        pieces: tuple[Segment | StagePart, ...] = (*self.segments, *self.parts)
+        yield from dict.fromkeys(one.file for one in pieces)
         if self.shared is not None:
             yield self.shared.file
         if self.small is not None:
@@ -423,6 +436,10 @@ def plan_hash(plan: Plan) -> str:
     ]
     files = [segment.sha256 for segment in plan.segments] + ([plan.shared.sha256] if plan.shared else [])
     core = {"format": plan.format, "files": files, "inputs": plan.inputs, "outputs": plan.outputs, "cuts": cuts}
+    if plan.stages:  # what a tail is to run: which function of which file, with which model, and what it may hand on
+        core["code"] = [segment.file for segment in plan.segments]
+        core["stages"] = [(stage.name, stage.model, stage.message) for stage in plan.stages]
+        core["parts"] = [(part.file, part.sha256) for part in plan.parts]
     if plan.replies:
         core["replies"] = [(c.kind, c.scales, c.zeros) for c in plan.replies]
     return hashlib.sha256(encode_json(core)).hexdigest()[:16]

@@ -381,3 +381,93 @@ def planned_net(tmp_path_factory: pytest.TempPathFactory) -> PlannedNet:
     folder, model = tmp_path_factory.mktemp("plan") / "split", net.model.SerializeToString()
     split(model, {"x": net.x, "y": net.y}, slowdown=10, max_drop=5, out=folder, rounds=3, most_samples=24)
     return PlannedNet(folder, model, net.x)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PlacedSkill:
+    """A skill of two stages whose folder holds the plan of their placement, and inputs for it."""
+
+    folder: Path
+    x: Any
+
+    def inputs(self, at: int = 0, order: int = 0, count: int = 1) -> "dict[str, Any]":
+        """Return an input; orders 11 to 14 make the second stage misbehave at a tail (see its code)."""
+        import numpy as np
+
+        return {"image": self.x[at : at + count], "order": np.full((count, 1), order, np.int64)}
+
+
+PLACED_SKILL = """\
+name: shapes
+version: 1.0.0
+inputs:
+  - {name: image, dtype: FP32, shape: [-1, 1, 12, 12]}
+  - {name: order, dtype: INT64, shape: [-1, 1]}
+outputs: [{name: logits, dtype: FP32, shape: [-1, 4]}]
+models:
+  net:
+    variants: [{name: float, runtime: onnxruntime, file: net.onnx}]
+stages:
+  - {name: crop, model: net, code: stages.py}
+  - {name: classify, model: net, code: stages.py}
+assets: [scale.txt]
+placement: split.yaml
+"""
+PLACED_CODE = """\
+import time
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__)
+SCALE = float(HERE.with_name('scale.txt').read_text())
+
+def crop(inputs, model):
+    kept = np.zeros_like(inputs['image'])
+    kept[:, :, 2:10, 2:10] = inputs['image'][:, :, 2:10, 2:10]
+    return {'cut': kept, 'order': inputs['order']}
+
+def classify(inputs, model):
+    order = int(inputs['order'][0, 0])
+    if 'tails' in HERE.parts:  # what only a tail does, as it is told
+        if order == 11:
+            raise ValueError('the tail is tired')
+        if order == 12:
+            return {'logits': np.zeros((1, 5), np.float32)}
+        if order == 13:
+            time.sleep(1.5)
+        if order == 14:
+            import os
+            os._exit(3)
+    return {'logits': model(x=inputs['cut'])['logits'] * np.float32(SCALE)}
+"""
+
+
+@pytest.fixture(scope="session")
+def placed_skill(tmp_path_factory: pytest.TempPathFactory) -> PlacedSkill:
+    """A skill whose second stage may run at a tail; its input can make that stage fail there."""
+    import numpy as np
+
+    from cloud.split.stages import plan_stages
+    from edge_agent.worker import LoadedSkill
+    from skills.manifest import load_skill
+    from skills.timer import Local
+
+    folder, net = tmp_path_factory.mktemp("placed") / "shapes", make_small_net("plain")
+    folder.mkdir()
+    (folder / "skill.yaml").write_text(PLACED_SKILL)
+    (folder / "stages.py").write_text(PLACED_CODE)
+    (folder / "scale.txt").write_text("2.0")
+    (folder / "net.onnx").write_bytes(net.model.SerializeToString())
+    x = net.x[:8]
+    placed = PlacedSkill(folder, x)
+    orders = np.array([[0], [15]] * 4, np.int64)
+    plan_stages(folder, {"image": x, "order": orders}, rounds=1, max_drop=50, out=folder)
+    skill = load_skill((folder / "skill.yaml").read_text(), "skill.yaml")
+    golden = LoadedSkill(skill, folder, {"net": "float"}, Local(), None, 0.25).run_here(placed.inputs()).outputs
+    np.savez(
+        folder / "probe.npz",
+        **{f"in.{name}": array for name, array in placed.inputs().items()},
+        **{"out.logits": golden["logits"]},
+    )
+    return placed

@@ -266,7 +266,7 @@ def stages(
     """Find out which stages of a skill belong on the device and which in the cloud: the first ones here, the rest there.
 
     Every placement is measured as a whole, with the messages between the stages in every coding. The result is a table to
-    decide by: the device runs all stages itself, until the skill is published in two parts.
+    decide by, and with -o a plan. In the skill's folder, with `placement: split.yaml` in skill.yaml, the skill runs by it.
     """
     from cloud.cli import findings
     from cloud.split import LINKS

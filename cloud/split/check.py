@@ -11,6 +11,7 @@ from skills import ort
 from skills.errors import FormatError, NotFound, SkerryError
 from skills.files import read_bytes, sha256_file
 from skills.split import CODED_KINDS, MAX_PLAN_BYTES, Cut, Plan, fits, keeps_private, load_plan, plan_hash
+from skills.stages import check_stages
 
 # A fault in one of these does not hide the others: the rest of the plan is read without it.
 PERSONAL = ("policy", "network", "min_cut", "memory_mb", "verdicts", "private", "slowdown", "max_drop", "device")
@@ -45,7 +46,12 @@ def check_plan(where: Path, model: Path | None = None) -> Checked:
     faults += _flow(plan)
     missing = list(_files(plan, file.parent))
     faults += missing
-    if not missing:
+    if plan.stages:
+        try:
+            check_stages(plan)
+        except FormatError as error:
+            faults.append(str(error))
+    elif not missing:
         faults += _pieces(plan, file.parent)
     if model is not None:
         faults += _model(plan, file.parent, model, whole=not faults)
@@ -165,8 +171,9 @@ def _flow(plan: Plan) -> Iterator[str]:
 
 def _files(plan: Plan, folder: Path) -> Iterator[str]:
     pieces = [(one.file, one.sha256) for one in plan.segments]
+    pieces += [(one.file, one.sha256) for one in plan.parts]
     pieces += [(plan.shared.file, plan.shared.sha256)] if plan.shared else []
-    for name, right in pieces:
+    for name, right in dict.fromkeys(pieces):
         if not (folder / name).is_file():
             yield f"{name} is missing from {folder}"
         elif (found := sha256_file(folder / name)) != right:

@@ -2,8 +2,8 @@
 
 Placements are contiguous: the first stages here, the rest there. What goes from one stage to the next is a message of
 typed arrays; each is measured in every coding, and judged by what the whole skill answers, as the tensors of a cut are.
-The table says what a placement would cost. Stages that are placed in the cloud need the skill's code there: no tail of
-this version runs it, so the plan is one to decide by, and the device goes on running the skill as a whole.
+The table says what a placement would cost. A skill that names the plan as its `placement` is run by it: the tail has the
+code, models and assets of its stages by their hashes in the plan, which the publisher signed with the rest of the release.
 """
 
 import dataclasses
@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 from cloud.split.export import commented
 from cloud.split.profile import gated, measure, measure_coding, possible_codings, scorer
 from cloud.split.verdict import LINKS, judge
-from edge_agent.worker import CallableModel, load_stage
+from edge_agent.worker import CallableModel
 from skills.bundle import read_text
 from skills.codec import DTYPES
 from skills.errors import FormatError, NotFound, UsageError
 from skills.files import sha256_file, write_atomic
-from skills.manifest import Skill, Tensor, load_skill
-from skills.split import Cut, Estimate, Image, Link, Live, Plan, Segment, StageAt, choose_cut
+from skills.manifest import Skill, Tensor, Variant, load_skill
+from skills.split import Cut, Estimate, Image, Link, Live, Plan, Segment, StageAt, StagePart, choose_cut
+from skills.stages import RUNTIME, StageChain, load_stage
 from skills.timer import Dilated, Local, Timer
 
 if TYPE_CHECKING:
@@ -29,32 +30,6 @@ if TYPE_CHECKING:
     Arrays = Mapping[str, NDArray[Any]]
 
 MOST_SAMPLES = 64
-RUNTIME = "onnxruntime"
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class StageChain:
-    """The stages of a skill, run in order as a chain of segments is."""
-
-    runs: "tuple[Callable[[Arrays], Arrays], ...]"
-    names: tuple[str, ...]
-
-    def run(self, values: "Arrays", start: int = 0, stop: int | None = None) -> "Arrays":
-        """Run stages start..stop-1 and return the message behind them.
-
-        Raises:
-            FormatError: a stage returned something else than arrays by name.
-        """
-        import numpy as np
-
-        message = dict(values)
-        stop = len(self.runs) if stop is None else stop
-        for name, work in zip(self.names[start:stop], self.runs[start:stop], strict=True):
-            found = work(message)
-            if not isinstance(found, Mapping):
-                raise FormatError(f"stage '{name}' returned {type(found).__name__}, expected arrays by name")
-            message = {key: np.asarray(array) for key, array in found.items()}
-        return message
 
 
 def plan_stages(
@@ -126,8 +101,12 @@ def plan_stages(
     plan = dataclasses.replace(
         plan,
         stages=tuple(
-            StageAt(stage.name, "device" if at < placed.after else "cloud", live[at + 1])
+            StageAt(stage.name, "device" if at < placed.after else "cloud", live[at + 1], _file(skill, stage.model))
             for at, stage in enumerate(skill.stages)
+        ),
+        parts=tuple(
+            StagePart(file, sha256_file(folder / file), (folder / file).stat().st_size)
+            for file in sorted({*skill.assets, *(_file(skill, stage.model) for stage in skill.stages)})
         ),
         verdicts=tuple(judge(plan, link) for link in links),
     )
@@ -144,13 +123,20 @@ def _rest(chain: StageChain, after: int) -> "Callable[[Arrays], Arrays]":
 def _stage(skill: Skill, folder: Path, at: int) -> "Callable[[Arrays], Arrays]":
     stage = skill.stages[at]
     function = load_stage(folder, stage.code, stage.name)
-    fitting = [one for one in skill.models[stage.model].variants if one.runtime == RUNTIME and one.file is not None]
-    if not fitting:
-        raise FormatError(
-            f"model '{stage.model}' has no variant that is a file for {RUNTIME}, so it cannot be timed here"
-        )
-    model = CallableModel(fitting[0], folder, Local(), None, 1.0)
+    variant = _variant(skill, stage.model)
+    model = CallableModel(variant, folder, Local(), None, 1.0)
     return lambda arrays: function(arrays, model)
+
+
+def _variant(skill: Skill, model: str) -> Variant:
+    for one in skill.models[model].variants:
+        if one.runtime == RUNTIME and one.file is not None:
+            return one
+    raise FormatError(f"model '{model}' has no variant that is a file for {RUNTIME}, so it cannot be timed here")
+
+
+def _file(skill: Skill, model: str) -> str:
+    return str(_variant(skill, model).file)
 
 
 def _samples(skill: Skill, folder: Path, data: "Path | Arrays | None") -> "list[Arrays]":

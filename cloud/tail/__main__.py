@@ -42,6 +42,12 @@ def main(argv: list[str] | None = None) -> int:
         "--drain", type=float, default=DRAIN_S, metavar="SECONDS", help="how long SIGTERM lets what waits finish"
     )
     parser.add_argument("--threads", type=int, default=1, help="onnxruntime threads per segment")
+    parser.add_argument(
+        "--stages",
+        choices=("released", "never", "any"),
+        default="released",
+        help="whose stages of skills run here: those of the plans that --allowed names (as by default), nobody's, or anybody's",
+    )
     chosen = parser.parse_args(argv)
     files = (chosen.tls_ca, chosen.tls_cert, chosen.tls_key)
     if any(files) and not all(files):
@@ -65,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
             crl=chosen.tls_crl,
             allowed=chosen.allowed,
             threads=chosen.threads,
+            stages=chosen.stages,
             metrics_at=chosen.metrics,
         )
         if chosen.port_file is not None:

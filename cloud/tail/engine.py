@@ -177,7 +177,7 @@ class Engine:
                 jobs = [jobs[place] for place in kept]
                 values = {name: array[kept] for name, array in values.items()}
             began = time.monotonic()
-            values = loaded.chain.run(values, at, at + 1)
+            values = loaded.run(values, at, max(job.deadline_s for job in jobs))
             if len(jobs) == 1:
                 loaded.pace.ran(at, time.monotonic() - began)
         if len(jobs) == 1:

@@ -21,6 +21,7 @@ MAX_CRL_BYTES = 64 << 20
 MAX_TABLE_BYTES = 64 << 20
 
 T = TypeVar("T")
+CodeRule = Literal["released", "never", "any"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -100,6 +101,25 @@ class Guard:
         if cut is not None and cut not in cuts:
             allowed = ", ".join(sorted(cuts)) or "none"
             raise NotPermitted(f"{who} may not use the cut {cut[:32]!r} of plan {plan}, allowed are: {allowed}")
+
+    def check_code(self, plan: str, rule: CodeRule = "released") -> None:
+        """Let the code of a skill run whose plan the table names: the controller enters what came in a signed release.
+
+        Raises:
+            NotPermitted: it does not, or `rule` forbids all of it; with `any` nothing is asked.
+        """
+        if rule == "any":
+            return
+        if rule == "never":
+            raise NotPermitted(f"the plan {plan[:32]!r} is a skill's code, and this tail runs none (--stages never)")
+        try:
+            released = self.plans()
+        except SkerryError as error:
+            raise NotPermitted(f"the tail cannot tell whether the plan {plan[:32]!r} was released: {error}") from None
+        if released is None or plan not in released:
+            raise NotPermitted(
+                f"the plan {plan[:32]!r} is a skill's code, and no table (--allowed) says that it came in a release"
+            )
 
     def plans(self) -> frozenset[str] | None:
         """Return the plans that any device may use, None when there is no table: then anybody may use all of them.

@@ -17,7 +17,7 @@ from typing import Any
 import skills
 from cloud.tail.budget import ByteBudget, OverBudget
 from cloud.tail.engine import MAX_WAITING, Draining, Engine, QueueFull, Result
-from cloud.tail.guard import Guard, NotPermitted
+from cloud.tail.guard import CodeRule, Guard, NotPermitted
 from cloud.tail.metrics import Listener, Metrics
 from cloud.tail.request import named, plain_model, plain_name, read, wanted, written
 from cloud.tail.store import Store
@@ -82,7 +82,8 @@ def make_service(
                 allow(_device(context), *plain_name(request.name))
                 loaded, cut = plain_model(store, request.name)
                 inputs = loaded.plan.inputs if cut.after == 0 else cut.tensors
-                answer = pb.ModelMetadataResponse(name=request.name, versions=["1"], platform="onnx_segments")
+                kind = "python_stages" if loaded.plan.stages else "onnx_segments"
+                answer = pb.ModelMetadataResponse(name=request.name, versions=["1"], platform=kind)
                 for target, tensors in ((answer.inputs, inputs), (answer.outputs, loaded.plan.outputs)):
                     for live in tensors:
                         target.add(name=live.name, datatype=live.dtype, shape=live.shape)
@@ -140,11 +141,13 @@ class Server:
         threads: int = 1,
         metrics_at: str | None = None,
         measure_s: float = MEASURE_S,
+        stages: CodeRule = "released",
     ) -> None:
         """Listen on HOST:PORT (port 0: any free one); `tls` is (ca, certificate, key), and then clients need one too.
 
         `crl` lists certificates that are refused, `allowed` which device may use which plan (`cloud.tail.guard.Allowed`);
         neither means anything without TLS, for then nobody says who he is. `metrics_at` is HOST:PORT of the metrics.
+        `stages` says whose code runs here: of the plans in `allowed`, nobody's, or of all that lies in `tails`.
         It listens at once and is ready when the plans that may be asked for are warm and measured, `measure_s` each.
 
         Raises:
@@ -155,7 +158,11 @@ class Server:
         guard = Guard(crl, allowed) if tls is not None else Guard()
         credentials = _credentials(grpc, tls) if tls is not None else None
         _import_heavy()
-        self._metrics, store, budget = Metrics(), Store(tails, threads), ByteBudget()
+        self._metrics, store, budget = (
+            Metrics(),
+            Store(tails, threads, lambda plan: guard.check_code(plan, stages)),
+            ByteBudget(),
+        )
         self._warmer = Warmer(store, guard.plans, self._metrics, measure_s)
         self._listener: Listener | None = None
         if metrics_at is not None:

@@ -4,35 +4,58 @@ import contextlib
 import dataclasses
 import re
 import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cloud.tail import pace
+from cloud.tail.guard import NotPermitted
 from cloud.tail.layout import lay_out
-from cloud.tail.pace import Pace
+from cloud.tail.pace import Batching, Pace
+from cloud.tail.stage_host import StageHost
 from skills import ort
 from skills.bundle import MAX_PART_BYTES
 from skills.errors import FormatError, NotFound, TrustError
 from skills.files import read_bytes, sha256_file
 from skills.split import MAX_PLAN_BYTES, Plan, load_plan, plan_hash
+from skills.stages import check_stages
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Arrays = Mapping[str, NDArray[Any]]
 
 MAX_LOADED = 16  # plans held in memory; the one used longest ago makes room
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Loaded:
-    """A plan whose segments' hashes were checked, and its warm sessions."""
+    """A plan whose segments' hashes were checked, and its warm sessions, or the process that runs its stages."""
 
     name: str
     plan: Plan
-    chain: ort.Chain
+    chain: ort.Chain | StageHost
     pace: Pace
+
+    def run(self, values: "Arrays", segment: int, until_s: float) -> "Arrays":
+        """Run one segment; code of a skill is waited for until `until_s` (monotonic), a graph until it is done.
+
+        Raises:
+            SkerryError: as `ort.Chain.run` or `StageHost.run`.
+        """
+        if isinstance(self.chain, StageHost):
+            return self.chain.run(values, segment, segment + 1, until_s=until_s)
+        return self.chain.run(values, segment, segment + 1)
 
 
 class Store:
-    """Finds plans by hash; safe to use from many threads."""
+    """Finds plans by hash; safe to use from many threads.
 
-    def __init__(self, folder: Path, threads: int = 1) -> None:
-        self._folder, self._threads = folder, threads
+    `may_run` is asked before the code of a plan of stages is touched, and raises NotPermitted where it must not run.
+    """
+
+    def __init__(self, folder: Path, threads: int = 1, may_run: Callable[[str], None] | None = None) -> None:
+        self._folder, self._threads, self._may_run = folder, threads, may_run or _never
         self._lock = threading.Lock()
         self._loading: dict[str, threading.Lock] = {}  # one plan's loading holds up no other plan
         self._loaded: dict[str, Loaded] = {}
@@ -58,7 +81,10 @@ class Store:
             NotFound, TrustError, FormatError: as `get`.
         """
         found = self.get(name)
-        if not found.pace.batching:
+        if isinstance(found.chain, StageHost):
+            why = Batching(why="the stages of a skill are asked one by one")
+            found.pace.batching = {cut.after: why for cut in found.plan.cuts if cut.after < len(found.plan.segments)}
+        elif not found.pace.batching:
             pace.measure(found.plan, found.chain, found.pace, budget_s)
         return found
 
@@ -73,6 +99,7 @@ class Store:
         Raises:
             NotFound: no such plan lies here.
             TrustError: its folder's name is not its hash, or a segment's hash is not the plan's.
+            NotPermitted: it is code, which this tail may not run.
             FormatError: split.yaml or a segment is not what it should be.
         """
         found = self._held(name)
@@ -109,12 +136,17 @@ class Store:
         )
         if plan_hash(plan) != name:
             raise TrustError(f"the folder {name} holds the plan {plan_hash(plan)}")
-        for part in (*plan.segments, *((plan.shared,) if plan.shared else ())):
+        if plan.stages:
+            self._may_run(name)
+            check_stages(plan)
+        for part in (*plan.segments, *plan.parts, *((plan.shared,) if plan.shared else ())):
             file = folder / part.file
             if not file.is_file():
                 raise NotFound(f"the plan {name} names {part.file}, which is not there")
             if sha256_file(file) != part.sha256:
                 raise TrustError(f"the segment {part.file} of plan {name} is not the one that was planned")
+        if plan.stages:
+            return Loaded(name, plan, StageHost(folder, name, plan, self._threads), Pace(len(plan.segments)))
         chain = ort.chain(
             [folder / segment.file for segment in plan.segments],
             [tensor.name for tensor in plan.outputs],
@@ -122,6 +154,10 @@ class Store:
         )
         _warm(plan, chain)
         return Loaded(name, plan, chain, Pace(len(plan.segments)))
+
+
+def _never(plan: str) -> None:
+    raise NotPermitted(f"the plan {plan} is a skill's code, and this tail runs none")
 
 
 def is_hash(name: str) -> bool:
