@@ -8,7 +8,7 @@ from cloud.delivery import Delivery
 from cloud.fleet import Fleet
 from cloud.registry import Registry
 from skills.desired import ObjectRef
-from skills.errors import FormatError, NotFound, Refused, SkerryError, UsageError
+from skills.errors import DeadlineExceeded, FormatError, NotFound, Refused, SkerryError, Unreachable, UsageError
 from skills.measurement import MAX_FIGURES_BYTES, MAX_WORK_BYTES, Figures, Order, read_work, seal_order
 from skills.wire import decode_json, to_plain
 
@@ -28,7 +28,8 @@ class Measuring:
 
         Raises:
             NotFound: no such device, or the work or one of its parts was not uploaded.
-            Unreachable, DeadlineExceeded: the device is away, or gives no answer within `deadline_s`.
+            Unreachable, DeadlineExceeded: the device is away, or gives no answer within `deadline_s`; what it was lent it keeps
+                until the loan is over.
             Refused: it has no room or runtime, measures something else, or its agent cannot measure.
             SkerryError: what else it answered.
         """
@@ -47,6 +48,8 @@ class Measuring:
         except UsageError:
             self._end(device, sha256, objects)
             raise Refused(f"the agent on {device} is too old to measure: update it") from None
+        except (Unreachable, DeadlineExceeded):
+            raise  # a question that went astray: the device goes on with its work, and whoever asks will ask again
         except SkerryError:
             self._end(device, sha256, objects)
             raise

@@ -13,6 +13,7 @@ COLD_AFTER_S = 0.5  # TCP forgets its window after one retransmission timeout wi
 LEAST_SAMPLE_BYTES = 8192  # below, the time says more about the machine than about the network
 CALL_MS = 0.7  # what a tiny call costs on a link without delay
 FAST, SLOW = 0.5, 0.1
+GUESS_SHARE = 0.5  # of what is left after the round trip: with a guess beyond it, most of the rate would be guessed
 PROBE_EVERY_S = 10.0  # without a transfer for this long, one is made
 PROBE_SHARE = 0.01  # of the time, at most
 SURPRISES = 3  # samples in a row that what is known does not explain: the network has changed
@@ -26,9 +27,10 @@ SOON_S, ABSENCE_SHARE = 2.0, 0.1  # a probe comes at least so soon, or after so 
 class Estimator:
     """Round-trip time as a windowed minimum, bandwidth as the lower of a fast and a slow average."""
 
-    def __init__(self, mbit: float = 0.0, rtt_ms: float = 0.0) -> None:
-        self._fast = self._slow = mbit  # 0: not known yet
-        self._fallback_rtt = rtt_ms
+    def __init__(self) -> None:
+        self._fast = self._slow = 0.0  # 0: not known yet
+        self._anew = True  # what is known of the bandwidth is of another way: the next transfer takes its place
+        self._fallback_rtt = 0.0
         self._rtts: deque[tuple[float, float]] = deque(maxlen=200)
         self._surprises = 0
         self._longer: list[tuple[float, float]] = []
@@ -58,27 +60,41 @@ class Estimator:
         self._rtts.append((now_s, rtt))
         if len(self._longer) >= SURPRISES:  # the way is longer now: what was known of it no longer holds
             self._rtts, self._longer = deque(self._longer, maxlen=self._rtts.maxlen), []
-            self._probe_at_s = float("-inf")
-        self._fallback_rtt = rtt_ms
+            self.on_return()
+        self._fallback_rtt = rtt
         self.on_traffic(now_s)
 
     def on_return(self) -> None:
-        """The tail was away and answers again: the way to it may be another one."""
-        self._probe_at_s = float("-inf")
+        """The tail was away and answers again: the way to it may be another one, and its bandwidth is learnt anew."""
+        self._probe_at_s, self._anew = float("-inf"), True
 
     def on_transfer(
-        self, now_s: float, size: int, total_ms: float, server_ms: float, queue_ms: float = 0.0, cold: bool = False
+        self,
+        now_s: float,
+        size: int,
+        total_ms: float,
+        server_ms: float,
+        queue_ms: float = 0.0,
+        *,
+        cold: bool = False,
+        guessed: bool = False,
     ) -> None:
-        """A request and its answer, of `size` bytes together, took `total_ms`, of which the tail says it had `server_ms`."""
+        """A request and its answer, of `size` bytes together, took `total_ms`, of which the tail says it had `server_ms`.
+
+        What a plan only guessed of a tail (`guessed`) teaches nothing where it is most of the time: were it wrong, what remains
+        would be too little, and the bandwidth boundless.
+        """
         self._queue_ms += (queue_ms - self._queue_ms) * FAST
         self.on_traffic(now_s)
-        if size < LEAST_SAMPLE_BYTES or cold:
+        ours_ms = total_ms - self.rtt_ms(now_s) - 2 * CALL_MS
+        if size < LEAST_SAMPLE_BYTES or cold or (guessed and server_ms > GUESS_SHARE * ours_ms):
             return
-        moving_ms = max(total_ms - server_ms - self.rtt_ms(now_s) - 2 * CALL_MS, 0.02)
+        moving_ms = max(ours_ms - server_ms, 0.02)
         mbit = min(size * 8 / moving_ms / 1000, 10_000.0)
         self._probe_at_s = max(self._probe_at_s, now_s + PROBE_EVERY_S)
-        if not self._slow:
+        if self._anew:
             self._fast = self._slow = mbit
+            self._surprises, self._anew = 0, False
             return
         self._surprises = self._surprises + 1 if not 0.5 < mbit / self._slow < 2.0 else 0
         self._fast += (mbit - self._fast) * FAST
@@ -90,10 +106,6 @@ class Estimator:
         """Return the smallest round trip of the last ten seconds, or the last one known."""
         recent = [rtt for at, rtt in self._rtts if now_s - at <= RTT_WINDOW_S]
         return min(recent) if recent else self._fallback_rtt
-
-    def knows_bandwidth(self) -> bool:
-        """Say whether any transfer was measured."""
-        return self._slow > 0
 
     def now(self, now_s: float, up: bool) -> Estimate:
         """Return the estimate; a bandwidth of 0 means that nothing was measured yet."""
@@ -136,10 +148,15 @@ class Breaker:
             self.silences, self.probe_at_s, self.trial_until_s = 0, None, now_s + TRIAL_S
 
     def on_miss(self, now_s: float, luck: float, *, ping: bool = False) -> None:
-        """No answer in time, no connection, no room; `luck` in 0..1 spreads the probes of many devices by ±20 %."""
+        """No answer in time, no connection, no room; `luck` in 0..1 spreads the probes of many devices by ±20 %.
+
+        What was on its way when it opened is counted and moves no probe: many requests at once are one absence.
+        """
         if not self.open and now_s > self.trial_until_s and self.misses >= MISSES:
             self.misses, self.wait_s = 0, FIRST_PROBE_S  # the trial went well, or nobody asked: it begins anew
         self.misses, self.silences = self.misses + (not ping), self.silences + ping
+        if self.probe_at_s is not None and not (ping and now_s >= self.probe_at_s):
+            return
         if self.open or max(self.misses, self.silences) >= MISSES:
             self.away_since_s = self.away_since_s if self.open else now_s
             self.probe_at_s = now_s + self.wait_s * (1 + JITTER * (2 * luck - 1))

@@ -234,7 +234,8 @@ class Link:
         queue_ms = times.get("split-queue-us", 0.0)
         tail_ms = sum(times.values()) if times else _assumed_ms(header)
         moved = len(frame) + sum(map(len, response.raw_output_contents)) + CALL_BYTES
-        self._estimator.on_transfer(now, moved, (now - start) * 1e3, tail_ms, queue_ms, cold)
+        took_ms = (now - start) * 1e3
+        self._estimator.on_transfer(now, moved, took_ms, tail_ms, queue_ms, cold=cold, guessed=not times)
         self._answered()
         if len(response.outputs) != len(response.raw_output_contents):
             response = _raw(response)

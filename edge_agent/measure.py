@@ -4,6 +4,7 @@ Every head is run whole, interleaved and warm, as the planner runs them on its o
 yields the processor to skills that serve (`nice`), and may not take more memory than it was given.
 """
 
+import functools
 import io
 import itertools
 import os
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from skills import __version__, codec, ort
 from skills.errors import FormatError, Refused
 from skills.files import read_bytes
-from skills.measurement import RUNTIME, Figures, Work
+from skills.footprint import grown_mb, own_kb
+from skills.measurement import PROFILE_INSTEAD, RUNTIME, Figures, Work
 from skills.split import Coding, Live, Millis
 from skills.timer import Timer
 
@@ -33,7 +35,6 @@ BUDGET_S = 60.0  # how long the rounds over all heads may take; a slow device ma
 CODING_ROUNDS = 12
 CODING_BUDGET_S = 20.0
 MAX_SAMPLES_BYTES = 256 << 20
-PROC = Path("/proc/self/status")
 
 
 def measure(folder: Path, sha256: str, work: Work, timer: Timer, memory_mb: int) -> Figures:
@@ -52,7 +53,7 @@ def measure(folder: Path, sha256: str, work: Work, timer: Timer, memory_mb: int)
     except (MemoryError, FormatError) as error:
         if isinstance(error, MemoryError) or "bad_alloc" in str(error) or "Failed to allocate" in str(error):
             raise Refused(
-                f"the segments need more memory than the {memory_mb} MiB that the device has left for them"
+                f"the segments need more memory than the {memory_mb} MiB that the device has left for them; {PROFILE_INSTEAD}"
             ) from None
         raise
 
@@ -74,13 +75,13 @@ def machine_name(root: Path = Path("/")) -> str:
 
 
 def _measured(folder: Path, sha256: str, work: Work, timer: Timer) -> Figures:
-    samples = _samples(folder / work.samples, work)
-    sessions, memory, bare = [], list[float](), _kb("VmHWM")
-    for path in work.segments:
+    samples, sessions = _samples(folder / work.samples, work), list[ort.Session]()
+
+    def one_more(path: str) -> None:
         sessions.append(ort.session(folder / path))  # a device keeps them all
-        part = ort.Chain.of(sessions, work.outputs)
-        part.run(samples[0])
-        memory.append(round(max(_kb("VmHWM") - bare, 0) / 1024, 1))
+        ort.Chain.of(sessions, work.outputs).run(samples[0])
+
+    memory_mb = grown_mb(functools.partial(one_more, path) for path in work.segments)
     chain = ort.Chain.of(sessions, work.outputs)
     wall, cpu = time.perf_counter(), time.thread_time()
     heads, rounds = _heads(chain, samples, work, timer)
@@ -89,7 +90,7 @@ def _measured(folder: Path, sha256: str, work: Work, timer: Timer) -> Figures:
         work=sha256,
         heads=heads,
         encode_ms=_encodes(chain, samples, work, timer),
-        memory_mb=tuple(memory),
+        memory_mb=memory_mb,
         rounds=rounds,
         busy=round(min(max(1 - cpu / wall, 0.0), 1.0), 3),
         cores=len(os.sched_getaffinity(0)),
@@ -157,15 +158,8 @@ def _samples(path: Path, work: Work) -> "list[Arrays]":
 def _yield_to_others(memory_mb: int) -> None:
     os.nice(NICE)
     _, most = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = (_kb("VmData") << 10) + (memory_mb << 20)
+    limit = (own_kb("VmData") << 10) + (memory_mb << 20)
     resource.setrlimit(resource.RLIMIT_DATA, (limit if most == resource.RLIM_INFINITY else min(limit, most), most))
-
-
-def _kb(name: str) -> int:
-    for line in PROC.read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1])
-    raise OSError("this system does not tell a process its memory")
 
 
 def _short(value: float) -> float:

@@ -21,7 +21,16 @@ from edge_agent.trust import Trust
 from edge_agent.workers import Load, Workers
 from skills.desired import ObjectRef
 from skills.errors import DeadlineExceeded, FormatError, Refused, SkerryError, Unreachable
-from skills.measurement import MAX_FIGURES_BYTES, MAX_WORK_BYTES, RUNTIME, Figures, State, Work, read_work
+from skills.measurement import (
+    MAX_FIGURES_BYTES,
+    MAX_WORK_BYTES,
+    PROFILE_INSTEAD,
+    RUNTIME,
+    Figures,
+    State,
+    Work,
+    read_work,
+)
 from skills.messaging import MqttClient
 from skills.report import Chunk
 from skills.resolve import Capabilities
@@ -83,8 +92,8 @@ class Measuring:
 
         Raises:
             FormatError, TrustError: the order or the work is not what it should be.
-            Refused: something else is being measured, or the device has no room, no runtime or not enough memory.
-            DeadlineExceeded: the segments are too slow here to be measured.
+            Refused: something else is being measured, or the device has no room, no runtime or not enough memory, or the
+                segments are too slow here to be measured.
             SkerryError: what else became of it.
         """
         job = self._job
@@ -95,7 +104,7 @@ class Measuring:
         if not job.task.done():
             return {"state": job.state, "share": round(job.share, 3)}, b""
         if job.task.cancelled():
-            raise Unreachable(f"{self._device} gave up measuring, for nobody asked for the result in time")
+            raise Refused(f"{self._device} gave up measuring, for nobody asked for the result in time: begin anew")
         return {"state": "done", "share": 1.0}, job.task.result()
 
     async def close(self) -> None:
@@ -176,7 +185,7 @@ class Measuring:
         if work.model_bytes > memory_mb << 20:
             return (
                 f"its segments have {readable(work.model_bytes)}, and {readable(max(memory_mb, 0) << 20)} of the memory "
-                "that is offered (memory_mb) are left"
+                f"that is offered (memory_mb) are left; {PROFILE_INSTEAD}"
             )
         if disk > offered:
             return f"it needs {readable(disk)} of disk, {readable(offered)} are offered (disk_mb)"
@@ -194,7 +203,7 @@ class Measuring:
             header = {"op": "measure", "folder": str(folder), "timer": self._config.timer, "memory_mb": memory_mb}
             _, answer = await worker.call(header, work, MEASURE_S)
         except DeadlineExceeded:
-            raise DeadlineExceeded(
+            raise Refused(  # for good: asked again, it would take as long
                 f"{self._device} did not measure the segments within {MEASURE_S:.0f} s: the model is too slow for it"
             ) from None
         except Unreachable:

@@ -22,6 +22,7 @@ MAX_WORK_BYTES = 8 << 20
 MAX_FIGURES_BYTES = 64 << 10
 PREFIX = b"skerry measure/v1\n"
 RUNTIME = "onnxruntime"
+PROFILE_INSTEAD = "a profile with its slowdown and memory_mb (--device FILE) is planned for without measuring"
 
 Path = Annotated[str, Limits(min=1, max_items=255)]
 State = Literal["fetching", "measuring", "done"]

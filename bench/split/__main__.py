@@ -4,10 +4,12 @@
 
 The link is two network namespaces with a shaper between them, so TCP is the kernel's own; where no namespaces are to be
 had it is a TCP proxy, and then nothing cold and no trace is measured. Everything is kept under --work as it finishes and
-taken from there the next time: an interrupted bench goes on where it was. Prints Markdown.
+taken from there the next time, as long as the code that is measured is the same: an interrupted bench goes on where it was.
+Prints Markdown.
 """
 
 import argparse
+import math
 import os
 import platform
 import sys
@@ -24,8 +26,12 @@ import table
 import throughput
 import trace_run
 import wire
-from store import Store
+from store import Store, digest
 
+import cloud.split
+import cloud.tail
+import edge_agent
+import skills
 from skills import ort
 from skills.errors import SkerryError
 from skills.split import Link
@@ -39,6 +45,9 @@ TRACE_SLOWDOWN = 10.0
 QUICK_ROWS = (*GRIDS, "cold", "trace", "tail")
 QUICK_LINKS = (Link(1, 5), Link(5, 50), Link(20, 5))
 QUICK_RUNS, FULL_RUNS, BBR_RUNS = 6, cells.RUNS, 6
+JSON_MBIT, QUICK_JSON_MBIT = 5.0, 20.0
+MEASURED = (skills, edge_agent, cloud.split, cloud.tail)  # beside the bench's own files
+ONLY_SHOWS = ("table.py",)
 
 
 def main() -> None:
@@ -71,7 +80,9 @@ class _Run:
 
     def __init__(self, on: wire.Wire, work: Path, *, quick: bool) -> None:
         self._on, self._work, self._quick = on, work, quick
-        self._store = Store(work / "cells", say)
+        measured = [Path(str(package.__file__)).parent for package in MEASURED]
+        self._code = digest([*measured, Path(__file__).resolve().parent], ONLY_SHOWS)
+        self._store = Store(work / "cells", say, {"code": self._code, "versions": ort.versions()})
         self._plans: dict[str, nets.Planned] = {}
         wire.pin_to_core(0, 0)
 
@@ -80,7 +91,6 @@ class _Run:
         links = QUICK_LINKS if self._quick else nets.LINKS
         checks = wire.check(self._on, links)
         missing = [f"the row {name}" for name in ROWS if name not in wanted]
-        missing.append("the time of Sedna-like JSON requests (their bytes are)")
         if self._on.kind == "proxy":
             missing.append("cold requests, the trace and bbr, for which a proxy is no link")
             wanted = [name for name in wanted if name not in ("cold", "trace", "bbr")]
@@ -107,18 +117,19 @@ class _Run:
         if name not in self._plans:
             say(f"{name}: plan")
             net = next(one for one in nets.NETS if one.name == name)
-            self._plans[name] = nets.planned(net, REFERENCE, self._work, quick=self._quick)
+            self._plans[name] = nets.planned(net, REFERENCE, self._work, self._code, quick=self._quick)
         return self._plans[name]
 
     def _grid(self, name: str, control: str) -> list[dict[str, Any]]:
         links: Sequence[Link] = nets.LINKS
         slowdowns: Sequence[float] = nets.SLOWDOWNS
-        runs = BBR_RUNS if control == "bbr" else FULL_RUNS
+        runs, json_mbit = (BBR_RUNS, math.inf) if control == "bbr" else (FULL_RUNS, JSON_MBIT)
         if self._quick:
             links, slowdowns, runs = QUICK_LINKS, (nets.PLANNED,), QUICK_RUNS
+            json_mbit = max(json_mbit, QUICK_JSON_MBIT)
         self._on.control(control)
         try:
-            return cells.grid(self._planned(name), slowdowns, links, runs, self._on, self._store, control)
+            return cells.grid(self._planned(name), slowdowns, links, runs, self._on, self._store, control, json_mbit)
         finally:
             self._on.control("cubic")
 
@@ -143,7 +154,7 @@ class _Run:
             "x": TRACE_SLOWDOWN,
             "phase_s": phase_s,
             "least": least,
-            "plan": device.plan.cuts,
+            "plan": (device.plan.cuts, device.plan.replies),
         }
         found: dict[str, Any] = self._store.get(
             "trace", facts, lambda: trace_run.measure(device, self._on, phase_s, least, in_outage)
@@ -155,7 +166,12 @@ class _Run:
         model = REFERENCE / next(one.model for one in nets.NETS if one.name == MIDDLE)
         seconds, rounds = (2.0, 3) if self._quick else (6.0, 5)
         kinds = ("jpeg q90",) if self._quick else ("jpeg q90", "pixels")
-        facts = {"seconds": seconds, "rounds": rounds, "kinds": kinds, "plan": planned.plan.cuts}
+        facts = {
+            "seconds": seconds,
+            "rounds": rounds,
+            "kinds": kinds,
+            "plan": (planned.plan.cuts, planned.plan.replies),
+        }
         found: dict[str, Any] = self._store.get(
             "tail", facts, lambda: throughput.measure(planned, model, kinds, seconds, rounds)
         )
@@ -163,11 +179,11 @@ class _Run:
 
     def _about(self, seconds: float) -> str:
         versions = ort.versions()
-        load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+        load, kept = ", ".join(f"{value:.1f}" for value in os.getloadavg()), self._store.kept()
         return (
             f"{time.strftime('%Y-%m-%d')}, {_processor()}, {os.cpu_count()} cores, Linux {platform.release()}, onnxruntime "
             f"{versions['onnxruntime']}, Python {versions['python']}; `python -P bench/split {' '.join(sys.argv[1:])}`".rstrip()
-            + f", {seconds:.0f} s, load average at the end {load}."
+            + f", {seconds:.0f} s, load average at the end {load}{'; ' + kept if kept else ''}."
         )
 
 

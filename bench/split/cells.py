@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import nets
+import numpy as np
 import wire
 from arms import AGAIN, OUR_CHOICE, Arm, arms, chosen
 from device import Device, json_bytes
@@ -19,7 +20,7 @@ from store import Store
 from cloud.tail.store import install
 from skills.split import Coding, Estimate, Link, plan_hash
 
-BLOCKS = 3
+BLOCKS = 3  # in each, the input is sent as JSON lists once
 RUNS = 10
 BBR_ARMS = 4
 
@@ -32,14 +33,19 @@ def grid(
     on: wire.Wire,
     store: Store,
     control: str,
+    json_mbit: float,
 ) -> list[dict[str, Any]]:
-    """Return every cell of a net, measured now or earlier; a block of a cell is measured anew as a whole or not at all."""
+    """Return every cell of a net, measured now or earlier; a block of a cell is measured anew as a whole or not at all.
+
+    On links of `json_mbit` and more the input is also sent as JSON lists; on slower ones that takes half a minute.
+    """
     facts = {
         "plan": plan_hash(planned.plan),
         "costs": _costs(planned),
         "wire": on.kind,
         "control": control,
         "runs": runs,
+        "json": json_mbit,
     }
     found: dict[tuple[float, str], dict[str, Any]] = {}
     with contextlib.ExitStack() as stack:
@@ -56,13 +62,14 @@ def grid(
                         nonlocal bench
                         if bench is None:
                             bench = stack.enter_context(_bench(planned, on, store.folder))
-                        return bench.block(device, link, count, cell)  # noqa: B023  called at once
+                        return bench.block(device, link, count, cell, with_json=link.mbit >= json_mbit)  # noqa: B023  called at once
 
                     one = store.get(named, facts | {"link": str(link), "x": slowdown, "block": block}, measure)
                     for name, values in one["ms"].items():
                         cell["ms"].setdefault(name, []).extend(values)
                     cell["bytes"] |= one["bytes"]
                     cell["learnt"].append(one["learnt"])
+                    cell["json_ms"].extend(one["json_ms"])
     return list(found.values())
 
 
@@ -74,17 +81,19 @@ def _cell(device: Planned, link: Link, control: str) -> dict[str, Any]:
     return {
         "net": device.net.name, "mbit": link.mbit, "rtt_ms": link.rtt_ms, "slowdown": device.plan.slowdown, "control": control,
         "takes": takes, "allowed": [name for name, arm in measured.items() if arm.way == "ours" and arm.allowed],
-        "json_bytes": json_bytes(device.samples[0]), "ms": {}, "bytes": {}, "learnt": [], "_arms": measured,
+        "json_bytes": json_bytes(device.samples[0]), "json_ms": [], "ms": {}, "bytes": {}, "learnt": [], "_arms": measured,
     }  # fmt: skip
 
 
 class _Bench:
     """A tail and a link process for one net; the devices of all speeds stand in front of them, one at a time."""
 
-    def __init__(self, on: wire.Wire, socket: Path) -> None:
-        self._on, self._socket, self._device = on, socket, dict[Path, Device]()
+    def __init__(self, on: wire.Wire, socket: Path, lists: wire.Script) -> None:
+        self._on, self._socket, self._lists, self._device = on, socket, lists, dict[Path, Device]()
 
-    def block(self, device: Planned, link: Link, count: int, cell: Mapping[str, Any]) -> dict[str, Any]:
+    def block(
+        self, device: Planned, link: Link, count: int, cell: Mapping[str, Any], *, with_json: bool
+    ) -> dict[str, Any]:
         """Run every arm `count` times after one run that is not counted."""
         self._on.change(link)
         one = self._device_of(device.folder)
@@ -107,7 +116,8 @@ class _Bench:
         alpha = statistics.median(ms["local"]) / device.plan.cut("local").device_ms.p50
         learnt = chosen(device.plan, Estimate(max(estimate.mbit, 0.01), estimate.rtt_ms), alpha)
         told = {"mbit": estimate.mbit, "rtt_ms": estimate.rtt_ms, "alpha": alpha, "takes": learnt}
-        return {"ms": ms, "bytes": sizes, "learnt": told}
+        lists = [self._lists.ask(f"{device.plan.slowdown:g} 0")["ms"]] if with_json else []
+        return {"ms": ms, "bytes": sizes, "learnt": told, "json_ms": lists}
 
     def _device_of(self, folder: Path) -> Device:
         if folder not in self._device:
@@ -128,12 +138,16 @@ def _bench(planned: Planned, on: wire.Wire, near: Path) -> Any:
     with tempfile.TemporaryDirectory(prefix="skbench-", dir="/tmp" if len(str(near)) > 60 else None) as temporary:  # noqa: S108
         folder = Path(temporary)
         install(planned.folder, folder / "tails")
+        np.save(folder / "samples.npy", np.stack([next(iter(one.values())) for one in planned.samples]))
         with (
             wire.running_tail(on, folder / "tails", folder) as port,
             on.reach(port) as target,
             wire.running_link(on, folder / "l", target),
+            wire.Script(on.tail(), "json_http.py", "serve", on.listen(), str(planned.folder), core=1) as parsing,
+            on.reach(int(parsing.read()["port"])) as parser,
+            wire.Script(on.device(), "json_http.py", "ask", parser, str(folder / "samples.npy")) as lists,
         ):
-            bench = _Bench(on, folder / "l")
+            bench = _Bench(on, folder / "l", lists)
             try:
                 yield bench
             finally:
@@ -149,5 +163,5 @@ def _costs(planned: Planned) -> list[object]:
 
 
 def _cost(coding: Coding) -> tuple[object, ...]:
-    said = (coding.name, coding.bytes_p50, coding.admitted)
+    said = (coding.name, coding.bytes_p50, coding.encode_ms, coding.decode_ms, coding.admitted)
     return (*said, coding.reply) if coding.reply else said

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from arms import Arm, elements
+from arms import Arm
 from nets import Array
 
 from edge_agent.infer import SplitModel
@@ -115,10 +115,3 @@ def json_bytes(sample: Mapping[str, Array]) -> int:
     import json
 
     return len(json.dumps({"data": next(iter(sample.values())).tolist()}))
-
-
-def json_elements(cut: Cut, values: Mapping[str, Any]) -> tuple[int, int]:
-    """Return the bytes of a cut's tensors as JSON lists, and how many numbers they are."""
-    import json
-
-    return len(json.dumps([values[live.name].tolist() for live in cut.tensors])), elements(cut)

@@ -73,6 +73,11 @@ def middle_ms(cell: Cell, wanted: Callable[[str], bool]) -> float | None:
     return min(found, default=None)
 
 
+def json_slower(cell: Cell) -> float | None:
+    """Return how many times longer than our choice the input takes as JSON lists, both ways; None where it was not sent so."""
+    return statistics.median(cell["json_ms"]) / judge(cell).ours_ms if cell["json_ms"] else None
+
+
 def json_ratio(cell: Cell) -> float | None:
     """Return how many times more bytes the input takes as JSON lists than what our choice sends; None where it sends nothing."""
     sent = cell["bytes"].get(cell["takes"][OUR_CHOICE], 0)

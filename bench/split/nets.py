@@ -85,8 +85,8 @@ class Planned:
     seconds: float
 
 
-def planned(net: Net, reference: Path, work: Path, *, quick: bool) -> Planned:
-    """Plan a net for a device `PLANNED` times slower than this machine, or take the plan that lies there.
+def planned(net: Net, reference: Path, work: Path, code: str, *, quick: bool) -> Planned:
+    """Plan a net for a device `PLANNED` times slower than this machine, or take the plan that the same `code` made.
 
     Raises:
         FileNotFoundError: the reference folder has no load.py.
@@ -95,7 +95,7 @@ def planned(net: Net, reference: Path, work: Path, *, quick: bool) -> Planned:
 
     x, y = net.read(_loader(reference), reference)
     model = reference / net.model
-    folder = work / "plans" / f"{net.name}-{sha256_file(model)[:8]}{'-quick' if quick else ''}"
+    folder = work / "plans" / f"{net.name}-{sha256_file(model)[:8]}-{code[:8]}{'-quick' if quick else ''}"
     start = time.monotonic()
     if not (folder / "split.yaml").is_file():
         count = 24 if quick else GATE

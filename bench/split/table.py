@@ -9,7 +9,7 @@ import cold
 import throughput
 import trace_run
 from arms import AUTO_SPLIT, DADS, OUR_CHOICE
-from figures import Cell, Judged, geomean, json_ratio, judge, middle_ms, share_at
+from figures import Cell, Judged, geomean, json_ratio, json_slower, judge, middle_ms, share_at
 from wire import Checked
 
 FIXED = (("stay local", lambda name: name == "local"), ("raw pixels", lambda name: name == "input pixels"),
@@ -80,6 +80,12 @@ def _summary(found: Found) -> list[str]:
             lines.append(
                 f"| input as JSON lists (as Sedna sends it), bytes ÷ ours | ≥ 20× | **{geomean(bytes_):.0f}×** "
                 f"geometric mean of the {len(bytes_)} cells that send anything |"
+            )
+        slower = [ratio for one in judged if (ratio := json_slower(one.cell)) is not None]
+        if slower:
+            lines.append(
+                f"| input as JSON lists over HTTP to a tail that parses them, time ÷ ours, {len(slower)} cells | – | "
+                f"**{geomean(slower):.1f}×** geometric mean, from {min(slower):.1f}× to {max(slower):.0f}× |"
             )
         learnt = [one.learnt_ms / one.oracle_ms - 1 for one in judged if one.learnt_ms is not None]
         if learnt:

@@ -216,6 +216,7 @@ def joint(
     """Put a small model before the big one of a split plan: it answers easy inputs on the device, and asks about hard ones.
 
     Temperature and threshold are chosen on one half of the data, and what both reach together is told of the other half.
+    Classifiers are marked by their answers; detectors, whose first output has scores from 0 to 1, by how close theirs are.
     Every question has a deadline, and the small model's answer stands when none comes. Ends with 3 when no threshold
     reaches the target.
     """

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from cloud.split.export import commented
 from cloud.split.inputs import check_fit, read_data, read_model
-from cloud.split.profile import paired_drop
+from cloud.split.profile import Scorer, paired_drop, scorer
 from skills import ort
-from skills.confidence import confidence
+from skills.confidence import Scores, confidence
 from skills.errors import FormatError, NotReached, UsageError
 from skills.files import read_bytes, sha256_hex, write_atomic
 from skills.split import MAX_PLAN_BYTES, Estimate, Link, Millis, Plan, Small, choose_cut, load_plan
@@ -50,7 +50,9 @@ class Joined:
 def join(plan_folder: Path, small: Path, data: "Path | Arrays", target: float | None = None, seed: int = 0) -> Joined:
     """Add a small model to the split plan of a big one: split.yaml is written anew, the model is put beside it.
 
-    `target` is the accuracy to reach together, from 0 to 1; without it, the big model's less the plan's `max_drop`.
+    `target` is the accuracy to reach together, from 0 to 1; without it, the big model's less the plan's `max_drop`. A model
+    that does not give one row of class scores is taken for a detector: its first output has scores from 0 to 1, the highest
+    one says how sure it is, and it is marked by how close its outputs are to the big model's (`fidelity`, as in the plan).
 
     Raises:
         NotFound, FormatError: the plan, model or data is missing or does not fit.
@@ -70,30 +72,34 @@ def join(plan_folder: Path, small: Path, data: "Path | Arrays", target: float | 
         raise FormatError(f"the data has {count} inputs: to choose a threshold takes at least {LEAST_INPUTS}")
     chain = ort.chain([plan_folder / one.file for one in plan.segments], [live.name for live in plan.outputs])
     rows = [{name: array[at : at + 1] for name, array in feeds.items()} for at in range(count)]
-    mine = [session.run(row)[outputs[0]] for row in rows]
-    theirs = [
-        chain.run({live.name: row[name] for live, name in zip(plan.inputs, inputs, strict=True)})[plan.outputs[0].name]
-        for row in rows
+    names = [live.name for live in plan.outputs]
+    mine: list[Arrays] = [dict(zip(names, map(session.run(row).__getitem__, outputs), strict=True)) for row in rows]
+    theirs: list[Arrays] = [
+        chain.run({live.name: row[name] for live, name in zip(plan.inputs, inputs, strict=True)}) for row in rows
     ]
-    if mine[0].ndim != 2 or mine[0].shape != theirs[0].shape:
-        raise FormatError(
-            f"the small model answers {mine[0].shape}, the big one {theirs[0].shape}: both must give one row of class scores"
-        )
-    scores, big = np.concatenate(mine), np.concatenate(theirs)
-    truth = big.argmax(1) if labels is None else np.asarray(labels[:count])
+    score = scorer(theirs[0], names, labels is not None)
+    scores = [answer[names[0]] for answer in mine]
+    kind = _check_scores(scores, theirs[0][names[0]], score, outputs[0])
+    truth = [None if labels is None else int(labels[at]) for at in range(count)]
+    right_small = np.array([score.mark(*one) for one in zip(mine, theirs, truth, strict=True)])
+    right_big = np.array([score.mark(*one) for one in zip(theirs, theirs, truth, strict=True)])
     order = np.random.default_rng(seed).permutation(count)
     fit, judge = order[: count // 2], order[count // 2 :]
-    temperature = fit_temperature(scores[fit], truth[fit])
-    sure = np.array([confidence(row, "classes", temperature) for row in scores])
-    right_small, right_big = scores.argmax(1) == truth, big.argmax(1) == truth
+    temperature = 1.0  # of what was found the highest score counts, and a threshold on it needs no more
+    if kind == "classes":
+        classes = np.array(
+            [np.asarray(big[names[0]]).argmax() if y is None else y for big, y in zip(theirs, truth, strict=True)]
+        )
+        temperature = fit_temperature(np.concatenate(scores)[fit], classes[fit])
+    sure = np.array([confidence(one, kind, temperature) for one in scores])
     goal = float(right_big[fit].mean()) - plan.max_drop / 100 if target is None else target
     threshold = choose_threshold(sure[fit], right_small[fit], right_big[fit], goal)
     kept = sure[judge] >= threshold
     both = np.where(kept, right_small[judge], right_big[judge])
-    drop, interval = paired_drop(right_big[judge].astype(float), both.astype(float))
+    drop, interval = paired_drop(right_big[judge], both)
     content = raw if isinstance(raw, bytes) else read_bytes(raw, "the small model", MAX_MODEL_BYTES)
     found = Small(
-        f"{FOLDER}/{small.name}", sha256_hex(content), len(content), inputs, outputs, "classes", round(temperature, 4),
+        f"{FOLDER}/{small.name}", sha256_hex(content), len(content), inputs, outputs, kind, round(temperature, 4),
         round(threshold, 6), round(float(1 - kept.mean()), 4), round(float(both.mean()), 4), drop, interval, len(judge),
         _timed(session, rows, plan),
     )  # fmt: skip
@@ -107,6 +113,23 @@ def join(plan_folder: Path, small: Path, data: "Path | Arrays", target: float | 
         found, float(right_small[judge].mean()), float(right_big[judge].mean()), float(both.mean()), interval, len(judge),
         describe(joined, joined.network),
     )  # fmt: skip
+
+
+def _check_scores(scores: "Sequence[Array]", big: "Array", score: Scorer, name: str) -> Scores:
+    """Return what the small model's scores are, by what the big one's were marked as."""
+    import numpy as np
+
+    if score.metric != "fidelity":
+        if scores[0].shape != big.shape:
+            raise FormatError(
+                f"the small model answers {scores[0].shape}, the big one {big.shape}: both must give one row of class scores"
+            )
+        return "classes"
+    if any(((one < 0) | (one > 1)).any() for one in map(np.asarray, scores)):
+        raise FormatError(
+            f"the small model's first output {name!r} holds no scores from 0 to 1, so nothing says when it is sure"
+        )
+    return "detections"
 
 
 def fit_temperature(scores: "Array", truth: "Array") -> float:

@@ -13,7 +13,7 @@ from cloud.split.segment import Pieces
 from cloud.views import MeasureView
 from skills import zstd
 from skills.bundle import MAX_PART_BYTES, Part, chunk_hashes
-from skills.errors import DeadlineExceeded, FormatError
+from skills.errors import DeadlineExceeded, FormatError, Unreachable
 from skills.files import read_bytes, sha256_hex
 from skills.measurement import Crossing, Figures, Work
 from skills.split import Coding
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 MOST_SAMPLES = 8
 DEADLINE_S = 1800.0  # of one measurement, the way of the segments to the device included
+PATIENCE_S = 60.0  # of no answer at all: the device keeps its work for longer, and goes on where it was
+PAUSE_S = 2.0  # before the next question after one that nobody answered
 WIRE_LEVEL = 3  # these objects are sent once
 SAMPLES_FILE = "samples.npz"
 BUSY = 0.2  # from this share on, other work on the device is worth a warning
@@ -48,6 +50,7 @@ class LiveDevice:
     door: Door
     memory_mb: float | None
     clock: Callable[[], float] = time.monotonic
+    pause: Callable[[float], None] = time.sleep
 
     def figures(
         self,
@@ -63,8 +66,9 @@ class LiveDevice:
         `folder` holds the segments; `codings` are those of the cuts before segment 0, 1, ….
 
         Raises:
-            Refused, Unreachable, TrustError, FormatError, StorageError: what the device or the controller said.
-            DeadlineExceeded: there was no result within half an hour, or no answer to a question.
+            Refused, TrustError, FormatError, StorageError: what the device or the controller said.
+            Unreachable, DeadlineExceeded: no question was answered for a minute.
+            DeadlineExceeded: there was no result within half an hour.
         """
         work, objects = packed(folder, pieces, samples, codings, rounds)
         data = encode_json(work)
@@ -73,8 +77,19 @@ class LiveDevice:
             progress(f"sending to {self.name}", at, len(objects))
             self.door.lend_object(name, content)
         end = self.clock() + DEADLINE_S
+        silent_since_s: float | None = None
         while self.clock() < end:
-            seen = self.door.measure(self.name, sha256)  # waits at the device until it is done, for some seconds
+            try:
+                seen = self.door.measure(self.name, sha256)  # waits at the device until it is done, for some seconds
+            except (Unreachable, DeadlineExceeded):
+                now = self.clock()
+                silent_since_s = now if silent_since_s is None else silent_since_s
+                if now - silent_since_s >= PATIENCE_S:
+                    raise
+                progress(f"{self.name} does not answer, asking again", 0, 1)
+                self.pause(PAUSE_S)
+                continue
+            silent_since_s = None
             progress(f"{self.name} is {seen.state}", round(100 * seen.share), 100)
             if seen.figures is not None:
                 figures = decode_json(Figures, encode_json(seen.figures), f"the figures of {self.name}")

@@ -3,11 +3,14 @@
 `python -m cloud.split.memory FILE…` prints a JSON list of MiB, above what the bare runtime takes: after one segment, two, …
 """
 
+import functools
 import json
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from skills.footprint import grown_mb
 
 DEADLINE_S = 300.0
 
@@ -25,22 +28,15 @@ def measured_mb(files: Sequence[Path]) -> tuple[float, ...]:
     return tuple(float(one) for one in found) if len(found) == len(files) else ()
 
 
-def _peak_kb() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1])
-    raise OSError("this system does not tell a process its memory")
-
-
 def _main(files: Sequence[str]) -> None:
     import numpy as np
 
     from skills import ort
 
     ort.runtime()
-    chance, bare = np.random.default_rng(0), _peak_kb()
-    sessions, found = [], []
-    for file in files:
+    chance, sessions = np.random.default_rng(0), []
+
+    def one_more(file: str) -> None:
         one = ort.session(Path(file))
         sessions.append(one)  # a device keeps them all
         feeds = {}
@@ -49,8 +45,8 @@ def _main(files: Sequence[str]) -> None:
             kind = np.dtype(port.dtype)
             feeds[port.name] = (chance.random(shape) if kind.kind == "f" else np.zeros(shape)).astype(kind)
         one.run(feeds)
-        found.append(round((_peak_kb() - bare) / 1024, 1))
-    print(json.dumps(found))
+
+    print(json.dumps(grown_mb(functools.partial(one_more, file) for file in files)))
 
 
 if __name__ == "__main__":

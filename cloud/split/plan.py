@@ -48,7 +48,8 @@ Progress = Callable[[str, int, int], None]
 ASSUMED = Link(20, 30)
 SHORT_ROUNDS = 8
 GATE_S = 20.0  # how long inputs beyond the timed ones may keep on proving the budget
-TOLERANCE = 1e-4  # relative; segments are optimised apart, so sums may round differently in the last places
+ROUNDING = 1e-5  # of the largest value: segments are optimised apart, so sums may round differently in the last places
+HALF_ROUNDING = 1e-4  # where tensors have 16 bits
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -244,7 +245,8 @@ class Task:
             raise FormatError(f"the model's input {min(unused)!r} is used by nothing: remove it, then split")
         whole = ort.session(self.raw, beside=self.beside)
         chain = ort.chain([folder / segment.file for segment in pieces.segments], self.flow.outputs)
-        gap = largest_gap(chain, self.samples[:8], [whole.run(sample) for sample in self.samples[:8]])
+        few = self.samples[:8]
+        gap = largest_gap(chain, few, [whole.run(sample) for sample in few], allowed_gap(self.flow, pieces))
         ticker = _ticker(self.progress, stage, rounds)
         costs, whole_ms = measure(chain, whole, range(len(cuts) + 2), self.samples, self.device, rounds, ticker)
         return Timed(pieces, chain, costs, whole_ms, gap)
@@ -475,11 +477,28 @@ def _least(cuts: Sequence[Candidate], flow: Flow, min_cut: str | None) -> str | 
     return next((f"c{at}" for at, cut in enumerate(cuts, 1) if wanted <= cut.prefix), "local")
 
 
-def largest_gap(chain: ort.Chain, samples: "Sequence[Arrays]", truths: "Sequence[Arrays]") -> float:
+def allowed_gap(flow: Flow, pieces: Pieces) -> float:
+    """Return by how much a chain may differ from the whole, as a share of the largest value.
+
+    Not at all where a quantized model is cut at its codes: whole numbers do not round on their way.
+    """
+    crossing = [live.dtype for tensors in pieces.live[1:] for live in tensors]
+    quantized = any(op.kind in ("QuantizeLinear", "QLinearConv") for op in flow.ops)
+    if quantized and crossing and not any(dtype.startswith(("FP", "BF")) for dtype in crossing):
+        return 0.0
+    ends = [live.dtype for live in pieces.outputs]
+    return HALF_ROUNDING if {"FP16", "BF16"} & {*crossing, *ends} else ROUNDING
+
+
+def largest_gap(
+    chain: ort.Chain, samples: "Sequence[Arrays]", truths: "Sequence[Arrays]", allowed: float = ROUNDING
+) -> float:
     """Return the largest difference between the chain of segments and the whole model.
 
+    `allowed` is the largest one that is let pass, as a share of the largest value, or of 1 where that is less.
+
     Raises:
-        FormatError: it is more than rounding, so the model cannot be cut this way.
+        FormatError: it is more, so the model cannot be cut this way.
     """
     import numpy as np
 
@@ -488,7 +507,7 @@ def largest_gap(chain: ort.Chain, samples: "Sequence[Arrays]", truths: "Sequence
         for name, found in chain.run(sample).items():
             right = np.asarray(truth[name], np.float64)
             gap = float(np.abs(np.asarray(found, np.float64) - right).max(initial=0.0))
-            if gap > TOLERANCE * max(1.0, float(np.abs(right).max(initial=0.0))):
+            if gap > allowed * max(1.0, float(np.abs(right).max(initial=0.0))):
                 raise FormatError(
                     f"the segments' output {name!r} differs from the whole model's by {gap:.2g}: it cannot be split"
                 )

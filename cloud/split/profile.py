@@ -46,7 +46,7 @@ class Whole(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Costs:
-    """Milliseconds of one cut: its head on the device, its tail on this machine, and the device's head undilated."""
+    """Milliseconds of one cut: its head on the device, its tail on this machine."""
 
     device: Millis
     tail: Millis

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -30,7 +31,7 @@ from edge_agent.store import Store
 from edge_agent.trust import TrustProcess
 from edge_agent.workers import ZygoteWorkers
 from skills.desired import ObjectRef
-from skills.errors import NotFound, Refused, SkerryError, TrustError, Unreachable
+from skills.errors import DeadlineExceeded, NotFound, Refused, SkerryError, TrustError, Unreachable
 from skills.files import sha256_hex
 from skills.measurement import Figures, Order, Work, seal_order
 from skills.mqtt_fake import FakeBroker
@@ -295,9 +296,34 @@ async def test_a_device_that_went_away_or_answers_for_another_work_gives_no_figu
     scene.device.figures = other
     with pytest.raises(SkerryError, match="measured something else"):
         await measured(device, planned_net)
+    assert scene.left_over() == []
     scene.controller.fleet.heard_nothing(NAME)
+    clock = itertools.count(0.0, 10.0)
+    hasty = dataclasses.replace(device, clock=lambda: next(clock), pause=lambda seconds: None)
     with pytest.raises(Unreachable, match="cam-1 is not connected"):
-        await measured(device, planned_net)
+        await measured(hasty, planned_net)
+
+
+@pytest.mark.parametrize("kind", ["fake", "agent"])
+async def test_answers_that_are_lost_on_the_way_do_not_end_the_measurement(
+    kind: str, scene: Scene, csr: Callable[[], str], planned_net: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = await scene.join(kind, csr())
+    relay, asked = scene.controller.delivery.relay, list[bytes]()
+
+    async def lossy(name: str, op: str, header: Any, order: bytes, deadline_s: float) -> Any:
+        answer = await relay(name, op, header, order, deadline_s)
+        asked.append(order)
+        if len(asked) < 3:
+            raise (DeadlineExceeded if len(asked) == 1 else Unreachable)("the answer was lost")
+        return answer
+
+    monkeypatch.setattr(scene.controller.delivery, "relay", lossy)
+    figures = await measured(dataclasses.replace(device, pause=lambda seconds: None), planned_net)
+    assert len(figures.heads) > 1
+    assert len(set(asked)) == 1  # one work, lent and begun once
+    kinds = [event.kind for event in scene.controller.fleet.events(100)]
+    assert kinds.count("device.measuring") == 1
     assert scene.left_over() == []
 
 

@@ -76,6 +76,45 @@ def test_what_is_joined_is_in_the_plan_with_what_was_measured(joined: Any) -> No
     assert "the small model answers" in describe(plan, Link(20, 30))
 
 
+def worse_detector(model: bytes, *, raw: bool = False) -> bytes:
+    """Return the detector with noise in its boxes; `raw`: with scores that are none from 0 to 1."""
+    made = onnx.load_model_from_string(model)
+    chance = np.random.default_rng(0)
+    for item in made.graph.initializer:
+        if item.name == "boxes_w":
+            values = onnx.numpy_helper.to_array(item)
+            noisy = values + chance.normal(0, 0.05, values.shape).astype(np.float32)
+            item.CopyFrom(onnx.numpy_helper.from_array(noisy, item.name))
+    if raw:
+        made.graph.node[-1].op_type = "Neg"
+    return bytes(made.SerializeToString())
+
+
+def test_a_detector_asks_by_its_highest_score_and_is_marked_by_how_close_it_comes(
+    planned_detector: Any, tmp_path: Path
+) -> None:
+    folder, small = tmp_path / "plan", tmp_path / "small.onnx"
+    shutil.copytree(planned_detector.folder, folder)
+    small.write_bytes(worse_detector(planned_detector.model))
+    x = np.random.default_rng(5).normal(0, 1, (100, 1, 48, 48)).astype(np.float32)
+    x[::3] = 0.0  # nothing to see
+    found = join(folder, small, {"x": x})
+    plan = load_plan((folder / "split.yaml").read_text())
+    assert plan.small == found.small
+    assert found.small.scores == "detections"
+    assert check_plan(folder).faults == ()
+    assert 0 < found.alone < found.big == 1.0
+    assert found.alone <= found.together
+    assert found.small.drop <= plan.max_drop + 1
+    model, _, _ = bench(folder)
+    model.answer({"x": x[:1]})
+    scores = ort.session(small).run({"x": x[:1]})["scores"]
+    assert model.sure == pytest.approx(confidence(scores, "detections", found.small.temperature))
+    small.write_bytes(worse_detector(planned_detector.model, raw=True))
+    with pytest.raises(FormatError, match="first output 'scores' holds no scores from 0 to 1"):
+        join(folder, small, {"x": x})
+
+
 def test_an_easy_input_is_answered_here_and_a_hard_one_by_the_big_model(joined: Any, planned_net: Any) -> None:
     folder, _, small = joined
     model, tail, _ = bench(folder)

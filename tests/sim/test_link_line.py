@@ -32,7 +32,7 @@ class Call:
         return self.tail.finish(self.timeout, computes=True).__await__()
 
     async def trailing_metadata(self) -> list[tuple[str, str]]:
-        return [("split-compute-us", "2000")]
+        return self.tail.says
 
 
 class Tail:
@@ -41,6 +41,7 @@ class Tail:
     def __init__(self) -> None:
         self.up = self.computes = True
         self.refuses: grpc.StatusCode | None = None
+        self.says = [("split-compute-us", "2000")]
         self.pings: list[float] = []
         self.asked: list[float] = []
         self.warmed: list[str] = []
@@ -195,6 +196,45 @@ def test_after_an_outage_of_ten_seconds_the_tail_is_found_again_within_two(simul
         world.tail.up = True
         await asyncio.sleep(2.1)
         assert world.up()
+
+    simulated(story)
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_many_requests_at_once_that_a_dying_tail_leaves_unanswered_are_one_absence(
+    simulated: Any, silent: bool
+) -> None:
+    async def story(world: World) -> None:
+        await asyncio.sleep(1)
+        if silent:
+            world.tail.computes = False
+        else:
+            world.tail.up = False
+        for number in range(8):
+            world.say(**{**INFER, "id": number})
+        await asyncio.gather(*world.link._calls.values())
+        assert len(world.answers()) == 8
+        assert not world.up()
+        gone = asyncio.get_running_loop().time()
+        world.tail.up, world.tail.computes = True, True
+        await asyncio.sleep(0.7)
+        assert next(at for at in world.tail.pings if at > gone) - gone == pytest.approx(0.5, abs=0.1)
+        assert world.up()
+        assert (await world.ask(id=9))["ok"]
+
+    simulated(story)
+
+
+def test_a_stock_tail_much_faster_than_the_plan_says_teaches_no_boundless_bandwidth(simulated: Any) -> None:
+    async def story(world: World) -> None:
+        await asyncio.sleep(1)
+        world.tail.says = []
+        frame = memoryview(bytes(100_000))
+        header = {"op": "plain", "id": 1, "plan": PLAN, "cut": "c1", "deadline_us": 200_000, "tail_ms": 90.0}
+        world.link._handle(world.worker, {**header, "tensors": [["x", "UINT8", [100_000], 100_000]]}, frame)  # type: ignore[arg-type]
+        await asyncio.gather(*world.link._calls.values())
+        assert world.answers()[-1]["ok"]
+        assert world.link._estimate().mbit == 0  # a probe will tell
 
     simulated(story)
 

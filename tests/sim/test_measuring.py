@@ -6,7 +6,7 @@ import itertools
 from skills import zstd
 from skills.bundle import Part, chunk_hashes
 from skills.desired import ObjectRef
-from skills.errors import DeadlineExceeded, Refused, Unreachable
+from skills.errors import Refused
 from skills.files import sha256_hex
 from skills.measurement import Figures, Order, Work, seal_order
 from skills.split import Millis
@@ -89,7 +89,8 @@ def test_what_nobody_asks_about_ends_and_another_work_may_begin(scene):
         assert not folder(world).exists()
         assert world.workers.alive == []
         header, _ = await asked(world, order)
-        assert header["code"] == Unreachable.exit_code
+        assert header["code"] == Refused.exit_code
+        assert "begin anew" in header["error"]
         world.workers.hold_bare = None
         world.workers.measure = lambda work: figures(sha256_hex(work))
         other, _ = lend(world.controller, "work-00002")
@@ -106,7 +107,7 @@ def test_a_model_that_is_too_slow_ends_with_a_sentence(scene):
         header, _ = await asked(world, order)
         while header.get("state") == "measuring":
             header, _ = await asked(world, order)
-        assert header["code"] == DeadlineExceeded.exit_code
+        assert header["code"] == Refused.exit_code
         assert header["error"] == ("board-1 did not measure the segments within 600 s: the model is too slow for it")
         assert not folder(world).exists()
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -182,6 +183,32 @@ def test_an_int8_model_is_cut_at_its_codes_and_the_chain_is_bit_equal(tmp_path: 
         assert [(coding.kind, coding.drop) for coding in cut.codings] == [("native", 0.0)]
     chain = ort.chain([tmp_path / "out" / one.file for one in report.plan.segments], ["y"])
     assert np.array_equal(chain.run({"x": x})["y"], ort.session(model).run({"x": x})["y"])
+
+
+def test_what_is_cut_at_codes_may_not_differ_at_all_and_sums_only_by_their_last_places() -> None:
+    from cloud.split.plan import allowed_gap, largest_gap
+    from cloud.split.segment import Pieces
+    from skills.split import Live
+
+    def allowed(kind: str, crossing: str, end: str = "FP32") -> float:
+        flow = SimpleNamespace(ops=[SimpleNamespace(kind=kind)])
+        x, middle, y = (Live(name, dtype, (-1, 4)) for name, dtype in zip("xmy", ("FP32", crossing, end), strict=True))
+        return allowed_gap(flow, Pieces((), None, ((x,), (middle,)), (y,)))  # type: ignore[arg-type]
+
+    assert allowed("QuantizeLinear", "UINT8") == 0.0
+    assert allowed("Gather", "INT64") == allowed("QuantizeLinear", "FP32") == allowed("Conv", "FP32") == 1e-5
+    assert allowed("Conv", "FP16") == allowed("Conv", "FP32", "FP16") == 1e-4
+    truth = {"y": np.array([[3.0, -20.0]])}
+
+    def gap(off: float, share: float) -> float:
+        chain = SimpleNamespace(run=lambda _: {"y": truth["y"] + off})
+        return largest_gap(chain, [{}], [truth], share)  # type: ignore[arg-type]
+
+    assert gap(0.0, 0.0) == 0.0
+    assert gap(1.9e-4, 1e-5) == pytest.approx(1.9e-4)
+    for off, share in ((1e-9, 0.0), (2.1e-4, 1e-5)):
+        with pytest.raises(FormatError, match="differs from the whole model's by"):
+            gap(off, share)
 
 
 def test_a_detectors_answer_comes_back_coded_within_the_budget(planned_detector: Any) -> None:

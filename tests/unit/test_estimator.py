@@ -15,7 +15,7 @@ def send(estimator: Estimator, now: float, mbit: float, rtt: float, size: int = 
 @given(mbit=st.floats(0.5, 500), rtt=st.floats(0, 200))
 def test_one_transfer_is_enough_to_know_the_rate(mbit: float, rtt: float) -> None:
     estimator = Estimator()
-    assert not estimator.knows_bandwidth()
+    assert estimator.now(0.0, up=True).mbit == 0
     send(estimator, 0.0, mbit, rtt)
     found = estimator.now(0.1, up=True)
     assert found.mbit == pytest.approx(mbit, rel=0.02)
@@ -71,11 +71,58 @@ def test_a_tail_that_was_away_and_is_back_is_asked_for_its_bandwidth() -> None:
     assert estimator.wants_probe(1.0)
 
 
+@given(before=st.floats(0.5, 500), after=st.floats(0.5, 500))
+def test_after_an_absence_one_transfer_is_enough_to_know_the_new_rate(before: float, after: float) -> None:
+    estimator = Estimator()
+    for at in range(20):
+        send(estimator, at / 10, before, 5)
+    estimator.on_return()
+    estimator.on_transfer(30.0, 500, 40.0, 1.0)  # too small to say anything
+    assert estimator.now(30.0, up=True).mbit == pytest.approx(before, rel=0.02)
+    send(estimator, 30.1, after, 5)
+    assert estimator.now(30.2, up=True).mbit == pytest.approx(after, rel=0.02)
+
+
+def test_after_the_way_has_become_longer_one_transfer_is_enough_to_know_its_rate() -> None:
+    estimator = Estimator()
+    send(estimator, 0.0, 1, 5)
+    for at in (1.0, 1.2, 1.4):
+        estimator.on_ping(at, 50.0 + CALL_MS)
+    send(estimator, 1.5, 20, 50)
+    assert estimator.now(1.6, up=True).mbit == pytest.approx(20, rel=0.02)
+
+
+@given(guess=st.floats(0, 200), server=st.floats(0, 200), mbit=st.floats(0.5, 500))
+def test_a_tail_that_does_not_say_how_long_it_took_never_makes_the_rate_more_than_twice_as_high(
+    guess: float, server: float, mbit: float
+) -> None:
+    estimator = Estimator()
+    estimator.on_ping(0.0, 5 + CALL_MS)
+    took = 20_000 * 8 / mbit / 1000 + 5 + server + 2 * CALL_MS
+    estimator.on_transfer(0.1, 20_000, took, guess, guessed=True)
+    assert estimator.now(0.2, up=True).mbit <= 2.01 * mbit
+
+
+def test_what_a_plan_guessed_of_a_tail_is_taken_off_where_it_is_the_smaller_part() -> None:
+    estimator = Estimator()
+    estimator.on_ping(0.0, 5 + CALL_MS)
+    estimator.on_transfer(0.1, 20_000, 80 + 5 + 9 + 2 * CALL_MS, 9.0, guessed=True)
+    assert estimator.now(0.2, up=True).mbit == pytest.approx(2, rel=0.02)
+    estimator.on_transfer(0.3, 20_000, 8 + 5 + 9 + 2 * CALL_MS, 90.0, guessed=True)
+    assert estimator.now(0.4, up=True).mbit == pytest.approx(2, rel=0.02)
+
+
+def test_the_last_round_trip_known_is_that_of_the_link_alone() -> None:
+    estimator = Estimator()
+    estimator.on_ping(0.0, 5 + CALL_MS)
+    assert estimator.rtt_ms(60.0) == pytest.approx(5)
+
+
 def test_small_and_cold_transfers_say_nothing_about_the_rate() -> None:
     estimator = Estimator()
     estimator.on_transfer(0.0, 500, 40.0, 1.0)
     estimator.on_transfer(0.0, 50_000, 400.0, 1.0, cold=True)
-    assert not estimator.knows_bandwidth()
+    assert estimator.now(0.1, up=True).mbit == 0
 
 
 def test_a_silent_link_is_cold() -> None:
@@ -98,15 +145,35 @@ def test_two_misses_open_the_breaker_and_one_answer_closes_it() -> None:
 
 
 @given(st.lists(st.floats(0, 1), min_size=3, max_size=30))
-def test_probes_of_a_tail_that_lives_grow_rarer_up_to_a_bound_and_are_spread(lucks: list[float]) -> None:
+def test_probes_of_a_tail_that_lives_and_does_not_compute_grow_rarer_up_to_a_bound_and_are_spread(
+    lucks: list[float],
+) -> None:
     breaker, now = Breaker(), 0.0
+    breaker.on_miss(now, 0.5)
     for at, luck in enumerate(lucks):
-        breaker.on_miss(now, luck)
-        if breaker.probe_at_s is not None:
-            wait = breaker.probe_at_s - now
-            middle = min(0.5 * 2 ** (at - 1), LAST_PROBE_S)
-            assert 0.8 * middle - 1e-9 <= wait <= 1.2 * middle + 1e-9
-            now = breaker.probe_at_s
+        breaker.on_miss(now, luck)  # on trial
+        assert breaker.probe_at_s is not None
+        wait, middle = breaker.probe_at_s - now, min(0.5 * 2**at, LAST_PROBE_S)
+        assert 0.8 * middle - 1e-9 <= wait <= 1.2 * middle + 1e-9
+        now = breaker.probe_at_s
+        breaker.on_ping(now)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), max_size=30))
+def test_requests_and_pings_that_were_on_their_way_when_it_opened_move_no_probe(late: list[tuple[float, bool]]) -> None:
+    breaker = Breaker()
+    breaker.on_miss(0.0, 0.5)
+    breaker.on_miss(0.001, 0.5)
+    for after, ping in late:
+        breaker.on_miss(0.001 + after * 0.499, 0.5, ping=ping)
+        assert breaker.probe_at_s == pytest.approx(0.501)
+    waits = []
+    for _ in range(5):
+        assert breaker.probe_at_s is not None
+        now = breaker.probe_at_s
+        breaker.on_miss(now, 0.5, ping=True)
+        waits.append(breaker.probe_at_s - now)
+    assert waits == pytest.approx([1, 2, 2, 2, 2])
 
 
 @given(st.lists(st.floats(0, 1), min_size=3, max_size=60))
@@ -169,9 +236,9 @@ def test_two_silent_pings_open_the_breaker_and_one_ping_closes_it_for_good() -> 
 def test_an_open_breaker_always_probes_within_a_bound_and_any_answer_lets_requests_through(
     events: list[tuple[str, float]],
 ) -> None:
-    breaker, now = Breaker(), 0.0
+    breaker, now, decided = Breaker(), 0.0, 0.0
     for kind, wait in events:
-        now += wait
+        now, before = now + wait, breaker.probe_at_s
         if kind == "answer":
             breaker.on_success()
         elif kind == "ping":
@@ -179,7 +246,10 @@ def test_an_open_breaker_always_probes_within_a_bound_and_any_answer_lets_reques
         else:
             breaker.on_miss(now, 1.0, ping=kind == "silence")
         assert not (breaker.open and kind in ("answer", "ping"))
-        assert breaker.probe_at_s is None or now < breaker.probe_at_s <= now + 1.2 * LAST_PROBE_S + 1e-6
+        if breaker.probe_at_s != before:
+            decided = now
+            assert breaker.probe_at_s is None or breaker.probe_at_s > now
+        assert breaker.probe_at_s is None or breaker.probe_at_s <= decided + 1.2 * LAST_PROBE_S + 1e-6
 
 
 def test_a_probe_is_wanted_only_after_silence_and_takes_a_hundredth_of_the_time_at_most() -> None:

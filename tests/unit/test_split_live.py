@@ -13,7 +13,7 @@ from cloud.split.live import LiveDevice, doubt, measured_slowdown, with_figures
 from cloud.split.profile import Costs
 from cloud.split.segment import Pieces
 from cloud.views import MeasureView
-from skills.errors import DeadlineExceeded, FormatError, NotFound, Refused, Unreachable, UsageError
+from skills.errors import DeadlineExceeded, FormatError, NotFound, Refused, SkerryError, Unreachable, UsageError
 from skills.measurement import Figures, Work, read_work
 from skills.split import Coding, Live, Millis, Segment
 from skills.wire import to_plain
@@ -28,6 +28,7 @@ class FakeDoor:
 
     turns: int
     figures: Any = made_up
+    errors: list[SkerryError | None] = dataclasses.field(default_factory=list)  # of the first questions, in their order
     lent: dict[str, bytes] = dataclasses.field(default_factory=dict)
 
     def lend_object(self, sha256: str, data: bytes) -> None:
@@ -35,6 +36,8 @@ class FakeDoor:
 
     def measure(self, device: str, work: str) -> MeasureView:
         assert device == "cam-1"
+        if self.errors and (error := self.errors.pop(0)) is not None:
+            raise error
         self.turns -= 1
         if self.turns >= 0:
             return MeasureView("measuring", 0.0, None)
@@ -48,7 +51,7 @@ def steps(seconds: float) -> Iterator[float]:
         now += seconds
 
 
-def measured(door: FakeDoor, folder: Path, told: list[str] | None = None) -> Figures:
+def measured(door: FakeDoor, folder: Path, told: list[str] | None = None, step_s: float = 30.0) -> Figures:
     import numpy as np
 
     for at in range(2):
@@ -59,8 +62,8 @@ def measured(door: FakeDoor, folder: Path, told: list[str] | None = None) -> Fig
     )
     pieces = Pieces(segments, None, ((X,), (MIDDLE,)), (Y,))
     samples = [{"x": np.full((1, 4), at, np.float32)} for at in range(20)]
-    clock = steps(30.0)
-    device = LiveDevice("cam-1", door, 512.0, lambda: next(clock))
+    clock = steps(step_s)
+    device = LiveDevice("cam-1", door, 512.0, lambda: next(clock), lambda seconds: None)
     return device.figures(
         folder, pieces, samples, CODINGS, 3, lambda stage, done, of: told.append(stage) if told is not None else None
     )
@@ -82,6 +85,27 @@ def test_a_device_that_is_never_done_is_waited_for_half_an_hour(tmp_path: Path) 
     with pytest.raises(DeadlineExceeded, match="cam-1 had not measured the model after 30 minutes"):
         measured(door, tmp_path)
     assert 10_000 - door.turns < 61
+
+
+@pytest.mark.parametrize("error", [Unreachable("cam-1 is not connected"), DeadlineExceeded("cam-1 did not answer")])
+def test_questions_that_nobody_answered_are_asked_again_for_a_minute_since_the_last_answer(
+    error: SkerryError, tmp_path: Path
+) -> None:
+    told = list[str]()
+    figures = measured(FakeDoor(1, errors=[error, error, None, error, error]), tmp_path, told, step_s=15.0)
+    assert len(figures.heads) == 3
+    assert told.count("cam-1 does not answer, asking again") == 4
+    door = FakeDoor(0, errors=[error] * 100)
+    with pytest.raises(type(error), match=str(error)):
+        measured(door, tmp_path, step_s=15.0)
+    assert 100 - len(door.errors) == 3  # at 15 s of each question and 15 s of each look at the clock
+
+
+def test_a_device_that_refuses_is_not_asked_again(tmp_path: Path) -> None:
+    door = FakeDoor(0, errors=[Refused("cam-1 has no room"), None])
+    with pytest.raises(Refused, match="no room"):
+        measured(door, tmp_path)
+    assert door.errors == [None]
 
 
 def test_figures_of_another_work_or_of_other_counts_are_refused(tmp_path: Path) -> None:
