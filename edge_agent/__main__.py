@@ -161,7 +161,11 @@ async def _serve(data: Path, identity: Any, config: Any) -> bool:
         workers=ZygoteWorkers(config.runtimes),
         trust=TrustProcess(data),
         capabilities=lambda: capabilities(config),
-        links=LinkKeeper(identity.controller.tail_url, files.folder),
+        links=LinkKeeper(
+            config.tail_url or identity.controller.tail_url,
+            files.folder,
+            data / config.tail_ca if config.tail_ca else None,
+        ),
         standing=lambda: look(identity) if tls is not None else "silent",
     )
     agent = Agent(data, identity, config, parts)

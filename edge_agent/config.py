@@ -39,6 +39,19 @@ class AgentConfig:
     tail_deadline_ms: Annotated[
         int, Limits(min=1, max=60_000), Doc("how long a split skill waits for the cloud before it finishes here")
     ] = 250
+    tail_url: Annotated[
+        str,
+        Limits(
+            pattern=r"(grpcs?://(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253}):\d{1,5})?",
+            hint="grpcs://HOST:PORT, or grpc://HOST:PORT without TLS",
+        ),
+        Doc("the server that computes the tails of this device's split skills; empty: the controller's, as enrolled"),
+    ] = ""
+    tail_ca: Annotated[
+        str,
+        Limits(max_items=4096),
+        Doc("PEM file with the CA that vouches for `tail_url`, from the data directory; empty: the controller's"),
+    ] = ""
     request_deadline_s: Annotated[
         float, Limits(min=0.01, max=600), Doc("how long a request to a skill may take when it names no deadline")
     ] = 30.0
@@ -57,6 +70,10 @@ class AgentConfig:
     def __post_init__(self) -> None:
         if self.port > 65535:
             raise FormatError(f"'listen' names port {self.port}, the largest is 65535")
+        if self.tail_url and not 0 < int(self.tail_url.rpartition(":")[2]) <= 65535:
+            raise FormatError(f"'tail_url' is {self.tail_url}: a port is 1 to 65535")
+        if self.tail_ca and not self.tail_url.startswith("grpcs:"):
+            raise FormatError("'tail_ca' counts only for a 'tail_url' that begins with grpcs://")
 
     @property
     def host(self) -> str:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 WAIT_S = 0.25  # how long an answer may stay away before the device goes on by itself
 MARGIN_S = 0.005
+MAX_REASON = 200  # characters of a sentence that names what a tail sent
 REFUSED_S = 60.0  # a tail that does not know the plan is not asked again for this long
 PATIENCE = 1.5  # without a deadline that staying local could meet: how much longer than predicted to wait
 
@@ -196,27 +197,28 @@ class SplitModel:
         until_s = patience + self._rest_s(choice) + 0.05
         if self._stock:
             arrays = {live.name: values[live.name] for live in cut.tensors}
+            size = sum(array.nbytes for array in arrays.values())
             request = tail.send_plain(self._hash, cut.name, arrays, until_s, cut.tail_ms.p50)
         else:
+            size = len(frame)
             said = choice.reply.name if choice.reply else ""
             request = tail.send(self._hash, cut.name, coding.name, frame, until_s, said)
         reply = self._look(request, patience, choice)
         if reply is None:
-            return self._go_on(
-                start, choice, values, len(frame), f"no answer within {patience * 1e3:.0f} ms", request, mine
-            )
+            return self._go_on(start, choice, values, size, f"no answer within {patience * 1e3:.0f} ms", request, mine)
         if reply.outputs is not None:
-            return self._done(start, choice, "cloud" if cut.name == "input" else "split", len(frame), reply.outputs, "")
+            return self._done(start, choice, "cloud" if cut.name == "input" else "split", size, reply.outputs, "")
         if reply.kind == "invalid":
             self._refused_until_s = self._clock() + REFUSED_S
-        return self._go_on(start, choice, values, len(frame), reply.error, None, mine)
+        return self._go_on(start, choice, values, size, reply.error, None, mine)
 
     def _joint(self, start: float, choice: Choice, reason: str, inputs: "Arrays", deadline_s: float | None) -> "Arrays":
         """Ask the small model; where it is not sure, the big one, with the small one's answer in hand.
 
-        While the tail is away the small model's answer counts, with `sure` beside it: it may be all that the device is fast
-        enough for.
+        While the tail is away, or where the big model would be late here, the small model's answer counts, with `sure`
+        beside it: it may be all that the device is fast enough for.
         """
+        deadline_s = self._deadline_s if deadline_s is None else deadline_s
         small, session = self.plan.small, self._small
         if small is None or session is None:
             raise FormatError("the plan has no small model")
@@ -230,12 +232,16 @@ class SplitModel:
             return self._done(start, dataclasses.replace(choice, cut=self.plan.cut("local"), coding=None), "local", 0, mine,
                               f"the small model is {self.sure:.0%} sure")  # fmt: skip
         if choice.coding is None or self.tail is None:
-            if not reason and self.plan.policy.pin == "local":
+            if not reason and self._resident < len(self.plan.segments):
+                reason = "the big one does not fit into this device's memory"
+            if not reason and deadline_s is not None and start + deadline_s - self._clock() < choice.ms / 1e3:
+                reason = f"the big one takes {choice.ms:.0f} ms here"
+            if not reason:  # the tail is there, but the device is the better place: so the big model runs here
                 outputs = self._run(inputs, 0, len(self.plan.segments), choice.cut.device_ms.p50)
                 return self._done(start, choice, "local", 0, outputs, "")
-            said = f"the small model is only {self.sure:.0%} sure" + (f", and {reason}" if reason else "")
+            said = f"the small model is only {self.sure:.0%} sure, and {reason}"
             return self._done(start, choice, "local", 0, mine, said)
-        return self._remote(start, choice, inputs, self._deadline_s if deadline_s is None else deadline_s, mine)
+        return self._remote(start, choice, inputs, deadline_s, mine)
 
     def _head(self, inputs: "Arrays", choice: Choice) -> tuple["Arrays", bytes | None, str]:
         values = self._chain.run(inputs, 0, choice.cut.after) if choice.cut.after else dict(inputs)
@@ -245,7 +251,7 @@ class SplitModel:
             if self._staged:
                 values = fitted(choice.cut.tensors, values, "the message")
             if self._stock:
-                return values, codec.whole(choice.cut.tensors, values), ""
+                return {**values, **codec.whole(choice.cut.tensors, values)}, b"", ""
             return values, codec.encode(choice.coding, choice.cut.tensors, values), ""
         except FormatError as error:
             if self._staged:
@@ -339,15 +345,13 @@ class SplitModel:
                     lambda: codec.decode_reply(coding, self.plan.outputs, reply.outputs or {})
                 ).value
             except FormatError as error:
-                return Reply(None, "invalid", f"the tail's answer: {error}")
-        if any(live.name not in outputs for live in self.plan.outputs):
-            return Reply(None, "invalid", "the tail's answer lacks an output")
-        if self._staged:
-            try:
-                fitted(self.plan.outputs, outputs, "the tail's answer")
-            except FormatError as error:
-                return Reply(None, "invalid", str(error))
-        return Reply(outputs)
+                return Reply(None, "invalid", f"the tail's answer: {error}"[:MAX_REASON])
+        try:
+            if self._staged:
+                return Reply(fitted(self.plan.outputs, outputs, "the tail's answer"))
+            return Reply({live.name: codec.fitting(live, outputs) for live in self.plan.outputs})
+        except FormatError as error:
+            return Reply(None, "invalid", (str(error) if self._staged else f"the tail's answer: {error}")[:MAX_REASON])
 
     def _done(self, start: float, choice: Choice, where: Any, size: int, outputs: "Arrays", reason: str) -> "Arrays":
         coding = choice.coding.name if choice.coding else ""

@@ -40,12 +40,16 @@ class NoLinks:
 
 
 class LinkKeeper:
-    """`Links` as one child process, restarted with growing pauses."""
+    """`Links` as one child process, restarted with growing pauses.
 
-    def __init__(self, tail_url: str, tls: Path) -> None:
+    `tls` is the folder of the device's certificate, key and CA; `ca` a file with another CA, if that vouches for the tail.
+    """
+
+    def __init__(self, tail_url: str, tls: Path, ca: Path | None = None) -> None:
         parts = urlsplit(tail_url if "//" in tail_url else f"//{tail_url}")
-        self._target = f"{parts.hostname}:{parts.port}" if parts.hostname and parts.port else ""
-        self._tls = tls if parts.scheme != "grpc" else None
+        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+        self._target = f"{host}:{parts.port}" if host and parts.port else ""
+        self._tls, self._ca = tls if parts.scheme != "grpc" else None, ca
         self._folder: Path | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -73,7 +77,8 @@ class LinkKeeper:
     async def _keep(self, path: Path) -> None:
         command = [sys.executable, "-P", "-m", "edge_agent.link", "--socket", str(path), "--target", self._target]
         if self._tls is not None:
-            command += ["--tls", str(self._tls)]
+            tls = self._tls if self._ca is None else _trusting(self._ca, self._tls, path.with_name("tls"))
+            command += ["--tls", str(tls)]
         pause, loop = FIRST_PAUSE_S, asyncio.get_running_loop()
         while True:
             process = await asyncio.create_subprocess_exec(
@@ -95,3 +100,12 @@ class LinkKeeper:
             LOG.warning("link.died status=%s again_in_s=%s", status, pause)
             await asyncio.sleep(pause)
             pause = min(pause * 2, LONGEST_PAUSE_S)
+
+
+def _trusting(ca: Path, tls: Path, folder: Path) -> Path:
+    """Return a folder that has the device's own certificate and key, and another CA to trust: links, no copies of a key."""
+    folder.mkdir(exist_ok=True)
+    for name, target in (("ca.pem", ca), ("cert.pem", tls / "cert.pem"), ("key.pem", tls / "key.pem")):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(target.resolve())
+    return folder

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 RECONNECT_S = 1.0
 LOOK_EVERY_S = 1.0
 SEND_DEADLINE_S = 1.0
+MAX_ERROR = 200  # characters of a sentence that names what a tail sent
 MAX_FRAME_BYTES = oip.MAX_MESSAGE_BYTES + (1 << 20)
 
 
@@ -216,13 +217,21 @@ class LinkClient:
             if header["ok"] is not True:
                 self._replies[header["id"]] = Reply(None, str(header["kind"]), str(header["error"]))
                 return
-            outputs, at = {}, 0
-            for name, kind, shape, size in header["outputs"]:
-                outputs[name] = oip.from_raw(name, kind, shape, body[at : at + size])
-                at += size
-            self._replies[header["id"]] = Reply(outputs, coding=str(header.get("reply", "")))
+            self._replies[header["id"]] = _read(header, body)
 
     def _lose(self) -> None:
         self.close()
         self._estimate = Estimate(0.0, 0.0, up=False)
         self._replies.clear()
+
+
+def _read(header: dict[str, Any], body: bytes) -> Reply:
+    """Return an answer of the tail; one whose tensors are not what they say is this answer's fault, not the link's."""
+    outputs, at = {}, 0
+    try:
+        for name, kind, shape, size in header["outputs"]:
+            outputs[name] = oip.from_raw(name, kind, shape, body[at : at + size])
+            at += size
+    except FormatError as error:
+        return Reply(None, "invalid", f"the tail's answer: {error}"[:MAX_ERROR])
+    return Reply(outputs, coding=str(header.get("reply", "")))

@@ -112,6 +112,8 @@ class FakeTail:
         if plan is None:
             return Reply(None, "invalid", f"no plan {name!r} lies here")
         try:
-            return Reply(self._chain.run(arrays, plan.cut(cut_name).after))
+            cut = plan.cut(cut_name)
+            values = codec.whole(cut.tensors if cut.after else plan.inputs, arrays)
+            return Reply(self._chain.run(values, cut.after))
         except SkerryError as error:
             return Reply(None, "invalid", str(error))

@@ -98,16 +98,16 @@ def _heads(tensors: Sequence[Live], view: memoryview) -> tuple[int, list[tuple[t
 
 
 def _total(tensors: Sequence[Live], heads: Sequence[tuple[tuple[int, ...], int]]) -> int:
-    return sum(math.prod(shape) * _itemsize(live) for live, (shape, _) in zip(tensors, heads, strict=True))
+    return sum(math.prod(shape) * itemsize(live) for live, (shape, _) in zip(tensors, heads, strict=True))
 
 
-def whole(tensors: Sequence[Live], arrays: Mapping[str, "Array"]) -> bytes:
-    """Return the tensors' own bytes, one after the other: what a server of the open protocol takes.
+def whole(tensors: Sequence[Live], arrays: Mapping[str, "Array"]) -> "dict[str, Array]":
+    """Return the arrays of `tensors`, which may travel as they are: what a server of the open protocol takes.
 
     Raises:
         FormatError: as `encode`.
     """
-    return b"".join(_checked(live, arrays).tobytes() for live in tensors)
+    return {live.name: _checked(live, arrays) for live in tensors}
 
 
 def encode_reply(
@@ -359,7 +359,12 @@ def _read_picture(coding: Coding, file: memoryview, shape: tuple[int, int, int])
     return array.reshape(shape)
 
 
-def _checked(live: Live, arrays: Mapping[str, "Array"]) -> "Array":
+def fitting(live: Live, arrays: Mapping[str, "Array"]) -> "Array":
+    """Return the array of a tensor, which has the type, rank and sizes that the plan says; its values may be any.
+
+    Raises:
+        FormatError: it is missing, or has not.
+    """
     import numpy as np
 
     if live.name not in arrays:
@@ -368,10 +373,18 @@ def _checked(live: Live, arrays: Mapping[str, "Array"]) -> "Array":
     fits = len(array.shape) == len(live.shape) and all(
         said in (-1, size) for size, said in zip(array.shape, live.shape, strict=True)
     )
-    if not fits or str(array.dtype) != DTYPES.get(live.dtype):
+    if not fits or str(array.dtype) != DTYPES.get(live.dtype, "object"):
         raise FormatError(
             f"the tensor {live.name!r} is {array.dtype} {array.shape}, the plan says {live.dtype} {live.shape}"
         )
+    return array
+
+
+def _checked(live: Live, arrays: Mapping[str, "Array"]) -> "Array":
+    import numpy as np
+
+    array = fitting(live, arrays)
+    itemsize(live)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise FormatError(f"the tensor {live.name!r} holds NaN or infinity")
     return array
@@ -382,7 +395,12 @@ def _filled(live: Live, sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(next(free) if said == -1 else said for said in live.shape)
 
 
-def _itemsize(live: Live) -> int:
+def itemsize(live: Live) -> int:
+    """Return how many bytes one value of a tensor has.
+
+    Raises:
+        FormatError: values of its type have no fixed size, so no coding carries them.
+    """
     import numpy as np
 
     if live.dtype not in DTYPES:

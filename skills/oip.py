@@ -25,6 +25,7 @@ MAX_MESSAGE_BYTES = 16 << 20
 MAX_JSON_BYTES = 4 << 20
 MAX_TENSORS = 64
 MAX_DIMS = 8
+MAX_VALUES = 1 << 40
 BINARY_HEADER = "Inference-Header-Content-Length"
 DTYPES = {
     "BOOL": "bool", "UINT8": "uint8", "UINT16": "uint16", "UINT32": "uint32", "UINT64": "uint64", "INT8": "int8",
@@ -318,6 +319,7 @@ def _shape(name: str, raw: Any) -> tuple[int, ...]:
         not isinstance(raw, (list, tuple))
         or len(raw) > MAX_DIMS
         or not all(type(size) is int and 0 <= size < 1 << 31 for size in raw)
+        or math.prod(max(size, 1) for size in raw) > MAX_VALUES  # numpy refuses that even where a size is 0
     ):
         raise FormatError(f"the tensor {name!r} has no shape of at most {MAX_DIMS} whole numbers")
     return tuple(raw)

@@ -198,8 +198,12 @@ class Policy:
     overhead_ms: Annotated[float, Limits(min=0), Doc("one remote call without its bytes, on a link without delay")] = (
         3.0
     )
-    gain: Annotated[float, Limits(min=0), Doc("switch when a cut is this share faster, several times in a row")] = 0.08
-    gain_at_once: Annotated[float, Limits(min=0), Doc("switch at once when it is this share faster")] = 0.30
+    gain: Annotated[
+        float,
+        Limits(min=0),
+        Doc("switch when a cut is this share better (faster, or fewer bytes), several times in a row"),
+    ] = 0.08
+    gain_at_once: Annotated[float, Limits(min=0), Doc("switch at once when it is this share better")] = 0.30
     streak: Annotated[int, Limits(min=1), Doc("how many times in a row")] = 3
     dwell_s: Annotated[float, Limits(min=0), Doc("shortest stay at a cut")] = 1.0
     tail: Annotated[
@@ -554,12 +558,10 @@ def resident(plan: Plan) -> int:
     return max((cut.after for cut in plan.cuts if cut.name != "local" and fits(plan, cut)), default=0)
 
 
-def choose_cut(
-    plan: Plan, estimate: Estimate, *, alpha: float = 1.0, private: bool | None = None, slo_ms: float | None = None
-) -> Choice:
+def choose_cut(plan: Plan, estimate: Estimate, *, alpha: float = 1.0, private: bool | None = None) -> Choice:
     """Return the best allowed cut for one request; the first one wins a tie, and a link that is down means `local`.
 
-    `slo_ms` overrides the plan's; with `minimize: bytes` the fewest bytes within it win.
+    With `minimize: bytes` the fewest bytes within `slo_ms` win, and the fastest answer where none is.
     """
     choices = [
         predict(plan, cut, coding, estimate, alpha)
@@ -570,12 +572,23 @@ def choose_cut(
         del choices[0]  # staying local would need more memory than there is
     if plan.policy.pin is not None:
         choices = [choice for choice in choices if choice.cut.name == plan.policy.pin] or choices[:1]
-    slo_ms = plan.policy.slo_ms if slo_ms is None else slo_ms
+    slo_ms = plan.policy.slo_ms
     if plan.policy.minimize == "bytes" and slo_ms is not None:
         in_time = [choice for choice in choices if choice.ms <= slo_ms]
         if in_time:
             return min(in_time, key=lambda choice: (moved_bytes(plan, choice), choice.ms))
     return min(choices, key=lambda choice: choice.ms)
+
+
+def _gain(plan: Plan, best: Choice, current: Choice) -> float:
+    """Return the share by which `best` is better than `current` in what the plan minimizes; infinity: `current` is too late."""
+    slo_ms, moved = plan.policy.slo_ms, moved_bytes(plan, current)
+    if plan.policy.minimize == "bytes" and slo_ms is not None and best.ms <= slo_ms:
+        if current.ms > slo_ms:
+            return math.inf
+        if moved != moved_bytes(plan, best):
+            return 1 - moved_bytes(plan, best) / moved if moved else 0.0
+    return 1 - best.ms / current.ms if current.ms > 0 else 0.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -595,7 +608,7 @@ def settle(plan: Plan, held: Held | None, best: Choice, estimate: Estimate, now_
     current = predict(plan, held.choice.cut, held.choice.coding, estimate, alpha)
     if (best.cut.name, best.coding) == (current.cut.name, current.coding):
         return Held(current, held.since_s)
-    gain = 1 - best.ms / current.ms if current.ms > 0 else 0.0
+    gain = _gain(plan, best, current)
     better = held.better + 1 if gain > plan.policy.gain else 0
     clear = gain > plan.policy.gain_at_once or better >= plan.policy.streak
     if clear and now_s - held.since_s >= plan.policy.dwell_s:

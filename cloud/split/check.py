@@ -10,7 +10,19 @@ from cloud.split.verdict import judge
 from skills import ort
 from skills.errors import FormatError, NotFound, SkerryError
 from skills.files import read_bytes, sha256_file
-from skills.split import CODED_KINDS, MAX_PLAN_BYTES, Cut, Plan, fits, keeps_private, load_plan, plan_hash
+from skills.plain import uncoded
+from skills.split import (
+    CODED_KINDS,
+    MAX_PLAN_BYTES,
+    Cut,
+    Plan,
+    Segment,
+    Small,
+    fits,
+    keeps_private,
+    load_plan,
+    plan_hash,
+)
 from skills.stages import check_stages
 
 # A fault in one of these does not hide the others: the rest of the plan is read without it.
@@ -42,7 +54,8 @@ def check_plan(where: Path, model: Path | None = None) -> Checked:
     plan, faults = _read(text, file.name)
     if plan is None:
         return Checked(file, None, tuple(faults), ())
-    faults += _choices(plan)
+    served = uncoded(plan) if plan.policy.tail == "stock" else plan
+    faults += _choices(served)
     faults += _flow(plan)
     missing = list(_files(plan, file.parent))
     faults += missing
@@ -56,7 +69,7 @@ def check_plan(where: Path, model: Path | None = None) -> Checked:
     if model is not None:
         faults += _model(plan, file.parent, model, whole=not faults)
     faults += _as_made(plan, file.parent / "report.json")
-    return Checked(file, plan, tuple(faults), tuple(_remarks(plan)) if not faults else ())
+    return Checked(file, plan, tuple(faults), tuple(_remarks(served)) if not faults else ())
 
 
 def _read(text: str, source: str) -> tuple[Plan | None, list[str]]:
@@ -173,6 +186,7 @@ def _files(plan: Plan, folder: Path) -> Iterator[str]:
     pieces = [(one.file, one.sha256) for one in plan.segments]
     pieces += [(one.file, one.sha256) for one in plan.parts]
     pieces += [(plan.shared.file, plan.shared.sha256)] if plan.shared else []
+    pieces += [(plan.small.file, plan.small.sha256)] if plan.small else []
     for name, right in dict.fromkeys(pieces):
         if not (folder / name).is_file():
             yield f"{name} is missing from {folder}"
@@ -181,8 +195,16 @@ def _files(plan: Plan, folder: Path) -> Iterator[str]:
 
 
 def _pieces(plan: Plan, folder: Path) -> Iterator[str]:
-    """Every segment must load and have the ends that the plan names."""
-    for segment in plan.segments:
+    """Every segment, and the small model, must load and have the ends that the plan names."""
+    if plan.small is not None:
+        for what, named, wanted in (
+            ("inputs", plan.small.inputs, plan.inputs),
+            ("outputs", plan.small.outputs, plan.outputs),
+        ):
+            if len(named) != len(wanted):
+                yield f"small names {len(named)} {what}, the plan has {len(wanted)}"
+    pieces: tuple[Segment | Small, ...] = plan.segments if plan.small is None else (*plan.segments, plan.small)
+    for segment in pieces:
         try:
             session = ort.session(folder / segment.file)
         except SkerryError as error:

@@ -1,5 +1,6 @@
 """The fake tail and the real one (link process, gRPC, tail process) keep to the same contract."""
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cloud.authority import Authority
 from cloud.split.measure import running_link, running_tail
+from cloud.tail.server import Server
 from cloud.tail.store import install
+from edge_agent.links import LinkKeeper
 from edge_agent.tail_client import LinkClient, Tail
 from edge_agent.tail_fake import FakeClock, FakeTail
 from skills import codec, ort
@@ -137,6 +141,107 @@ def test_an_answer_comes_coded_where_that_was_asked_for_and_serves_else_raw(
         for name, array in whole.run({"x": x}).items():
             assert outputs[name].shape == array.shape
             assert np.abs(outputs[name] - array).max() < (0.6 * step if coded else 1e-4 * max(1.0, np.abs(array).max()))
+
+
+def plain(planned: Any, cut: Cut, plan: Plan, count: int = 1) -> dict[str, np.ndarray]:
+    """Return the tensors of a cut as they are, for the first `count` inputs."""
+    chain = ort.chain([planned.folder / one.file for one in plan.segments], ["logits"])
+    values = chain.run({"x": planned.x[:count]}, 0, cut.after)
+    return {live.name: values[live.name] for live in cut.tensors}
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_every_cut_that_is_asked_for_plain_is_answered_as_the_whole_model_does(
+    tail: Tail, plan: Plan, planned_net: Any, count: int
+) -> None:
+    right = ort.session(planned_net.model).run({"x": planned_net.x[:count]})["logits"]
+    for cut in plan.cuts:
+        if cut.name == "local":
+            continue
+        asked = tail.send_plain(plan_hash(plan), cut.name, plain(planned_net, cut, plan, count), 5.0, cut.tail_ms.p50)
+        reply = tail.wait(asked, 5.0)
+        assert reply is not None
+        assert reply.outputs is not None, reply.error
+        assert reply.coding == ""
+        assert reply.outputs["logits"].dtype == right.dtype
+        np.testing.assert_allclose(reply.outputs["logits"], right, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["plan", "cut", "missing", "rank", "size", "type", "not finite"],
+)
+def test_a_plain_request_that_fits_no_model_is_invalid_with_a_sentence(
+    tail: Tail, plan: Plan, planned_net: Any, fault: str
+) -> None:
+    for cut in plan.cuts:
+        if cut.name == "local":
+            continue
+        arrays = plain(planned_net, cut, plan)
+        name, array = next(iter(arrays.items()))
+        arrays |= {
+            "rank": {name: array[0]}, "size": {name: np.repeat(array, 2, -1)}, "type": {name: array.astype(np.float64)},
+            "not finite": {name: np.full_like(array, np.nan)},
+        }.get(fault, {})  # fmt: skip
+        if fault == "missing":
+            arrays = {"nonsense": array}
+        asked = tail.send_plain(
+            "0" * 16 if fault == "plan" else plan_hash(plan), "c77" if fault == "cut" else cut.name, arrays, 5.0
+        )
+        reply = tail.wait(asked, 5.0)
+        assert reply is not None
+        assert reply.outputs is None
+        assert reply.kind == "invalid"
+        assert reply.error
+
+
+@pytest.fixture
+def joined(new_csr: Any, tmp_path: Path) -> tuple[Authority, Path]:
+    """A device's CA, and the folder with the certificate that it gave to the device."""
+    authority, folder = Authority(tmp_path / "ca", ()), tmp_path / "identity"
+    request, key = new_csr()
+    folder.mkdir()
+    for name, content in (
+        ("cert.pem", authority.certify(request, "cam-1").cert_pem.encode()),
+        ("key.pem", key),
+        ("ca.pem", authority.ca_pem.encode()),
+    ):
+        (folder / name).write_bytes(content)
+    return authority, folder
+
+
+@pytest.mark.parametrize("own_ca", [True, False])
+def test_a_tail_of_ones_own_vouched_for_by_another_ca_is_reached_with_the_devices_certificate(
+    joined: tuple[Authority, Path], planned_net: Any, plan: Plan, tmp_path: Path, *, own_ca: bool
+) -> None:
+    devices, identity = joined
+    install(planned_net.folder, tmp_path / "tails")
+    other = Authority(tmp_path / "other", ())
+    # The server's own certificate is the other CA's; the devices that it lets in are those of the first.
+    server = Server(tmp_path / "tails", "127.0.0.1:0", tls=(devices.ca_file, other.server.cert, other.server.key))
+    keeper = LinkKeeper(f"grpcs://127.0.0.1:{server.port}", identity, other.ca_file if own_ca else None)
+
+    async def ask() -> None:
+        path = keeper.open()
+        assert path is not None
+        async with asyncio.timeout(30):
+            while not path.exists():  # noqa: ASYNC110  a file says nothing of itself
+                await asyncio.sleep(0.02)
+        client = LinkClient(path)
+        assert await asyncio.to_thread(client.wait_up, 20 if own_ca else 1) == own_ca
+        if own_ca:
+            arrays = plain(planned_net, plan.cut("input"), plan)
+            asked = client.send_plain(plan_hash(plan), "input", arrays, 10.0)
+            reply = await asyncio.to_thread(client.wait, asked, 10.0)
+            assert reply is not None
+            assert reply.outputs is not None, reply.error
+        client.close()
+        await keeper.close()
+
+    try:
+        asyncio.run(ask())
+    finally:
+        server.stop(0)
 
 
 def test_the_estimate_is_there_without_waiting(tail: Tail) -> None:

@@ -1,5 +1,6 @@
 """A small model that asks a big one: what is asked, how long, and that an answer is there whatever becomes of the question."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,15 @@ import onnx
 import pytest
 
 from cloud.split.check import check_plan
+from cloud.split.export import commented
 from cloud.split.joint import choose_threshold, describe, fit_temperature, join
 from edge_agent.infer import SplitModel
+from edge_agent.tail_client import Reply
 from edge_agent.tail_fake import FakeClock, FakeTail
 from skills import ort
 from skills.confidence import confidence
 from skills.errors import FormatError, NotReached, UsageError
+from skills.files import sha256_hex
 from skills.split import Estimate, Link, load_plan
 from skills.timer import Timed
 
@@ -51,6 +55,22 @@ def joined(planned_net: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return plan, join(plan, small, {"x": planned_net.x}), small
 
 
+def resaid(folder: Path, **changes: Any) -> None:
+    """Write the plan again with another small model in it."""
+    plan = load_plan((folder / "split.yaml").read_text())
+    assert plan.small is not None
+    said = {key.removeprefix("small_"): value for key, value in changes.items()}
+    (folder / "split.yaml").write_text(
+        commented(dataclasses.replace(plan, small=dataclasses.replace(plan.small, **said)))
+    )
+
+
+def rubbish(folder: Path) -> None:
+    """Put something that is no model in the small one's place, with its hash in the plan."""
+    (folder / "small/small.onnx").write_bytes(b"rubbish")
+    resaid(folder, small_sha256=sha256_hex(b"rubbish"))
+
+
 def bench(folder: Path, **options: Any) -> tuple[SplitModel, FakeTail, FakeClock]:
     clock = FakeClock()
     tail = FakeTail(folder, clock)
@@ -74,6 +94,28 @@ def test_what_is_joined_is_in_the_plan_with_what_was_measured(joined: Any) -> No
     assert 0 < plan.small.asked < 1
     assert plan.small.accuracy >= found.alone
     assert "the small model answers" in describe(plan, Link(20, 30))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda folder: (folder / "small/small.onnx").unlink(), "small/small.onnx is missing from"),
+        (lambda folder: (folder / "small/small.onnx").write_bytes(b"rubbish"), "small/small.onnx has sha256"),
+        (lambda folder: resaid(folder, small_inputs=("nobody",)), "small/small.onnx has no input 'nobody', it has x"),
+        (lambda folder: resaid(folder, small_outputs=("logits", "logits")), "small names 2 outputs, the plan has 1"),
+        (rubbish, "small/small.onnx does not load"),
+    ],
+    ids=["missing", "changed", "another input", "an output too many", "no model"],
+)  # fmt: skip
+def test_a_small_model_that_cannot_serve_is_a_fault_of_its_plan(
+    joined: Any, tmp_path: Path, change: Any, sentence: str
+) -> None:
+    folder = tmp_path / "plan"
+    shutil.copytree(joined[0], folder)
+    change(folder)
+    faults = check_plan(folder).faults
+    assert len(faults) == 1
+    assert sentence in faults[0]
 
 
 def worse_detector(model: bytes, *, raw: bool = False) -> bytes:
@@ -158,6 +200,33 @@ def test_without_a_link_the_small_model_answers_and_says_how_sure_it_is(joined: 
     assert model.last.where == "local"
     assert 0 < model.sure < 1
     assert f"only {model.sure:.0%} sure" in model.last.reason
+
+
+def test_where_staying_local_is_best_the_big_model_answers_a_hard_input_here(joined: Any, planned_net: Any) -> None:
+    folder, _, small = joined
+    model, tail, _ = bench(folder)
+    tail.link = Estimate(0.001, 2000)
+    _, hard = sure_and_unsure(folder, small, planned_net.x)
+    x = planned_net.x[hard : hard + 1]
+    answer = model.answer({"x": x})["logits"]
+    assert (model.last.where, model.last.cut, model.last.reason) == ("local", "local", "")
+    np.testing.assert_allclose(answer, ort.session(planned_net.model).run({"x": x})["logits"], atol=1e-5)
+    answer = model.answer({"x": x}, deadline_s=1e-9)["logits"]  # there is no time for it
+    np.testing.assert_allclose(answer, ort.session(small).run({"x": x})["logits"], atol=1e-5)
+    assert model.last.reason.endswith("ms here")
+
+
+def test_a_tail_that_refuses_the_plan_leaves_a_hard_input_to_the_small_model(joined: Any, planned_net: Any) -> None:
+    folder, _, small = joined
+    model, tail, _ = bench(folder)
+    tail.refuse = Reply(None, "invalid", "no plan lies here")
+    _, hard = sure_and_unsure(folder, small, planned_net.x)
+    x = planned_net.x[hard : hard + 1]
+    model.use("input")
+    for said in ("no plan lies here", "and the tail refuses this plan"):
+        answer = model.answer({"x": x})["logits"]
+        assert said in model.last.reason
+        np.testing.assert_allclose(answer, ort.session(small).run({"x": x})["logits"], atol=1e-5)
 
 
 def test_nothing_found_is_hard() -> None:

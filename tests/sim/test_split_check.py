@@ -150,6 +150,24 @@ def test_another_model_and_a_damaged_segment_are_named(edited: Any, planned_net:
     assert any("segments/1.onnx has sha256" in fault for fault in check_plan(folder).faults)
 
 
+def test_a_stock_plan_is_judged_by_the_whole_tensors_that_it_sends(edited: Any) -> None:
+    folder = edited()
+    plan = load_plan((folder / "split.yaml").read_text())
+    refused = tuple(
+        dataclasses.replace(cut, codings=tuple(dataclasses.replace(one, admitted=False) for one in cut.codings))
+        for cut in plan.cuts
+    )
+    plan = dataclasses.replace(plan, cuts=refused, policy=dataclasses.replace(plan.policy, pin="c1"))
+    (folder / "split.yaml").write_text(commented(plan))
+    assert any("none of its codings is admitted" in fault for fault in check_plan(folder).faults)
+    stock = dataclasses.replace(plan, policy=dataclasses.replace(plan.policy, tail="stock"))
+    (folder / "split.yaml").write_text(commented(stock))
+    found = check_plan(folder)
+    assert found.faults == ()  # whole tensors lose nothing, so the pin can be kept to
+    assert found.remarks
+    assert all("split at c1" in said and "native) (pinned)" in said for said in found.remarks)
+
+
 def test_edited_costs_are_honoured_and_the_new_verdict_is_remarked(edited: Any) -> None:
     folder = edited()
     plan = load_plan((folder / "split.yaml").read_text())

@@ -129,6 +129,45 @@ def test_an_answer_without_an_output_is_no_answer(bench: Bench) -> None:
     found, right = bench.ask()
     np.testing.assert_allclose(found, right, atol=1e-5)
     assert bench.model.last.where == "continued"
+    assert bench.model.last.reason == "the tail's answer: the tensor 'logits' is missing, there are other"
+
+
+def odd_answers() -> dict[str, np.ndarray]:
+    """Raw answers of a model with one output of FP32 [-1, 4], none of which is one."""
+    return {
+        "another rank": np.zeros(4, np.float32), "a rank more": np.zeros((1, 1, 4), np.float32),
+        "another size": np.zeros((1, 5), np.float32), "another type": np.zeros((1, 4), np.float64),
+        "whole numbers": np.zeros((1, 4), np.int32), "texts": np.full((1, 4), b"x", object), "nothing": np.zeros(0, np.float32),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("tail", ["skerry", "stock"])
+@pytest.mark.parametrize("kind", list(odd_answers()))
+def test_a_raw_answer_of_another_type_or_shape_is_not_believed(
+    planned_net: Any, tmp_path: Path, tail: str, kind: str
+) -> None:
+    folder = tmp_path / "plan"
+    shutil.copytree(planned_net.folder, folder)
+    text = (folder / "split.yaml").read_text()
+    (folder / "split.yaml").write_text(text.replace("tail: skerry", f"tail: {tail}"))
+    bench = Bench(dataclasses.replace(planned_net, folder=folder))
+    bench.model.use(bench.cut)
+    bench.tail.refuse = Reply({"logits": odd_answers()[kind]})
+    found, right = bench.ask()
+    np.testing.assert_allclose(found, right, atol=1e-5)
+    assert bench.model.last.where == "continued"
+    assert bench.model.last.reason.startswith("the tail's answer: the tensor 'logits' is")
+    assert len(bench.model.last.reason) <= 200
+    bench.ask()
+    assert (bench.model.last.where, bench.model.last.reason) == ("local", "the tail refuses this plan")
+
+
+def test_a_raw_answer_may_hold_what_is_not_finite_and_more_than_was_asked_for(bench: Bench) -> None:
+    bench.model.use(bench.cut)
+    bench.tail.refuse = Reply({"logits": np.full((1, 4), np.nan, np.float32), "other": np.zeros(1)})
+    found, _ = bench.ask()
+    assert np.isnan(found).all()
+    assert bench.model.last.where == "split"
 
 
 def test_a_link_that_is_down_is_not_asked(bench: Bench) -> None:
@@ -213,13 +252,16 @@ def hostile_answers(model: SplitModel) -> dict[str, Reply]:
         "not bytes": Reply({"frame": np.ones(9, np.float32)}, coding=reply.name),
         "two": Reply({name: np.ones(9, np.uint8) for name in ("a", "b")}, coding=reply.name),
         "no tensor": Reply({}, coding=reply.name), "a frame that is not called one": sent(good, ""),
+        "raw, one size more": Reply({n: np.zeros((*s[:-1], s[-1] + 1), np.float32) for n, s in shapes.items()}),
+        "raw, of doubles": Reply({name: np.zeros(s) for name, s in shapes.items()}),
+        "raw, flat": Reply({name: np.zeros(math.prod(s), np.float32) for name, s in shapes.items()}),
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "kind",
     ["nothing", "rubbish", "short", "long", "bomb", "vast", "empty", "another coding", "a coding of its own", "not bytes",
-     "two", "no tensor", "a frame that is not called one"],
+     "two", "no tensor", "a frame that is not called one", "raw, one size more", "raw, of doubles", "raw, flat"],
 )  # fmt: skip
 def test_an_answer_that_is_hostile_is_not_believed_and_the_device_goes_on_by_itself(
     detecting: Detecting, kind: str

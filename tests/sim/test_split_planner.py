@@ -10,7 +10,7 @@ import pytest
 
 from cloud.split import plan as planning
 from cloud.split import split
-from skills import ort
+from skills import codec, ort
 from skills.errors import FormatError, NotFound, SkerryError, StorageError, UsageError
 from skills.files import sha256_file
 from skills.split import Image, Link, load_plan, plan_hash
@@ -321,3 +321,18 @@ def test_a_model_newer_than_the_runtime_is_lowered_as_compress_does_it(
     chain = ort.chain([tmp_path / "out" / one.file for one in report.plan.segments], ["logits"])
     right = ort.session(net.model.SerializeToString()).run({"x": net.x[:20]})["logits"]
     np.testing.assert_allclose(chain.run({"x": net.x[:20]})["logits"], right, atol=1e-5)
+
+
+def test_head_and_tail_are_two_plain_models_with_the_ends_that_the_plan_names(planned_net: Any, tmp_path: Path) -> None:
+    plan = plan_it(planned_net.model, {"x": planned_net.x}, tmp_path / "out", head_tail=True, max_drop=50).plan
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    cut = plan.cut(report["head_tail"]["cut"])
+    head, tail = (ort.session(tmp_path / "out" / name) for name in ("head.onnx", "tail.onnx"))
+    assert {port.name for port in tail.inputs} == {live.name for live in cut.tensors}
+    assert {port.name for port in tail.outputs} == {live.name for live in plan.outputs}
+    for port in (*tail.inputs, *tail.outputs):
+        live = next(one for one in (*cut.tensors, *plan.outputs) if one.name == port.name)
+        assert (port.dtype, port.shape) == (codec.DTYPES[live.dtype], live.shape)
+    x = planned_net.x[:3]
+    right = ort.session(planned_net.model).run({"x": x})["logits"]
+    np.testing.assert_allclose(tail.run(head.run({"x": x}))["logits"], right, atol=1e-5)

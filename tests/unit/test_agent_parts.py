@@ -45,12 +45,21 @@ def test_a_misspelt_key_names_the_line_and_the_nearest_right_key(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["listen: 0.0.0.0:80", "listen: 127.0.0.1:99999", "timer: slow", "runtimes: [tensorrt]", "memory_mb: 0", "- 1", ""],
-)
+    ["listen: 0.0.0.0:80", "listen: 127.0.0.1:99999", "timer: slow", "runtimes: [tensorrt]", "memory_mb: 0", "- 1", "",
+     "tail_url: https://triton:8001", "tail_url: triton:8001", "tail_url: grpcs://triton", "tail_url: grpcs://triton:0",
+     "tail_url: grpcs://tri/ton:1", "tail_ca: ca.pem", "{tail_url: 'grpc://triton:8001', tail_ca: ca.pem}"],
+)  # fmt: skip
 def test_a_value_out_of_its_limits_is_refused(tmp_path, text):
     (tmp_path / "agent.yaml").write_text(text)
     with pytest.raises(FormatError):
         load_config(None, tmp_path)
+
+
+def test_a_tail_of_ones_own_is_an_address_and_maybe_a_ca(tmp_path):
+    for text in ("tail_url: grpc://10.0.0.7:8001", "tail_url: grpcs://[fd00::7]:8001", "{tail_url: '', tail_ca: ''}",
+                 "{tail_url: 'grpcs://triton.example:8001', tail_ca: /etc/triton/ca.pem}"):  # fmt: skip
+        (tmp_path / "agent.yaml").write_text(text)
+        assert load_config(None, tmp_path).tail_url in text
 
 
 # --- what the device can do --------------------------------------------------------------------------

@@ -99,8 +99,8 @@ def test_a_coded_reply_makes_a_slow_link_worth_asking_over() -> None:
 
 
 def test_where_bytes_are_billed_those_of_the_reply_count_too() -> None:
-    plan = detecting_plan(policy=Policy(minimize="bytes", slo_ms=90))
-    chosen = choose_cut(plan, Estimate(100, 5), slo_ms=60)
+    plan = detecting_plan(policy=Policy(minimize="bytes", slo_ms=60))
+    chosen = choose_cut(plan, Estimate(100, 5))
     assert (chosen.cut.name, chosen.reply) == ("c1", U8_REPLY)  # 39 kB; the input would move 49, and c2 108
 
 
@@ -208,10 +208,9 @@ def test_a_pinned_cut_is_used_while_the_link_is_up() -> None:
 
 
 def test_with_bytes_as_the_objective_the_fewest_bytes_in_time_win() -> None:
-    plan = make_plan(policy=Policy(minimize="bytes", slo_ms=90))
-    assert choose_cut(plan, Estimate(100, 5)).cut.name == "c2"
-    assert choose_cut(plan, Estimate(100, 5), slo_ms=30).cut.name == "input"
-    assert choose_cut(plan, Estimate(100, 5), slo_ms=500).cut.name == "local"
+    for slo_ms, cut in ((90, "c2"), (30, "input"), (500, "local"), (5, "input")):
+        plan = make_plan(policy=Policy(minimize="bytes", slo_ms=slo_ms))
+        assert choose_cut(plan, Estimate(100, 5)).cut.name == cut
 
 
 def test_a_coding_over_the_budget_is_never_chosen() -> None:
@@ -267,6 +266,37 @@ def test_a_large_gain_switches_at_once_but_not_within_the_dwell() -> None:
     held = Held(Choice(plan.cut("local"), None, 100.0), since_s=0.0)
     assert settle(plan, held, choose_cut(plan, fast), fast, 0.5).choice.cut.name == "local"
     assert settle(plan, held, choose_cut(plan, fast), fast, 1.5).choice.cut.name == "input"
+
+
+def test_with_bytes_as_the_objective_fewer_bytes_within_the_limit_are_the_gain_though_they_come_later() -> None:
+    plan, link = make_plan(policy=Policy(minimize="bytes", slo_ms=90)), Estimate(100, 5)
+    held = Held(predict(plan, plan.cut("input"), plan.cut("input").codings[0], link), since_s=0.0)
+    best = choose_cut(plan, link)
+    assert (best.cut.name, best.ms > held.choice.ms) == ("c2", True)
+    assert settle(plan, held, best, link, 0.5).choice.cut.name == "input"  # not within the dwell
+    assert settle(plan, held, best, link, 1.5).choice.cut.name == "c2"
+
+
+def test_with_bytes_as_the_objective_a_few_bytes_less_switch_only_after_several_in_a_row() -> None:
+    fewer = dataclasses.replace(make_plan().cut("c1"), codings=(Coding("native", bytes_p50=27_000),))
+    cuts = tuple(fewer if cut.name == "c1" else cut for cut in make_plan().cuts if cut.name != "c2")
+    plan, link = make_plan(policy=Policy(minimize="bytes", slo_ms=90), cuts=cuts), Estimate(100, 5)
+    held = Held(predict(plan, plan.cut("input"), plan.cut("input").codings[0], link), since_s=0.0)
+    taken = []
+    for at in range(4):
+        held = settle(plan, held, choose_cut(plan, link), link, 10.0 + at)
+        taken.append(held.choice.cut.name)
+    assert taken == ["input", "input", "c1", "c1"]
+
+
+def test_with_bytes_as_the_objective_a_choice_that_became_too_late_is_left_for_more_bytes_in_time() -> None:
+    plan = make_plan(policy=Policy(minimize="bytes", slo_ms=60))
+    before, link = Estimate(100, 5), Estimate(7, 5)  # the input would now take 55 ms, c1 59.2
+    held = Held(predict(plan, plan.cut("c2"), plan.cut("c2").codings[0], before), since_s=0.0)
+    best = choose_cut(plan, link)
+    assert best.ms <= 60 < predict_ms(plan, held.choice.cut, held.choice.coding, link)
+    assert moved_bytes(plan, best) > moved_bytes(plan, held.choice)
+    assert settle(plan, held, best, link, 1.5).choice.cut.name == best.cut.name
 
 
 def test_a_link_that_goes_down_is_left_at_once() -> None:

@@ -60,3 +60,33 @@ def test_waiting_for_the_tail_is_bounded(listener):
     client = LinkClient(path)
     assert not client.wait_up(0.01)
     client.close()
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [["y", "FP32", [1, 4], 8], ["y", "FP33", [1, 2], 8], ["y", "FP32", [1, -2], 8], ["y", "FP32", [2] * 9, 8],
+     ["y", "BOOL", [8], 8], ["y", "BYTES", [1], 8], ["y", "FP32", [0, 2147483647, 2147483647, 2147483647], 0],
+     ["y" * 500, "FP32", [7], 8]],
+)  # fmt: skip
+def test_an_answer_whose_bytes_do_not_fit_is_its_own_fault_and_the_next_one_is_heard(listener, tensor):
+    path, listening = listener
+    client = LinkClient(path)
+    client.prepare("p")
+    channel, _ = listening.accept()
+    with channel:
+        first, second = (client.send("p", "c1", "u8", b"frame", 1.0) for _ in range(2))
+        channel.sendall(
+            estimate(up=True)
+            + ipc.frame({"op": "answer", "id": first, "ok": True, "outputs": [tensor]}, b"\xff" * tensor[3])
+            + ipc.frame({"op": "answer", "id": second, "ok": True, "outputs": [["y", "UINT8", [2], 2]]}, b"ab")
+        )
+        bad, good = client.wait(first, 5), client.wait(second, 5)
+        assert bad is not None
+        assert (bad.outputs, bad.kind) == (None, "invalid")
+        assert bad.error.startswith("the tail's answer: the tensor 'y")
+        assert len(bad.error) <= 200
+        assert good is not None
+        assert good.outputs is not None
+        assert good.outputs["y"].tolist() == [97, 98]
+        assert client.estimate().up
+        client.close()
