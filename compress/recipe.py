@@ -71,9 +71,9 @@ class Recipe:
     seed: Count
     passes: Annotated[tuple[str, ...], Doc("that ran and whose work was kept, in order")]
     layers: tuple[RecipeLayer, ...]
-    choices: Annotated[Mapping[str, str], Doc("pass -> the option it settled on, for those that have several")] = (
-        dataclasses.field(default_factory=dict)
-    )
+    choices: Annotated[
+        Mapping[str, str], Doc("pass, or `writer` -> the option it settled on, for those that have several")
+    ] = dataclasses.field(default_factory=dict)
     training: Annotated[tuple[RecipeTraining, ...], Doc("in order")] = ()
     metric: Annotated[str, Doc("what accuracy means here")] = ""
     preprocessing: Annotated[Preprocessing | None, Doc("how pictures became inputs; absent: inputs were arrays")] = None

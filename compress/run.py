@@ -17,7 +17,7 @@ from compress.converters import vela
 from compress.converters.environment import ready
 from compress.data import Data, Splits
 from compress.emit import widths
-from compress.judge import Emitted, Original, look, result, write
+from compress.judge import Emitted, Original, look, result
 from compress.lineage import ground, parents
 from compress.measure import Runner
 from compress.passes.bias import BIAS
@@ -34,6 +34,7 @@ from compress.recipe import Recipe, read_recipe
 from compress.report import Moment, Report
 from compress.splits import split
 from compress.stage import Stage
+from compress.writers import Store, Writer
 from skills import ort
 from skills.errors import FormatError, SkerryError, UsageError
 from skills.files import sha256_hex
@@ -103,13 +104,21 @@ def run(
     about = (all_inputs, taught, profile, max_drop, goal, seed, [step.name for step in passes], ground())
     work.open(sha256_hex(repr(about).encode()), resume)
 
+    writer = Writer(
+        bench,
+        original,
+        lambda what: work.say(what, work.shown),
+        Store(work.get, work.put),
+        ranged=not samples.synthetic,
+    )
     stages: dict[str, tuple[Stage, ...]] = {}
     written: tuple[Sequence[Emitted], ...]
     if again is not None:
         warnings = (*warnings, *replay.differences(again, all_inputs))
-        written, plain = ((_replayed(again, (*passes, *PASSES, *WEIGHTS_ONLY), bench, original, work, stages),),), None
+        known = (*passes, *PASSES, *WEIGHTS_ONLY)
+        written, plain = ((_replayed(again, known, bench, original, work, stages, writer),),), None
     else:
-        written, plain = _searched(passes, learns, bench, original, work, stages)
+        written, plain = _searched(passes, learns, bench, original, work, stages, writer)
     warnings = (*warnings, *work.left_out)
     work.say("looking at the report part", TRAINED_UP_TO + 0.02)
     families = [[look(one, splits.report, original) for one in family] for family in written]
@@ -138,29 +147,31 @@ def _searched(
     original: Original,
     work: "_Work",
     stages: dict[str, tuple[Stage, ...]],
+    writer: Writer,
 ) -> tuple[tuple[Sequence[Emitted], ...], Emitted | None]:
     """Return two families of candidates, what needs no training and what was trained, and the plain int8 form if known.
 
     How each trained one came about is put into `stages`.
     """
     state, plain = _calibrated(passes, State(_parse(original.stripped)), bench, original, work, learns)
-    candidates = [write("calibrated", state, bench.profile, bench.splits, original, bench.metric)]
+    candidates = writer.family("calibrated", state)
+    if writer.second:  # it rounds by itself: what the other schemes plan would be the same file
+        plain, state = None, dataclasses.replace(state, bolder=())
     if plain is not None:
-        candidates.insert(0, write("plain int8", plain, bench.profile, bench.splits, original, bench.metric))
+        candidates.insert(0, writer.write("plain int8", plain))
     work.found(candidates[-1], original)
     for at, scheme in enumerate(state.bolder):
-        bolder = dataclasses.replace(state, scheme=scheme)
-        candidates.append(write(f"bolder {at + 1}", bolder, bench.profile, bench.splits, original, bench.metric))
+        candidates.append(writer.write(f"bolder {at + 1}", dataclasses.replace(state, scheme=scheme)))
     trained: list[Emitted] = []
     if learns:
         for reached in _climb(state, bench, original, work):
             name = f"trained {len(reached.stages)}"
             try:
-                emitted = _trained(name, reached, state, bench, original, work)
+                emitted = _trained(name, reached, state, bench, work, writer)
             except SkerryError as error:  # not to be had on this runtime; the others are
                 work.left_out.append(f"'{name}' was left out: {error}.")
                 continue
-            stages[name] = reached.stages
+            stages[emitted.name] = reached.stages
             trained.append(emitted)
             work.found(emitted, original)
             if emitted.drop_select > ladder.HOPELESS * max(bench.max_drop, 1.0):
@@ -175,6 +186,7 @@ def _replayed(
     original: Original,
     work: "_Work",
     stages: dict[str, tuple[Stage, ...]],
+    writer: Writer,
 ) -> Emitted:
     """Return what a recipe says, made again without a search.
 
@@ -189,9 +201,9 @@ def _replayed(
     steps = replay.before_training(recipe, known)
     state = apply(steps, State(model), lambda _step: bench, original.calibrate[:CHECK_SAMPLES])
     if not recipe.training:
-        return write("calibrated", state, bench.profile, bench.splits, original, bench.metric)
+        return writer.write("calibrated", state)
     *_, last = _climb(state, bench, original, work, replay.stages(recipe))
-    emitted = _trained(f"trained {len(last.stages)}", last, state, bench, original, work)
+    emitted = _trained(f"trained {len(last.stages)}", last, state, bench, work, writer)
     stages[emitted.name] = last.stages
     return emitted
 
@@ -342,9 +354,7 @@ def _climb(
     return learn.climb(state.model, lesson, planned)
 
 
-def _trained(
-    name: str, reached: learn.Reached, before: State, bench: Bench, original: Original, work: _Work
-) -> Emitted:
+def _trained(name: str, reached: learn.Reached, before: State, bench: Bench, work: _Work, writer: Writer) -> Emitted:
     """Place a trained network on its runtime and write it with the codes that it was trained to."""
     passes = (*itertools.takewhile(lambda name: name != PLACE.name, before.passes), replay.TRAIN)
     model = canonicalise(reached.trained.model)  # where a branch was removed, two activations follow each other
@@ -360,7 +370,7 @@ def _trained(
         f"{len(stage.shrink.without)} residual branches and channels of {len(stage.shrink.keep)} groups were removed."
     )
     state = dataclasses.replace(state, scheme=scheme, notes=(*state.notes, note))
-    return write(name, state, bench.profile, bench.splits, original, bench.metric)
+    return writer.write(name, state)
 
 
 def _meet(

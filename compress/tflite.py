@@ -26,6 +26,7 @@ from skills.errors import FormatError, MissingExtra, SkerryError
 from skills.ort import Port
 
 CHANNELS_LAST = "skerry, int8 in NHWC"  # the description of a file whose input lies otherwise than the ONNX model's
+ADVICE = "give a profile of another runtime"
 LEAST_AGREEMENT = 0.95  # share of equal top answers between LiteRT and onnxruntime on the same codes
 
 
@@ -159,6 +160,7 @@ class _Lowering:
     def __init__(self, model: Any, schema: Any, *, whole: bool) -> None:
         self.source, self.s, self.whole = model, schema, whole
         self.values = {item.name: item for item in model.graph.initializer}
+        self.fixed = set(self.values)  # and what follows from them alone
         self.makers, self.readers = graph.producers(model), graph.consumers(model)
         self.sizes = graph.shapes(model)
         self.codes: dict[str, Quantized] = {}  # dequantized tensor of the ONNX graph -> codes here
@@ -241,6 +243,9 @@ class _Lowering:
         kind = node.op_type
         if kind in ("QuantizeLinear", "DequantizeLinear"):
             return  # read from the operators that they belong to
+        if kind in ("Cast", "Mul") and all(name in self.fixed for name in node.input):
+            self.fixed.update(node.output)  # weights of an operator that computes in float: that one is named
+            return
         if kind in ("Relu", "Clip") and node.input[0] not in self.codes:
             return  # the codes' own range cuts there
         if self.turn is not None and node.output[0] == self.turn.output[0]:
@@ -250,9 +255,7 @@ class _Lowering:
             "GlobalAveragePool": self._global_pool, "Softmax": self._softmax, "Flatten": self._flatten, "Reshape": self._flatten,
         }  # fmt: skip
         if kind not in lowerings:
-            raise FormatError(
-                f"the operator {kind} has no int8 form for LiteRT here: give a profile of another runtime"
-            )
+            raise FormatError(f"the operator {kind} has no int8 form for LiteRT here: {ADVICE}")
         scale, zero, result = self._result(node)
         lowerings[kind](node, scale, zero, result)
 

@@ -9,13 +9,15 @@ import pytest
 from onnx import helper, numpy_helper
 
 from compress import compress, profiles, tflite
+from compress.converters import litert
+from compress.converters.litert import Converted
 from compress.emit import emit
 from compress.passes.canonicalise import canonicalise
 from compress.passes.place import place
 from compress.passes.ranges import activations
 from compress.statistics import observe
 from skills import ort
-from skills.errors import FormatError
+from skills.errors import FormatError, Unreachable
 
 Build = Callable[[str], Any]
 
@@ -85,8 +87,13 @@ def test_every_padding_of_onnx_lands_on_the_same_pixels(
     assert report.result.metric > 0.9
 
 
+def no_second_writer(*_args: object, **_facts: object) -> None:
+    raise Unreachable("the environment of litert cannot be made: the package index does not answer")
+
+
 @pytest.mark.parametrize("kind", ["Sigmoid", "Tanh"])
-def test_an_operator_without_an_int8_form_is_named(kind: str, tmp_path: Path) -> None:
+def test_an_operator_without_an_int8_form_is_named(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(litert, "ready", no_second_writer)
     weight = np.random.default_rng(0).standard_normal((4, 1, 3, 3)).astype(np.float32)
     nodes = [helper.make_node("Conv", ["x", "w"], ["c"], pads=[1] * 4), helper.make_node(kind, ["c"], ["y"])]
     ends = [helper.make_tensor_value_info(n, 1, ["n", c, 6, 6]) for n, c in (("x", 1), ("y", 4))]
@@ -94,9 +101,37 @@ def test_an_operator_without_an_int8_form_is_named(kind: str, tmp_path: Path) ->
     model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
     x = np.random.default_rng(1).standard_normal((60, 1, 6, 6)).astype(np.float32)
-    with pytest.raises(FormatError, match=kind):
+    with pytest.raises(Unreachable, match=f"operator {kind}.*litert-torch.*index does not answer"):
         compress(tmp_path / "m.onnx", {"x": x}, tmp_path / "out", device="arm64-litert")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("data", [True, False])
+def test_what_is_refused_goes_to_the_second_writer(
+    small_net: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, data: bool
+) -> None:
+    net = small_net("plain")
+    (tmp_path / "m.onnx").write_bytes(net.model.SerializeToString())
+    file = tflite.lower(quantized(net.model, net.x[:200]))
+    asked: list[bool] = []
+
+    def convert(_model: object, _x: object, _say: object, *, static: bool) -> Converted:
+        asked.append(static)
+        return Converted(file, file if static else None)
+
+    def refuse(*_args: object, **_facts: object) -> None:
+        raise FormatError(f"the operator Conv has no int8 form for LiteRT here: {tflite.ADVICE}")
+
+    monkeypatch.setattr(tflite, "lower", refuse)
+    monkeypatch.setattr(litert, "convert", convert)
+    given = {"x": net.x, "y": net.y} if data else None
+    report = compress(tmp_path / "m.onnx", given, tmp_path / "out", device="arm64-litert", max_drop=3.0)
+    assert asked == [data]
+    assert (tmp_path / "out" / "model.tflite").read_bytes() == file
+    (said,) = [note for note in report.details.notes if "litert-torch" in note]
+    assert "because Skerry's own writer refused: the operator Conv has no int8 form for LiteRT here. " in said
+    assert {layer.compute for layer in report.details.layers} == {"int8" if data else "float"}
+    assert "litert-torch" in (tmp_path / "out" / "recipe.yaml").read_text()
 
 
 def test_a_file_that_is_no_tflite_is_one_sentence() -> None:

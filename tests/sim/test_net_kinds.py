@@ -100,7 +100,7 @@ def test_a_rung_that_its_runtime_does_not_take_is_left_out_and_said(
             raise SkerryError("the runtime left Conv 'c' in float")
         return real(name, *arguments)
 
-    monkeypatch.setattr("compress.run.write", refused)
+    monkeypatch.setattr(judge, "write", refused)
     net = small_net("plain")
     (tmp_path / "model.onnx").write_bytes(net.model.SerializeToString())
     report = run(tmp_path / "model.onnx", with_training(net), tmp_path / "out", device="x86-avx2", max_drop=5.0)
