@@ -21,7 +21,7 @@ from compress.measure import Runner, answers
 from skills import ort
 from skills.errors import FormatError, SkerryError
 
-LITERT = Environment("litert", 2000)
+LITERT = Environment("litert", 2200)
 TOOLS = ("litert-torch", "ai-edge-quantizer")
 INPUTS = 100  # that ranges are read from
 CHECKED = 16  # that the float file is held against onnxruntime on
