@@ -12,6 +12,8 @@ from skills.errors import MissingExtra
 if TYPE_CHECKING:
     from compress.report import Report
 
+TIME_BUDGET_S = 1800.0  # what training stops at unless said otherwise; what needs none ends sooner
+
 Goal = Literal["size", "latency", "both"]
 Progress = Callable[[str, float, str], None]  # what is being done, how far (0..1), the best so far in words
 
@@ -40,7 +42,7 @@ def compress(
     `file.py:callable`, or a mapping with `x` and, if known, `y`, `x_train`, `y_train`, `groups`, `groups_train`. Without
     labels the metric is agreement with the original; with None as data only the weights are compressed.
 
-    `time_budget` is in seconds (None: as long as the passes take). `teacher` is a more accurate model with the same input
+    `time_budget` is in seconds (None: `TIME_BUDGET_S`, half an hour). `teacher` is a more accurate model with the same input
     and output, to learn from in place of the original. `recipe` is the `recipe.yaml` of an earlier result: what it says is
     done again, nothing is searched; its budget, goal and seed count, and its target where `device` is "auto". `metric` goes
     before the one that the data names: a name from `compress.metrics.METRICS` or a function of (outputs, y).

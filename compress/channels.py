@@ -199,10 +199,13 @@ def _layers(model: Any, block: int) -> Iterator[tuple[str, int, int]]:
         if weight is None:
             count = outputs * (source[-1] if source else 1)
         else:
-            filled = _filled(weight.shape[0], block) * _filled(weight.shape[1], block) * math.prod(weight.shape[2:])
+            wide = weight.shape[1] if weight.ndim > 1 else 1  # a MatMul with a vector makes one number a row
+            filled = _filled(weight.shape[0], block) * _filled(wide, block) * math.prod(weight.shape[2:])
             places = source if node.op_type == "ConvTranspose" else made
             count = math.prod(source[:-1] if node.op_type == "MatMul" else places[2:]) * filled
-            if node.op_type == "Conv":
+            if (
+                node.op_type == "Conv" and len(made) > 1
+            ):  # behind an operator that ONNX does not know, no shape is known
                 outputs = outputs // made[1] * _filled(made[1], block)
         yield node.name, count, outputs
 

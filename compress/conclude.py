@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
-from compress import Goal, channels, measure
-from compress.converters.vela import Compiled
+from compress import Goal, channels, judge, measure
+from compress.converters.environment import Environment
+from compress.converters.vela import VELA, Compiled
 from compress.data import Data, Splits
 from compress.emit import least_runtime, node_name
 from compress.html import page
@@ -54,8 +55,12 @@ class Run:
     compiled: Compiled | None = None  # for an accelerator, beside the file that runs anywhere
 
 
-def report(run: Run, chosen: Judged, all_judged: Sequence[Judged], plain: Emitted | None) -> Report:
-    """Time the result against the original and put everything into the report."""
+def report(run: Run, walked: Sequence[Judged], all_judged: Sequence[Judged], plain: Emitted | None) -> Report:
+    """Time the result against the original and put everything into the report.
+
+    `walked` are the result and, before it, those of its family that the report part was asked of first.
+    """
+    chosen = walked[-1]
     original, emitted, drop = run.original, chosen.emitted, chosen.drop
     sample = run.splits.report.x[: max(1, original.session.inputs[0].shape[0])]
     shown = front(all_judged, chosen)
@@ -96,13 +101,13 @@ def report(run: Run, chosen: Judged, all_judged: Sequence[Judged], plain: Emitte
         bytes_plain=len(plain.file) if plain is not None else None,
         weights=(_total(channels.params(_float(original))), _total(channels.params(emitted.state.model))),
         macs=(_total(channels.macs(_float(original))), _total(channels.macs(emitted.state.model))),
-        samples_for_proof=measure.samples_for_proof(drop, run.max_drop),
+        samples_for_proof=_samples_for_proof(walked, run.max_drop),
         least_runtime=f"onnxruntime {_version(least_runtime(scheme))}"
         if scheme is not None and run.profile.runtime == "onnxruntime" else "",
         npu=run.compiled.estimate if run.compiled is not None else None,
     )  # fmt: skip
     return Report(
-        original.metric.name, measure.verdict(drop, run.max_drop), round(drop.points, 4),
+        original.metric.name, judge.verdict(walked, run.max_drop), round(drop.points, 4),
         (round(drop.lo, 4), round(drop.hi, 4)), drop.n, baseline, result, round(size / small, 3),
         round(size / small_package, 3), round(speedup, 3), run.profile.name, threads=1, batch=len(sample),
         seconds=round(time.monotonic() - run.began, 2), details=details,
@@ -141,8 +146,9 @@ def files(run: Run, done: Report, chosen: Judged, all_judged: Sequence[Judged]) 
         inputs=inputs,
     )  # fmt: skip
     trace = lineage(
-        sha256_hex(emitted.file), inputs, None if run.samples.synthetic else run.splits, run.seed, run.profile.name
-    )
+        sha256_hex(emitted.file), inputs, None if run.samples.synthetic else run.splits, run.seed, run.profile.name,
+        pinned(VELA) if run.compiled is not None else {},
+    )  # fmt: skip
     beside = {VELA_FILE: run.compiled.file} if run.compiled is not None else {}
     named = {one.emitted.name: one.emitted.file for one in all_judged}
     return (
@@ -157,6 +163,12 @@ def files(run: Run, done: Report, chosen: Judged, all_judged: Sequence[Judged]) 
         | beside
         | {point.file: named[point.name] for point in details.pareto if point.file and not point.chosen}
     )
+
+
+def pinned(environment: Environment) -> dict[str, str]:
+    """Return the versions of the packages that an environment of its own holds."""
+    rows = (line.partition("==") for line in environment.requirements().splitlines())
+    return {name: version for name, _, version in rows if version}
 
 
 def open_file(file: bytes, profile: Profile) -> Runner:
@@ -204,6 +216,11 @@ def _float(original: Original) -> object:
     import onnx
 
     return onnx.load_model_from_string(original.stripped)
+
+
+def _samples_for_proof(walked: Sequence[Judged], max_drop: float) -> int | None:
+    needed = [measure.samples_for_proof(one.drop, max_drop) for one in walked]
+    return None if None in needed else max(count for count in needed if count is not None)
 
 
 def _stored(scheme: Scheme | None) -> tuple[str, ...]:

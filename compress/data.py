@@ -65,6 +65,8 @@ class Part:
 class Splits:
     """Disjoint: ranges and options come from `calibrate`, `select` says when to stop, the report's figures from `report`.
 
+    Nothing is fitted to `report`; only which of the finished candidates is the result is read off it.
+
     `train` is what training may learn from; it is there when training data was given.
     """
 

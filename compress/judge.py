@@ -1,10 +1,11 @@
 """Write a state as a file, hold it against its scheme and the original, and say which of several files is the result."""
 
 import dataclasses
+import itertools
 import platform
 from collections.abc import Sequence
 
-from compress import measure, model
+from compress import Goal, measure, model
 from compress.data import Part, Splits
 from compress.emit import emit, node_name
 from compress.graph import Array
@@ -29,6 +30,7 @@ class Original:
     select: Array
     report: Array
     teacher: Runner
+    teacher_sha256: str = ""  # of the model given for that
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -84,23 +86,58 @@ def look(emitted: Emitted, report: Part, original: Original) -> Judged:
     return Judged(emitted, answers, measure.drop(original.metric, report, original.report, answers))
 
 
-def result(families: Sequence[Sequence[Judged]], max_drop: float) -> Judged:
-    """Return the result among candidates. Pure.
+def finalists(families: Sequence[Sequence[Judged]], max_drop: float) -> list[Judged]:
+    """Return the last candidate of each family before any went over the budget, if the first was within it. Pure.
 
-    Each family is ordered from the safest to the boldest before the report part is looked at; it is walked until a drop
-    is over the budget, and the last one within it counts; a later family goes before an earlier one. Testing in a fixed
-    sequence keeps the error of the interval what it says (Maurer, Hothorn and Lehmacher 1995). Where nothing is within the
-    budget, the least drop is returned.
+    Each family is ordered from the safest to the boldest before the report part is looked at.
     """
-    best: Judged | None = None
+    found = []
     for family in families:
-        for candidate in family:
-            if candidate.drop.points > max_drop:
-                break
-            best = candidate
-    if best is not None:
-        return best
-    return min((candidate for family in families for candidate in family), key=lambda one: one.drop.points)
+        within = list(itertools.takewhile(lambda one: one.drop.points <= max_drop, family))
+        found += within[-1:]
+    return found
+
+
+def result(
+    families: Sequence[Sequence[Judged]], max_drop: float, goal: Goal = "size", milliseconds: Sequence[float] = ()
+) -> Judged:
+    """Return the result: of the finalists the one that is best by the goal, a later one of equals. Pure.
+
+    `milliseconds` are those of one inference of each finalist, empty where the target cannot be timed here: bytes alone count
+    then. That reads nothing off the report part, so this choice costs nothing. Where there is no finalist, the least drop is
+    returned.
+    """
+    last = finalists(families, max_drop)
+    if not last:
+        return min((candidate for family in families for candidate in family), key=lambda one: one.drop.points)
+    sizes = [float(len(one.emitted.file)) for one in last]
+    times = list(milliseconds) or sizes
+    costs = {"size": sizes, "latency": times, "both": [size * time for size, time in zip(sizes, times, strict=True)]}[
+        goal
+    ]
+    return min(enumerate(last), key=lambda pair: (costs[pair[0]], -pair[0]))[1]
+
+
+def walked(families: Sequence[Sequence[Judged]], chosen: Judged) -> Sequence[Judged]:
+    """Return the candidates of the chosen one's family that were looked at before it, and it. Pure."""
+    for family in families:
+        for at, one in enumerate(family):
+            if one is chosen:
+                return family[: at + 1]
+    raise ValueError("the chosen candidate is in no family")
+
+
+def verdict(before: Sequence[Judged], max_drop: float) -> measure.Verdict:
+    """Return what is known of the last of `before`, the candidates of a family up to the chosen one. Pure.
+
+    The hypotheses that a candidate loses more than the budget are tested in an order that is fixed beforehand, each at one-sided
+    2.5 %, and all behind the first that is not rejected count as not rejected: that keeps the error of the family (Maurer,
+    Hothorn and Lehmacher 1995). So `proven` needs the worse end of every interval up to the chosen one's inside the budget.
+    """
+    own = measure.verdict(before[-1].drop, max_drop)
+    if own == "proven" and any(one.drop.hi > max_drop for one in before):
+        return "within_budget_unproven"
+    return own
 
 
 def check_audit(audit: ort.Audit, scheme: Scheme) -> None:

@@ -11,7 +11,7 @@ from compress.graph import Array
 from compress.pipeline import State
 from compress.scheme import Layer, Range, Scheme
 from compress.statistics import Observed
-from compress.weights import Codes
+from compress.weights import Blocks, Codes
 from skills.profile import Profile
 
 
@@ -63,11 +63,14 @@ def _described(scheme: Scheme, prefix: str, arrays: dict[str, Array]) -> dict[st
         arrays[f"{prefix}values {at}"], arrays[f"{prefix}scales {at}"] = codes.values, codes.scales
     for at, bias in enumerate(scheme.biases.values()):
         arrays[f"{prefix}bias {at}"] = bias
+    for at, blocks in enumerate(scheme.blocks.values()):
+        arrays[f"{prefix}block values {at}"], arrays[f"{prefix}block scales {at}"] = blocks.values, blocks.scales
     return {
         "layers": [dataclasses.asdict(layer) for layer in scheme.layers],
         "ranges": {name: [float(found.lo), float(found.hi)] for name, found in scheme.ranges.items()},
         "codes": [[node, codes.axis, codes.bits] for node, codes in scheme.codes.items()],
         "biases": list(scheme.biases),
+        "blocks": [[node, blocks.size] for node, blocks in scheme.blocks.items()],
     }
 
 
@@ -81,4 +84,8 @@ def _scheme(row: dict[str, Any], prefix: str, arrays: dict[str, Array], profile:
             for at, (node, axis, bits) in enumerate(row["codes"])
         },
         {node: arrays[f"{prefix}bias {at}"] for at, node in enumerate(row["biases"])},
+        {
+            node: Blocks(arrays[f"{prefix}block values {at}"], arrays[f"{prefix}block scales {at}"], size)
+            for at, (node, size) in enumerate(row["blocks"])
+        },
     )

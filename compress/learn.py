@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from compress.shrinking import SAMPLES, Goal, Shrink, choose
 from compress.shrinking import lift as put_back
 from compress.stage import Stage, read, write
 from compress.to_torch import Twin
-from compress.train import Checkpoint, Settings, Spread, Student, Trained, fit, spreads
+from compress.train import Checkpoint, Settings, Spread, Student, Trained, fit, half_precision, spreads, training_device
 from compress.views import Views, movable, moved
 from compress.weights import encode
 from skills.wire import decode_json, encode_json
@@ -35,13 +36,21 @@ TIMED_STEPS = 4
 LEAST_WEIGHTS = 256  # a layer with fewer stays in 8 bits: narrower ones would save nothing
 
 
+Harm = Mapping[str, Mapping[float, float]]  # layer -> width -> how far it alone moves the answers
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Reached:
-    """A rung that was climbed: the smaller network with its trained weights and codes, and all stages up to here."""
+    """A rung that was climbed: the smaller network with its trained weights and codes, and all stages up to here.
+
+    `harm` says of each layer what the widths that were tried alone cost before it was trained; empty where a recipe said
+    them.
+    """
 
     trained: Trained
     bits: Mapping[str, float]
     stages: tuple[Stage, ...]
+    harm: Harm = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -77,6 +86,10 @@ class Lesson:
         raw = self.get(f"plan-{at}")
         return None if raw is None else read(decode_json(RecipeTraining, raw, "the plan that was kept"))
 
+    def harm(self, at: int) -> Harm:
+        """Return what each layer's widths cost when that plan was made."""
+        return {node: dict(row) for node, row in json.loads(self.get(f"harm-{at}") or b"{}").items()}
+
 
 def climb(model: Any, lesson: Lesson, planned: Sequence[Stage] | None = None) -> Iterator[Reached]:
     """Yield what each stage comes to, until the time is spent or, with `planned`, those stages are done again.
@@ -102,7 +115,13 @@ def climb(model: Any, lesson: Lesson, planned: Sequence[Stage] | None = None) ->
                 lambda share: lesson.say("choosing what to remove", share), lesson.multiple, lesson.block,
             )  # fmt: skip
         small = shrink.apply(full)
-        bits = dict(known.bits) if known is not None else _widths(small, lesson, usual[at], x[:SAMPLES], wanted)
+        harm: Harm = {}
+        if known is None:
+            bits, harm = _widths(small, lesson, usual[at], x[:SAMPLES], wanted)
+        else:
+            bits = dict(known.bits)
+            if planned is None:
+                harm = lesson.harm(at)
         layers = [
             dataclasses.replace(layer, bits=bits[layer.node])
             for layer in find_layers(small)
@@ -117,6 +136,7 @@ def climb(model: Any, lesson: Lesson, planned: Sequence[Stage] | None = None) ->
                 return
         plan = encode_json(write(at, Stage(shrink, bits, settings, views.count)))
         if known is None:
+            lesson.put(f"harm-{at}", json.dumps({node: list(row.items()) for node, row in harm.items()}).encode())
             lesson.put(f"plan-{at}", plan)
         key = f"rung-{at}-{hashlib.sha256(plan).hexdigest()[:24]}"
         for view in range(min(views.count, 1 + settings.steps // max(1, len(views.x) // settings.batch))):
@@ -130,7 +150,7 @@ def climb(model: Any, lesson: Lesson, planned: Sequence[Stage] | None = None) ->
             settings = dataclasses.replace(settings, stop=trained.steps)
         full, done = put_back(full, shrink, trained.model), shrink
         stages = (*stages, Stage(shrink, bits, settings, views.count, trained.seconds))
-        yield Reached(trained, bits, stages)
+        yield Reached(trained, bits, stages, harm)
 
 
 def heavy(model: Any) -> list[Layer]:
@@ -180,12 +200,12 @@ def sensitivity(
     return found
 
 
-def _widths(small: Any, lesson: Lesson, rung: Rung, x: Array, wanted: Array) -> dict[str, float]:
-    """Return the layers that are stored narrower than in 8 bits, and how narrow."""
+def _widths(small: Any, lesson: Lesson, rung: Rung, x: Array, wanted: Array) -> tuple[dict[str, float], Harm]:
+    """Return the layers that are stored narrower than in 8 bits, how narrow, and what each width alone costs a layer."""
     able = [layer for layer in heavy(small) if layer.count >= LEAST_WEIGHTS and not layer.depthwise]
     narrow = tuple(width for width in lesson.widths if 2 <= width < 8)
     if not able or not narrow or rung.bits >= 8:
-        return {}
+        return {}, {}
     before = torch.get_num_threads()
     torch.set_num_threads(lesson.threads)
     try:
@@ -193,7 +213,7 @@ def _widths(small: Any, lesson: Lesson, rung: Rung, x: Array, wanted: Array) -> 
     finally:
         torch.set_num_threads(before)
     chosen = ladder.assign({layer.node: layer.count for layer in able}, harm, narrow, rung.bits)
-    return {node: width for node, width in chosen.items() if width < 8}
+    return {node: width for node, width in chosen.items() if width < 8}, harm
 
 
 def _settings(student: Student, views: Views, lesson: Lesson, usual: tuple[Rung, ...], at: int) -> Settings:
@@ -215,26 +235,28 @@ def _settings(student: Student, views: Views, lesson: Lesson, usual: tuple[Rung,
 
 
 def time_a_step(student: Student, x: Array, settings: Settings) -> float:
-    """Return the seconds of one training step, leaving the student as it was."""
-    from compress.train import half_precision
-
+    """Return the seconds of one training step where `fit` trains, leaving the student as it was."""
+    device = training_device()
     before = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
-    modules = student.modules()
+    modules = student.modules().to(device)
     state = {name: value.clone() for name, value in modules.state_dict().items()}
     modules.train()
     times = []
-    inputs = torch.from_numpy(np.ascontiguousarray(x))
     try:
         for _ in range(UNTIMED_STEPS + TIMED_STEPS):
             began = time.monotonic()
-            with torch.autocast("cpu", torch.bfloat16, enabled=half_precision("cpu")):
+            inputs = torch.from_numpy(np.ascontiguousarray(x)).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=half_precision(device.type)):
                 answer = student.twin(inputs)
             answer.float().square().mean().backward()
             modules.zero_grad(set_to_none=True)
+            if device.type == "cuda":  # it computes behind the caller's back: what was asked for is not yet done
+                torch.cuda.synchronize(device)
             times.append(time.monotonic() - began)
         modules.load_state_dict(state)
     finally:
+        modules.to("cpu")
         torch.set_num_threads(before)
     return min(times[UNTIMED_STEPS:])  # what else runs here now may not run later
 

@@ -27,11 +27,21 @@ class Lineage:
     format: Literal["lineage/v1"] = "lineage/v1"
 
 
-def lineage(model_sha256: str, parents: Mapping[str, str], splits: Splits | None, seed: int, device: str) -> Lineage:
-    """Return the lineage of the model with this hash; `splits` is None where there was no data."""
+def lineage(
+    model_sha256: str,
+    parents: Mapping[str, str],
+    splits: Splits | None,
+    seed: int,
+    device: str,
+    converters: Mapping[str, str] | None = None,
+) -> Lineage:
+    """Return the lineage of the model with this hash; `splits` is None where there was no data.
+
+    `converters` are the versions of tools that ran in an environment of their own.
+    """
     counts = {} if splits is None else {name: len(part) for name, part in splits.parts().items()}
     rows = {} if splits is None else splits.hashes()
-    return Lineage(model_sha256, parents, tools(), seed, device, counts, rows)
+    return Lineage(model_sha256, parents, tools() | dict(converters or {}), seed, device, counts, rows)
 
 
 def parents(data: Data, **files: str | None) -> dict[str, str]:
@@ -50,7 +60,7 @@ def parents(data: Data, **files: str | None) -> dict[str, str]:
 def tools() -> dict[str, str]:
     """Return the versions of everything that had a hand in it, those of packages only if they were really imported."""
     known = ground()
-    for name in ("torch", "ai_edge_litert", "PIL"):
+    for name in ("torch", "ai_edge_litert", "neural_compressor", "PIL"):
         if name in sys.modules:
             known[name] = str(getattr(sys.modules[name], "__version__", ""))
     return known

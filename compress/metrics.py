@@ -7,15 +7,20 @@ the model's first output.
 
 import dataclasses
 import difflib
+import functools
+import inspect
+import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from compress import references
-from compress.data import Data, Part, shape
+from compress.data import AskedMetric, Data, Part, shape
 from compress.graph import Array
 from skills.errors import FormatError, UsageError
+from skills.files import sha256_hex
 
 METRICS = ("top1", "macro_f1", "mse", "psnr", "roc_auc", "cosine", "agreement")
 LEAST_ERROR = 1e-10  # of the squared peak: a perfect reconstruction counts as 100 dB
@@ -90,6 +95,41 @@ def unlabelled(output: Array, few: Array) -> Metric:
     An output shaped like the input is taken for a reconstruction, not for class scores.
     """
     return _shipped("agreement" if _scores(output) and output.shape != few.shape else "cosine")
+
+
+def identity(metric: Metric, asked: AskedMetric | None) -> tuple[object, ...]:
+    """Return what tells this metric from any other: its name, its sense and, for a user's own, what it computes."""
+    own = _code(asked) if callable(asked) else ()
+    return metric.name, metric.higher_is_better, metric.bounded, own
+
+
+def _code(function: Callable[..., Any]) -> tuple[object, ...]:
+    """Return what a function computes as plain values.
+
+    That is where it stands, the hash of the whole file, since it may call others there, its bytecode for one that is in no
+    file, and the plain values that it was made with.
+    """
+    held: list[object] = []
+    while isinstance(function, functools.partial):
+        held += [*function.args, *function.keywords.values()]
+        function = function.func
+    held += [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    held += [*(getattr(function, "__defaults__", None) or ()), *getattr(function, "__dict__", {}).values()]
+    made = function if hasattr(function, "__qualname__") else type(function)
+    code = getattr(function, "__code__", None)
+    if code is not None:
+        held += [code.co_code.hex(), *code.co_names, *code.co_consts]
+    plain = tuple(value for value in held if value is None or isinstance(value, (bool, int, float, str)))
+    return getattr(made, "__module__", ""), getattr(made, "__qualname__", ""), _source(made), plain
+
+
+def _source(made: Any) -> str:
+    """Return the hash of the file that a function or class is written in, empty where there is none."""
+    try:
+        path = inspect.getsourcefile(made)
+        return sha256_hex(Path(path).read_bytes()) if path else ""
+    except (TypeError, OSError):
+        return ""
 
 
 def _fitting(data: Data, output: Array, few: Array) -> str:
@@ -222,6 +262,21 @@ def roc_auc(y: Array, rank: Array) -> float:
     pairs = float(ones.sum()) * float(zeros.sum())
     below = np.cumsum(zeros) - zeros / 2
     return float((ones * below).sum() / pairs) if pairs else 0.5
+
+
+def guessing(name: str, outputs: Array, part: Part) -> tuple[float, float] | None:
+    """Return what guessing gives by this metric and its standard error, None where there is no such thing.
+
+    ROC AUC: Hanley and McNeil 1982; macro F1 as if it were the share of right answers, which it is near for classes of one size.
+    """
+    if name == "roc_auc":
+        ones = int((_y(part) == 1).sum())
+        zeros = len(part) - ones
+        return 0.5, ((ones + zeros + 1) / (12 * ones * zeros)) ** 0.5 if ones and zeros else math.inf
+    if name in ("top1", "macro_f1"):
+        chance = 1 / outputs.shape[1]
+        return chance, (chance * (1 - chance) / len(part)) ** 0.5
+    return None
 
 
 def _rank(outputs: Array, part: Part) -> Array:

@@ -48,3 +48,10 @@ def detect(machine: str, found: tuple[str, ...]) -> str:
         case "aarch64" | "arm64":
             return "arm64-onnxruntime"
     raise NotFound(f"no shipped profile fits this machine ({machine}): name one with --device")
+
+
+def too_large(size: int, profile: Profile) -> tuple[str, ...]:
+    """Return a sentence if a file of so many bytes is larger than the profile's flash. Pure."""
+    if profile.flash_kib is None or size <= profile.flash_kib * 1024:
+        return ()
+    return (f"It takes {size / 1024:.0f} KiB of flash, {profile.name} has {profile.flash_kib:g} KiB.",)

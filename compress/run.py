@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -11,8 +12,25 @@ from typing import Any
 
 import numpy as np
 
-from compress import Goal, Progress, data, folder, graph, kept, ladder, learn, measure, metrics, model, profiles, replay
-from compress.conclude import Run, files, report
+from compress import (
+    TIME_BUDGET_S,
+    Goal,
+    Progress,
+    data,
+    folder,
+    graph,
+    judge,
+    kept,
+    ladder,
+    learn,
+    measure,
+    metrics,
+    model,
+    profiles,
+    replay,
+    words,
+)
+from compress.conclude import TIMING_ROUNDS, Run, files, report
 from compress.converters import vela
 from compress.converters.environment import ready
 from compress.data import Data, Splits
@@ -37,13 +55,13 @@ from compress.stage import Stage
 from compress.writers import Store, Writer
 from skills import ort
 from skills.errors import FormatError, SkerryError, UsageError
-from skills.files import sha256_hex
+from skills.files import sha256_file, sha256_hex
 from skills.profile import Profile
+from skills.wire import encode_json
 
 PASSES: tuple[Pass, ...] = (CANONICALISE, RANGES, EQUALIZE, PLACE, GUARD, BIAS, BITS, WEIGHT_ONLY)
 WEIGHTS_ONLY: tuple[Pass, ...] = (CANONICALISE, RANGES, PLACE_FLOAT)  # without data no range of an activation is known
 PLACING: tuple[Pass, ...] = (RANGES, PLACE, GUARD)  # again for each network that training made
-TIME_BUDGET_S = 1800.0
 CALIBRATED_SHARE = 0.35  # of the time that what needs no training may take where training follows, or
 CALIBRATED_S = 60.0  # so long, if that is more: without it there is no result to fall back to
 ENDING_S = 15.0  # kept for the last measurements
@@ -98,10 +116,11 @@ def run(
     work.calibrated = min(1.0, max(CALIBRATED_SHARE, CALIBRATED_S / budget)) if learns else 1.0
     if samples.synthetic:
         passes = WEIGHTS_ONLY
-    inputs = _inputs(teacher, recipe)
+    inputs = _inputs(original, profile, recipe)
     all_inputs = parents(samples, model=read.sha256, **inputs)
     taught = "" if teacher is None else sha256_hex(measure.answers(original.teacher, splits.calibrate.x).tobytes())
-    about = (all_inputs, taught, profile, max_drop, goal, seed, [step.name for step in passes], ground())
+    judged_by = metrics.identity(original.metric, samples.metric)
+    about = (all_inputs, taught, profile, max_drop, goal, seed, [step.name for step in passes], ground(), judged_by)
     work.open(sha256_hex(repr(about).encode()), resume)
 
     writer = Writer(
@@ -123,21 +142,32 @@ def run(
     work.say("looking at the report part", TRAINED_UP_TO + 0.02)
     families = [[look(one, splits.report, original) for one in family] for family in written]
     judged = [one for family in families for one in family]
-    chosen = result(families, max_drop)
+    chosen = result(families, max_drop, goal, _milliseconds(judge.finalists(families, max_drop), goal, profile, splits))
     compiled = None
     if profile.accelerator is not None:
         compiled = vela.compile_for(profile, chosen.emitted.file, lambda what: work.say(what, TRAINED_UP_TO + 0.03))
         warnings = (*warnings, *vela.over_budget(compiled.estimate, profile))
+    else:
+        warnings = (*warnings, *profiles.too_large(len(chosen.emitted.file), profile))
     work.say("timing it against the original", TRAINED_UP_TO + 0.05)
     found = Run(
         original, samples, splits, profile, max_drop, goal, seed, budget, warnings,
         stages, tuple(work.trail), inputs, work.began, compiled,
     )  # fmt: skip
-    done = report(found, chosen, judged, plain)
+    done = report(found, judge.walked(families, chosen), judged, plain)
     folder.write_folder(out, files(found, done, chosen, judged))
     work.close()
     work.say("done", 1.0)
     return done
+
+
+def _milliseconds(finalists: Sequence[judge.Judged], goal: Goal, profile: Profile, splits: Splits) -> list[float]:
+    """Return how long each finalist takes, where that counts and this machine can tell; else nothing."""
+    if goal == "size" or len(finalists) < 2 or profile.arch != platform.machine():
+        return []
+    runners = {str(at): one.emitted.runner for at, one in enumerate(finalists)}
+    sample = splits.report.x[: max(1, finalists[0].emitted.runner.inputs[0].shape[0])]
+    return [timing.p50_ms for timing in measure.race(runners, sample, TIMING_ROUNDS).values()]
 
 
 def _searched(
@@ -200,6 +230,7 @@ def _replayed(
     bench = dataclasses.replace(bench, say=lambda share, _best: work.say("following the recipe", 0.3 * share))
     steps = replay.before_training(recipe, known)
     state = apply(steps, State(model), lambda _step: bench, original.calibrate[:CHECK_SAMPLES])
+    work.before_placing = state.notes
     if not recipe.training:
         return writer.write("calibrated", state)
     *_, last = _climb(state, bench, original, work, replay.stages(recipe))
@@ -219,6 +250,8 @@ class _Work:
         self.calibrated = 1.0
         self.trail: list[Moment] = []
         self.left_out: list[str] = []
+        # Notes of the passes before `place`: they hold for what is trained too, later ones are of another network.
+        self.before_placing: tuple[str, ...] = ()
         self.best = ""
         self.shown = 0.0
 
@@ -318,13 +351,15 @@ def _calibrated(
             left=lambda: work.left(work.calibrated),
         )
 
-    first = [step for step in passes if step.name not in ("bias", "bits", "reconstruct", "weight-only")]
+    first = [step for step in passes if step.name not in ("bias", "bits", "weight-only")]
     rest = [step for step in passes if step not in first]
     reference = original.calibrate[:CHECK_SAMPLES]
 
     def after(steps: Sequence[Pass], state: State) -> State:
         for step in steps:
             make = functools.partial(apply, [step], state, at, reference)
+            if step.name == PLACE.name:
+                work.before_placing = state.notes
             state = work.passed(list(passes).index(step), bench.profile, make)
         return state
 
@@ -358,7 +393,9 @@ def _trained(name: str, reached: learn.Reached, before: State, bench: Bench, wor
     """Place a trained network on its runtime and write it with the codes that it was trained to."""
     passes = (*itertools.takewhile(lambda name: name != PLACE.name, before.passes), replay.TRAIN)
     model = canonicalise(reached.trained.model)  # where a branch was removed, two activations follow each other
-    state = apply(PLACING, State(model, notes=before.notes, passes=passes), lambda _step: bench)
+    state = apply(
+        PLACING, State(model, notes=work.before_placing, harm=reached.harm, passes=passes), lambda _step: bench
+    )
     scheme = state.planned()
     known = {layer.node for layer in scheme.layers}
     scheme = scheme.with_bits({node: width for node, width in reached.bits.items() if node in known})
@@ -369,6 +406,13 @@ def _trained(name: str, reached: learn.Reached, before: State, bench: Bench, wor
         f"Trained in {len(reached.stages)} rungs, the last for {stage.settings.steps} steps of {stage.settings.batch} inputs; "
         f"{len(stage.shrink.without)} residual branches and channels of {len(stage.shrink.keep)} groups were removed."
     )
+    if reached.bits:
+        how = (
+            "is that of the smaller network before it was trained"
+            if reached.harm
+            else "was not measured: a recipe says the widths"
+        )
+        note += f" The sensitivity of its layers {how}."
     state = dataclasses.replace(state, scheme=scheme, notes=(*state.notes, note))
     return writer.write(name, state)
 
@@ -395,19 +439,19 @@ def _meet(
     if not all(np.isfinite(part).all() for part in (calibrate, select, end)):
         raise SkerryError(f"{source.name} answers NaN or infinity on this data: is it preprocessed as in training?")
     original = Original(
-        source, runnable, session, metric, calibrate, select, end, _teacher(teacher, session, few, first)
+        source, runnable, session, metric, calibrate, select, end, *_teacher(teacher, session, few, first)
     )
     return original, splits, samples, _warnings(original, splits, samples)
 
 
-def _teacher(teacher: object | None, session: ort.Session, few: np.ndarray[Any, Any], first: Any) -> Runner:
-    """Return who is learned from: the original, or the model given for that.
+def _teacher(teacher: object | None, session: ort.Session, few: np.ndarray[Any, Any], first: Any) -> tuple[Runner, str]:
+    """Return who is learned from: the original, or the model given for that with the hash of what was given.
 
     Raises:
         FormatError: the teacher's input or output is not the model's.
     """
     if teacher is None:
-        return session
+        return session, ""
     read = model.load(teacher, None, few)
     other = ort.session(strip(read.model).SerializeToString())
     takes, wants = other.inputs[0], session.inputs[0]
@@ -421,7 +465,7 @@ def _teacher(teacher: object | None, session: ort.Session, few: np.ndarray[Any, 
         raise FormatError(
             f"the teacher {read.name} answers {list(answer.shape[1:])}, the model {list(first.shape[1:])}"
         )
-    return other
+    return other, read.sha256
 
 
 # The pass CANONICALISE never looks at its bench.
@@ -439,26 +483,22 @@ def _warnings(original: Original, splits: Splits, samples: Data) -> tuple[str, .
     found = []
     # A user's own metric that fails does so here, before anything is searched.
     right = original.metric.of(original.report, splits.report, original.report)
-    if original.metric.name == "top1":
-        chance = 1 / original.report.shape[1]
-        noise = CHANCE_ERRORS * (chance * (1 - chance) / len(splits.report)) ** 0.5
-        if right <= chance + noise:
-            found.append(
-                f"The model that came in is right in {right:.1%} of {len(splits.report)} cases, guessing gives {chance:.1%}: "
-                "is the data preprocessed as in training, and are the labels in the model's order?"
-            )
+    guess = metrics.guessing(original.metric.name, original.report, splits.report)
+    if guess is not None and right <= guess[0] + CHANCE_ERRORS * guess[1]:
+        found.append(
+            f"The {words.METRICS[original.metric.name]} of the model that came in: {right:.1%} in {len(splits.report)} cases, "
+            f"guessing gives {guess[0]:.1%}: is the data preprocessed as in training, and are the labels in the model's order?"
+        )
     elif original.metric.name in ("agreement", "cosine"):
         found.append(f"The data has no labels: the metric is {original.metric.name} with the original, not accuracy.")
     return tuple(found)
 
 
-def _inputs(teacher: object | None, recipe: Path | None) -> dict[str, str]:
-    """Return the hashes of what else went in, where it is a file."""
-    from skills.files import sha256_file
-
-    given = {"teacher": teacher, "recipe": recipe}
-    return {
-        name: sha256_file(Path(value))
-        for name, value in given.items()
-        if isinstance(value, (str, Path)) and Path(value).is_file()
-    }
+def _inputs(original: Original, profile: Profile, recipe: Path | None) -> dict[str, str]:
+    """Return the hashes of what else went in."""
+    given = {"profile": sha256_hex(encode_json(profile))}
+    if original.teacher_sha256:
+        given["teacher"] = original.teacher_sha256
+    if recipe is not None:
+        given["recipe"] = sha256_file(Path(recipe))
+    return given

@@ -22,7 +22,7 @@ from compress.graph import Array
 from compress.scheme import Layer
 from compress.to_torch import Twin
 from compress.views import Views
-from compress.weights import Codes, encode, half, limits
+from compress.weights import Codes, along, encode, half, limits
 
 WARM_UP = 30  # steps until the full rate
 SETTLING = 24  # batches over which the normalisation's statistics are taken in the end
@@ -190,7 +190,7 @@ class Student:
         for name, factor in factors.items():
             if name not in self.rounding:
                 axis = 1 if self.transposed(name) else 0
-                values[name] = values[name] * _along(factor, axis, values[name].ndim)
+                values[name] = values[name] * along(factor, axis, values[name].ndim)
         for name, rounding in self.rounding.items():
             made = rounding.codes(values[name], factors.get(name, np.ones(1, np.float32)))
             codes[rounding.layer.node], values[name] = made, made.restore()
@@ -229,7 +229,7 @@ def fit(
     """
     began = time.monotonic()
     torch.manual_seed(settings.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = training_device()
     before = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
     try:
@@ -271,6 +271,11 @@ def fit(
     finally:
         torch.set_num_threads(before)
     return Trained(model, codes, loss, time.monotonic() - began, done)
+
+
+def training_device() -> Any:
+    """Return where training computes: an accelerator where torch finds one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def half_precision(device: str) -> bool:
@@ -396,9 +401,3 @@ def _with_biases(model: Any, spreads: Mapping[str, Spread]) -> Any:
         del node.input[2:]
         node.input.append(name)
     return changed
-
-
-def _along(factor: Array, axis: int, ndim: int) -> Array:
-    shape = [1] * ndim
-    shape[axis] = -1
-    return factor.reshape(shape)

@@ -24,7 +24,7 @@ class Codes:
 
     def restore(self) -> Array:
         """Return the float weights that the codes stand for."""
-        return np.asarray(self.values.astype(np.float32) * _along(self.scales, self.axis, self.values.ndim))
+        return np.asarray(self.values.astype(np.float32) * along(self.scales, self.axis, self.values.ndim))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -91,11 +91,12 @@ def encode_with(weight: Array, axis: int, bits: float, scales: Array, range_bits
     """Return codes for `weight`, rounded to nearest with these scales, themselves rounded first to what is stored."""
     low, high = limits(bits, range_bits)
     scales = half(scales.astype(np.float32))
-    values = np.clip(np.rint(weight / _along(scales, axis, weight.ndim)), low, high).astype(np.int8)
+    values = np.clip(np.rint(weight / along(scales, axis, weight.ndim)), low, high).astype(np.int8)
     return Codes(values, scales, axis, bits)
 
 
-def _along(scales: Array, axis: int, ndim: int) -> Array:
+def along(scales: Array, axis: int, ndim: int) -> Array:
+    """Return one number a channel in a shape that multiplies a weight of `ndim` dimensions along `axis`."""
     shape = [1] * ndim
     shape[axis] = -1
     return scales.reshape(shape)

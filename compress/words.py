@@ -17,6 +17,8 @@ VERDICTS = {
     ),
     "not_reached": ("Not reached", "the best model found loses more than the budget allows"),
 }  # fmt: skip
+BEFORE_IT = "the interval is inside the budget, that of a less compressed model looked at before it is not, and proof stops there"
+FITTED = "samples that nothing was fitted to (only which finished candidate is the result was read off them)"
 LEVELS: dict[DataLevel, str] = {
     "none": "No data was given: only the weights were compressed, and how much accuracy is kept is not known. The figures tell "
     "how far the answers to made-up inputs moved.",
@@ -70,13 +72,19 @@ def headline(report: Report) -> str:
 def meaning(report: Report) -> str:
     """Return what the verdict rests on and what would make it firmer."""
     low, high = report.drop_ci95
-    sense = VERDICTS[report.verdict][1]
-    inputs = "made-up inputs" if report.details.data_level == "none" else "samples that no decision was made on"
+    inputs = "made-up inputs" if report.details.data_level == "none" else FITTED
     return (
         f"Measured on {report.n_report:,} {inputs}, the drop is {report.drop:+.2f} with a 95 % "
-        f"interval from {low:+.2f} to {high:+.2f} {report.details.unit}; the budget is {report.details.max_drop:g}: {sense}."
-        f"{proof(report)}"
+        f"interval from {low:+.2f} to {high:+.2f} {report.details.unit}; the budget is {report.details.max_drop:g}: "
+        f"{sense(report)}.{proof(report)}"
     )
+
+
+def sense(report: Report) -> str:
+    """Return why the verdict is what it is, without a capital and a full stop."""
+    if report.verdict == "within_budget_unproven" and report.drop_ci95[1] <= report.details.max_drop:
+        return BEFORE_IT
+    return VERDICTS[report.verdict][1]
 
 
 def proof(report: Report) -> str:

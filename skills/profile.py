@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Annotated, Literal
 
+from skills.errors import FormatError
 from skills.manifest import Name, Runtime
 from skills.wire import Doc, Limits, decode_yaml
 
@@ -56,7 +57,7 @@ class Profile:
     )
     memory_mode: Annotated[str | None, Doc("a section of Vela's Arm/vela.ini: what lies in which memory")] = None
     sram_kib: Annotated[float | None, Doc("of the accelerator; more than that is warned of"), Limits(min=1)] = None
-    flash_kib: Annotated[float | None, Doc("of the accelerator; more than that is warned of"), Limits(min=1)] = None
+    flash_kib: Annotated[float | None, Doc("that a model may take; a larger one is warned of"), Limits(min=1)] = None
     keep_float: Annotated[tuple[str, ...], Doc("operators that are never quantized"), Limits(max_items=64)] = ()
     slowdown: Annotated[
         float | None, Doc("how many times slower than the planning machine it is; used by split"), Limits(min=0.01)
@@ -73,4 +74,10 @@ def load_profile(text: str, source: str) -> Profile:
     Raises:
         FormatError: what is wrong, with the line and the nearest right key.
     """
-    return decode_yaml(Profile, text, source)
+    profile = decode_yaml(Profile, text, source)
+    if profile.runtime == "onnxruntime" and profile.arch == "x86_64" and profile.activation == "s8":
+        raise FormatError(
+            f"{source}: activation s8 on x86_64 is slower than float, since onnxruntime fuses none of its residual additions "
+            "there: use u8"
+        )
+    return profile

@@ -61,12 +61,12 @@ def compressed(report: "Report") -> Group:
         f"{report.threads} thread, batch {report.batch}, {report.device}",
     )
     made.add_row("load", f"{before.load_ms:.0f} ms", f"{after.load_ms:.0f} ms", "")
-    title, sense = words.VERDICTS[report.verdict]
+    title = words.VERDICTS[report.verdict][0]
     level = words.LEVELS[report.details.data_level]
     return Group(
         made,
         Text(words.headline(report), "bold"),
-        Text(f"{title}: {sense}.{words.proof(report)}", VERDICT_COLOURS[report.verdict]),
+        Text(f"{title}: {words.sense(report)}.{words.proof(report)}", VERDICT_COLOURS[report.verdict]),
         *([Text(level, "dim")] if level else []),
         *(Text(f"warning: {text}", "yellow") for text in report.details.warnings),
     )

@@ -78,7 +78,7 @@ def compress(
             "--time-budget",
             metavar="TIME",
             help="How long it may take, like 90s, 30m or 1h30m.",
-            show_default="as long as the passes take",
+            show_default="30m",
         ),
     ] = None,
     teacher: Annotated[
@@ -98,10 +98,11 @@ def compress(
 ) -> None:
     """Make a model smaller and faster within a budget of lost accuracy.
 
-    Everything is measured on the runtime that will serve it, on data that was not used for any decision. The folder
+    Everything is measured on the runtime that will serve it, where this machine has the target's architecture, and on
+    samples that nothing was fitted to: only which finished candidate is the result was read off them. The folder
     holds model.onnx, report.json, report.html, recipe.yaml and lineage.json. Ends with 3 when the budget was missed.
     """
-    from compress import Goal
+    from compress import TIME_BUDGET_S, Goal
     from compress import compress as run
 
     if goal not in get_args(Goal):
@@ -110,7 +111,7 @@ def compress(
     budget_s = None if time_budget is None else parse_duration(time_budget)
     if data is None:
         screen.say("no --data: only the weights are compressed, and nothing can be said about accuracy")
-    with screen.progress("compressing", budget_s) as step:
+    with screen.progress("compressing", budget_s or TIME_BUDGET_S) as step:
 
         def tell(stage: str, share: float, best: str) -> None:
             step(f"{stage} · best so far: {best}" if best else stage, share)

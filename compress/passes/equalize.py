@@ -19,6 +19,7 @@ from compress.passes.ranges import activations
 from compress.pipeline import Bench, Pass, State
 from compress.scheme import Layer
 from compress.statistics import Statistics, observe
+from compress.weights import along
 
 THROUGH = ("Relu", "MaxPool", "AveragePool", "GlobalAveragePool")  # let a positive factor a channel through
 MOST = 16.0  # a channel is moved by at most this
@@ -66,12 +67,12 @@ def equalized(model: Any, seen: Statistics) -> Any:
     for link in links(model):
         first, second = values[link.first.weight], values[link.second.weight]
         factor = _factors(link, second, seen[link.between].mean)
-        values[link.first.weight] = first / _along(factor, 0, first.ndim)
+        values[link.first.weight] = first / along(factor, 0, first.ndim)
         if link.bias:
             values[link.bias] = values[link.bias] / factor
         repeat = len(second) // len(factor) if link.second.depthwise else 1
         axis = 0 if link.second.depthwise else 1
-        values[link.second.weight] = second * _along(np.repeat(factor, repeat), axis, second.ndim)
+        values[link.second.weight] = second * along(np.repeat(factor, repeat), axis, second.ndim)
     items = [graph.tensor(item.name, values[item.name]) for item in model.graph.initializer]
     graph.replace(model.graph.initializer, items)
     return model
@@ -87,12 +88,6 @@ def _factors(link: Link, second: Array, mean: Array) -> Array:
         reach = np.abs(np.moveaxis(second, 1, 0).reshape(size, -1)).max(axis=1)
         large = np.sqrt(large / np.maximum(reach, 1e-6 * max(float(reach.max()), 1e-12)))
     return np.asarray(np.clip(large / np.exp(np.log(large).mean()), 1 / MOST, MOST), np.float32)
-
-
-def _along(factor: Array, axis: int, ndim: int) -> Array:
-    shape = [1] * ndim
-    shape[axis] = -1
-    return factor.reshape(shape)
 
 
 def _run(state: State, bench: Bench) -> State:

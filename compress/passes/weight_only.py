@@ -110,9 +110,7 @@ def _rounded(state: State, bench: Bench, layers: list[Layer], method: neural.Met
     sources = {layer.node: nodes[layer.node].input[0] for layer in layers}
     try:
         reads = _reads(state.model, bench.splits.calibrate.x[:SAMPLES], sorted(set(sources.values())), bench.seed)
-    except (
-        FormatError
-    ):  # an operator without torch counterpart: what layers read is not known, and all inputs count alike
+    except FormatError:  # an operator without torch counterpart: what is read is not known, and all inputs count alike
         reads = {}
     linears = []
     for layer in layers:

@@ -136,6 +136,32 @@ def test_a_removed_branch_leaves_its_shortcut(small_net: Callable[[str], Any]) -
         assert np.abs(want - got).max() <= CLOSE
 
 
+def of_nodes(nodes: list[Any], stored: dict[str, Any], takes: list[Any], gives: list[Any]) -> Any:
+    ends = [helper.make_tensor_value_info("x", 1, takes), helper.make_tensor_value_info("y", 1, gives)]
+    inits = [numpy_helper.from_array(np.asarray(value, np.float32), name) for name, value in stored.items()]
+    body = helper.make_graph(nodes, "net", ends[:1], ends[1:], inits)
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(body, opset_imports=opsets, ir_version=10)
+
+
+def test_a_product_with_a_vector_counts_its_inputs() -> None:
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"], "last")]
+    model = of_nodes(nodes, {"w": np.ones(12)}, ["n", 5, 12], ["n", 5])
+    assert channels.macs(model) == {"last": 5 * 12}
+    assert channels.work(model, 16) >= 5 * 12
+
+
+def test_a_convolution_whose_size_is_not_known_counts_as_one_place() -> None:
+    nodes = [
+        helper.make_node("Gelu", ["x"], ["g"], "gelu", domain="com.microsoft"),
+        helper.make_node("Conv", ["g", "w"], ["c"], "conv"),
+        helper.make_node("Relu", ["c"], ["y"], "relu"),
+    ]
+    model = of_nodes(nodes, {"w": np.ones((6, 4, 3, 3))}, ["n", 4, 8, 8], [None] * 4)
+    assert channels.macs(model) == {"conv": 6 * 4 * 9}
+    assert channels.work(model, 16) >= 6 * 4 * 9
+
+
 class Drawn:
     """A random graph of layers with one thing in common: whatever comes out, the file is valid."""
 

@@ -117,6 +117,8 @@ def test_an_interrupted_climb_takes_up_its_plan_and_its_checkpoint(
     assert 0 < said.count("training") <= STEPS // 2 + 1
     assert "weighing the layers" not in said
     assert resumed.trained.model.SerializeToString() == whole.trained.model.SerializeToString()
+    assert resumed.harm == whole.harm
+    assert set(whole.bits) <= set(whole.harm)
 
 
 def test_no_time_means_no_rung(small_net: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from onnx import helper, numpy_helper
 
 from compress import compress, model
 from compress.folder import write_folder
+from compress.passes.canonicalise import CANONICALISE
+from compress.run import run
 from skills.errors import FormatError, NotFound, SkerryError, StorageError, UsageError
 
 Build = Callable[[str], Any]
@@ -112,13 +115,35 @@ def test_a_model_with_two_inputs_is_named(small_net: Build, tmp_path: Path) -> N
         compress(tmp_path / "m.onnx", small_net("plain").data, tmp_path / "out")
 
 
-def test_a_model_that_only_guesses_is_warned_about(small_net: Build, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("metric", "chance"), [("top1", "25.0%"), ("macro_f1", "25.0%"), ("roc_auc", "50.0%")])
+def test_a_model_that_only_guesses_is_warned_about(metric: str, chance: str, small_net: Build, tmp_path: Path) -> None:
     net = small_net("plain")
-    shuffled = np.random.default_rng(0).permutation(net.y)
-    report = compress(
-        written(net, tmp_path), {"x": net.x, "y": shuffled}, tmp_path / "out", device="x86-avx2", max_drop=9
-    )
-    assert any("guessing gives 25.0%" in warning for warning in report.details.warnings)
+    model, y = net.model, net.y
+    if metric == "roc_auc":  # one score a sample: the first class's
+        model, y = one_score(model), (y > 1).astype(np.int64)
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    shuffled = np.random.default_rng(0).permutation(y)
+    said = []
+    for labels in (shuffled, y):
+        report = run(
+            tmp_path / "m.onnx", {"x": net.x, "y": labels}, tmp_path / "out", device="x86-avx2", max_drop=90, metric=metric,
+            passes=(CANONICALISE,),
+        )  # fmt: skip
+        said.append(any(f"guessing gives {chance}" in warning for warning in report.details.warnings))
+    assert said == [True, False]
+
+
+def one_score(model: Any) -> Any:
+    """The model with the difference of its first two class scores and its last two as only output."""
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    (end,) = changed.graph.output
+    weight = numpy_helper.from_array(np.float32([[-1], [-1], [1], [1]]), "one.score")
+    changed.graph.initializer.append(weight)
+    changed.graph.node.append(helper.make_node("MatMul", [end.name, "one.score"], ["score"], "score"))
+    changed.graph.output.pop()
+    changed.graph.output.append(helper.make_tensor_value_info("score", 1, ["n", 1]))
+    return changed
 
 
 def test_a_model_that_answers_nan_is_named(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Every form in which data and models may come: folders of images, a user's code, `.pt2`, and what goes wrong with each."""
 
 import functools
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from PIL import Image
 
 from compress import compress, data, model
 from compress.images import ImageFolder, Preprocessing
+from compress.passes.canonicalise import CANONICALISE
+from compress.run import run
 from skills import ort
 from skills.errors import FormatError, NotFound, SkerryError, UsageError
 from skills.ort import Port
@@ -505,3 +508,21 @@ def test_the_detectors_metric_of_the_docs_marks_each_box(tmp_path: Path) -> None
     assert callable(found.metric)
     guesses = np.float32([[0, 0, 2, 2], [1, 0, 3, 2], [5, 5, 6, 6], [2, 2, 1, 1]])
     assert found.metric(guesses, found.y[:4]) == pytest.approx([1, 1 / 3, 0, 0])
+
+
+def test_a_teacher_from_a_factory_and_the_profile_have_their_hashes(
+    small_net: Callable[[str], Any], tmp_path: Path
+) -> None:
+    net = small_net("plain")
+    (tmp_path / "m.onnx").write_bytes(net.model.SerializeToString())
+    (tmp_path / "nets.py").write_text(
+        "import torch\n\n\ndef teacher():\n    torch.manual_seed(1)\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(144, 4))\n"
+    )
+    run(
+        tmp_path / "m.onnx", net.data, tmp_path / "out", device="x86-avx2", max_drop=90, passes=(CANONICALISE,),
+        teacher=f"{tmp_path / 'nets.py'}:teacher",
+    )  # fmt: skip
+    parents = json.loads((tmp_path / "out" / "lineage.json").read_text())["parents"]
+    assert {"model", "profile", "teacher"} <= parents.keys()
+    assert all(len(digest) == 64 for digest in parents.values())

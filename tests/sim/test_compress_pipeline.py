@@ -16,7 +16,7 @@ from compress.passes.canonicalise import canonicalise
 from compress.passes.strip import strip
 from compress.pipeline import Bench, Pass, State
 from compress.recipe import Recipe
-from compress.run import PASSES, run
+from compress.run import PASSES, WEIGHTS_ONLY, run
 from compress.scheme import Layer, Scheme
 from skills import ort
 from skills.errors import NotReached, SkerryError
@@ -177,6 +177,12 @@ def test_an_s8_profile_of_another_machine_still_answers_right(small_net: Callabl
     (tmp_path / "model.onnx").write_bytes(net.model.SerializeToString())
     report = run(tmp_path / "model.onnx", net.data, tmp_path / "out", device="arm64-onnxruntime", max_drop=3.0)
     assert report.verdict != "not_reached"
+
+
+def test_every_pass_stands_in_the_table_of_the_documentation() -> None:
+    rows = (Path(__file__).parents[2] / "docs" / "compression.md").read_text().splitlines()
+    named = {row.split("`")[1] for row in rows if row.startswith("| `")}
+    assert {step.name for step in (*PASSES, *WEIGHTS_ONLY)} <= named
 
 
 def run_with(net: Any, tmp_path: Path, passes: tuple[Pass, ...]) -> Any:

@@ -1,5 +1,6 @@
 """What an interrupted run leaves beside OUT, and that the next one goes on there; the time that it took counts."""
 
+import dataclasses
 import signal
 import subprocess
 import sys
@@ -10,16 +11,25 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compress import kept, profiles
+from compress import graph, kept, profiles
+from compress.data import Data
 from compress.emit import emit
+from compress.measure import answers
+from compress.metrics import choose
 from compress.passes.bias import BIAS
 from compress.passes.canonicalise import CANONICALISE
 from compress.passes.place import PLACE
 from compress.passes.ranges import RANGES
+from compress.passes.weight_only import in_blocks
 from compress.pipeline import Bench, Pass, State, apply
 from compress.run import ENDING_S, PASSES, _Work, run
+from compress.scheme import Scheme
+from compress.splits import split
+from compress.weights import Blocks
+from skills import ort
 
 Build = Callable[[str], Any]
+SIZE = 16  # inputs of a block
 CHILD = """
 import os, signal, sys
 import numpy as np
@@ -58,6 +68,7 @@ def test_a_run_killed_in_the_middle_of_training_goes_on_to_the_bytes_of_an_unint
     monkeypatch.setattr(
         "compress.ladder.steps", lambda *_, **__: 0
     )  # the plan of the first rung is there, none comes after it
+    monkeypatch.setattr("compress.run.result", lambda families, *_: families[-1][-1])  # the trained one
     said: list[str] = []
     report = run(
         tmp_path / "model.onnx", data, tmp_path / "out", device="x86-avx2", max_drop=90.0, resume=True,
@@ -98,6 +109,38 @@ def test_passes_that_were_done_are_not_done_again(small_net: Build, tmp_path: Pa
     assert calls == [step.name for step in PASSES[:5]]  # nothing is kept of a run that ended
 
 
+def exact(outputs: Any, y: Any) -> Any:
+    return outputs.argmax(axis=1) == y
+
+
+def lenient(outputs: Any, y: Any) -> Any:
+    return np.abs(outputs.argmax(axis=1) - y) < 2
+
+
+@pytest.mark.parametrize(("before", "after"), [("top1", "macro_f1"), (None, "agreement"), (exact, lenient)])
+def test_passes_that_were_done_for_another_metric_are_done_again(
+    before: Any, after: Any, small_net: Build, tmp_path: Path
+) -> None:
+    net, calls = small_net("plain"), list[str]()
+    (tmp_path / "model.onnx").write_bytes(net.model.SerializeToString())
+
+    def act(state: State, bench: Bench) -> State:
+        calls.append(bench.metric.name)
+        return state
+
+    def interrupt(stage: str, _share: float, _best: str) -> None:
+        if stage == "looking at the report part":
+            raise KeyboardInterrupt
+
+    steps = [CANONICALISE, RANGES, Pass("look", "looking", act), PLACE]
+    asked: dict[str, Any] = {"device": "x86-avx2", "max_drop": 3.0, "passes": steps, "progress": interrupt}
+    for metric, resume in ((before, False), (before, True), (after, True)):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "model.onnx", net.data, tmp_path / "out", metric=metric, resume=resume, **asked)
+    assert len(calls) == 2
+    assert calls[0] != calls[1]
+
+
 def test_what_was_kept_for_other_inputs_is_not_used(small_net: Build, tmp_path: Path) -> None:
     first = _Work(tmp_path / "out", 0.0, 100.0, lambda *_: None)
     first.open("one", resume=False)
@@ -128,29 +171,49 @@ def test_the_time_that_an_interrupted_run_took_counts_against_the_budget(
     assert second.spent() == 1.0
 
 
-@pytest.mark.parametrize("kind", ["plain", "gru"])
-def test_a_state_that_was_kept_gives_the_same_file(kind: str, small_net: Build) -> None:
-    from compress.data import Data
-    from compress.measure import answers
-    from compress.metrics import choose
-    from compress.splits import split
-    from skills import ort
-
-    net = small_net(kind)
+def bench_of(net: Any) -> Bench:
     splits = split(Data(net.x, net.y), 0)
     session = ort.session(net.model.SerializeToString())
     calibrate, select = (answers(session, part.x) for part in (splits.calibrate, splits.select))
-    profile = profiles.find("x86-avx2")
     metric = choose(Data(net.x, net.y), calibrate, splits.calibrate.x)
-    bench = Bench(profile, splits, metric, calibrate, select, 1.0, "both", lambda *_: None)
+    return Bench(profiles.find("x86-avx2"), splits, metric, calibrate, select, 1.0, "both", lambda *_: None)
+
+
+def file_of(state: State, scheme: Scheme) -> bytes:
+    return emit(state.model, scheme, state.seen()).SerializeToString()
+
+
+@pytest.mark.parametrize("kind", ["plain", "gru"])
+def test_a_state_that_was_kept_gives_the_same_file(kind: str, small_net: Build) -> None:
+    net = small_net(kind)
+    bench = bench_of(net)
     state = State(net.model, notes=("a note",), harm={"layer": {4: 0.5, 1.6: 1.5}}, choices={"guard": "int8"})
     for step in (CANONICALISE, RANGES, PLACE, BIAS):
         state = apply([step], state, lambda _step: bench)
-        again = kept.unpack(kept.pack(state), profile)
+        again = kept.unpack(kept.pack(state), bench.profile)
         assert (again.notes, again.harm, again.choices, again.passes) == (
             state.notes, state.harm, state.choices, state.passes,
         )  # fmt: skip
         if state.scheme is not None:
             assert (again.planned().layers, again.planned().ranges) == (state.scheme.layers, state.scheme.ranges)
-            files = [emit(one.model, one.planned(), one.seen()).SerializeToString() for one in (state, again)]
-            assert files[0] == files[1]
+            assert file_of(again, again.planned()) == file_of(state, state.scheme)
+
+
+def test_layers_in_blocks_and_bolder_schemes_are_kept_too(small_net: Build) -> None:
+    net = small_net("transformer")
+    bench = bench_of(net)
+    state = apply([CANONICALISE, RANGES, PLACE], State(net.model), lambda _step: bench)
+    values, scheme = graph.arrays(state.model), state.planned()
+    blocks = {}
+    for layer in scheme.layers:
+        if layer.op in ("MatMul", "Gemm") and layer.count // layer.shape[layer.axis] % SIZE == 0:
+            weight = np.moveaxis(values[layer.weight], layer.axis, 0)
+            scales = np.abs(weight.reshape(len(weight), -1, SIZE)).max(axis=2).astype(np.float32) / 7
+            codes = np.rint(weight / np.repeat(scales, SIZE, axis=1)).astype(np.int8)
+            blocks[layer.node] = Blocks(codes, scales, SIZE)
+    narrow = scheme.with_bits({layer.node: 4 for layer in scheme.layers})
+    state = dataclasses.replace(state, scheme=in_blocks(state, bench, blocks), bolder=(narrow, scheme))
+    again = kept.unpack(kept.pack(state), bench.profile)
+    assert again.planned().blocks.keys() == blocks.keys() != set()
+    assert file_of(again, again.planned()) == file_of(state, state.planned())
+    assert [file_of(again, one) for one in again.bolder] == [file_of(state, one) for one in state.bolder]

@@ -1,11 +1,13 @@
 """`skerry compress` before and after the work: how its time is read, what it passes on, what an interrupt says."""
 
+import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.models import OptionInfo
 
 import compress
 from cloud.cli import run, workshop
@@ -24,6 +26,12 @@ def test_a_time_budget_is_read_in_hours_minutes_and_seconds(text: str, seconds: 
 def test_any_other_text_is_one_sentence_with_examples(text: str) -> None:
     with pytest.raises(UsageError, match=r"is no time, expected .* like 90s, 30m or 1h30m$"):
         parse_duration(text)
+
+
+def test_the_help_states_the_time_budget_that_counts() -> None:
+    (option,) = [item for item in get_args(inspect.signature(workshop.compress).parameters["time_budget"].annotation)
+                 if isinstance(item, OptionInfo)]  # fmt: skip
+    assert parse_duration(str(option.show_default)) == compress.TIME_BUDGET_S
 
 
 @given(st.integers(0, 99), st.integers(0, 59), st.integers(0, 59))

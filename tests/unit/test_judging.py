@@ -4,22 +4,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.conclude import front
-from compress.judge import Emitted, Judged, result
+from compress.judge import Emitted, Judged, result, verdict, walked
 from compress.measure import Drop
 from compress.pipeline import State
 
 NOTHING: Any = None
 BUDGET = 1.0
 DROPS = st.lists(st.floats(-5, 5), max_size=5)
+CANDIDATES = st.lists(st.tuples(st.floats(-5, 5), st.integers(1, 9)), max_size=5)
 
 
-def judged(points: float, size: int = 1) -> Judged:
+def judged(points: float, size: int = 1, doubt: float = 1.0) -> Judged:
     emitted = Emitted("one", State(None), bytes(size), NOTHING, None, 0.0)
-    return Judged(emitted, np.zeros(1), Drop(points, points - 1, points + 1, 10))
+    return Judged(emitted, np.zeros(1), Drop(points, points - doubt, points + doubt, 10))
 
 
 def last_before_the_first_over(family: Sequence[Judged]) -> Judged | None:
@@ -32,15 +34,45 @@ def last_before_the_first_over(family: Sequence[Judged]) -> Judged | None:
 
 
 @settings(deadline=None)
-@given(st.lists(DROPS, min_size=1, max_size=3).filter(any))
-def test_the_result_is_the_last_in_its_family_before_any_went_over_the_budget(drops: list[list[float]]) -> None:
-    families = [[judged(points) for points in family] for family in drops]
+@given(st.lists(CANDIDATES, min_size=1, max_size=3).filter(any))
+def test_the_result_is_the_smallest_of_the_last_in_each_family_before_any_went_over_the_budget(
+    rows: list[list[tuple[float, int]]],
+) -> None:
+    families = [[judged(points, size) for points, size in family] for family in rows]
     found = result(families, BUDGET)
     reached = [one for one in map(last_before_the_first_over, families) if one is not None]
     if reached:
-        assert found is reached[-1]
+        least = min(len(one.emitted.file) for one in reached)
+        assert found is [one for one in reached if len(one.emitted.file) == least][-1]
     else:
-        assert found.drop.points == min(min(family) for family in drops if family)
+        assert found.drop.points == min(min(family)[0] for family in rows if family)
+
+
+@pytest.mark.parametrize(
+    ("goal", "milliseconds", "wins"),
+    [
+        ("size", (9.0, 1.0), 0), ("latency", (9.0, 1.0), 1), ("latency", (1.0, 1.0), 1), ("both", (3.0, 2.0), 1),
+        ("both", (1.0, 2.0), 0), ("latency", (), 0), ("both", (), 0),
+    ],
+)  # fmt: skip
+def test_the_goal_decides_between_what_was_trained_and_what_was_not(
+    goal: Any, milliseconds: tuple[float, ...], wins: int
+) -> None:
+    families = [[judged(0.0, 10)], [judged(0.0, 12)]]
+    assert result(families, BUDGET, goal, milliseconds) is families[wins][0]
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.tuples(st.floats(-5, 5), st.floats(0, 3)), max_size=5), min_size=1, max_size=2).filter(any))
+def test_proof_stops_at_the_first_candidate_that_is_not_proven(rows: list[list[tuple[float, float]]]) -> None:
+    families = [[judged(points, doubt=doubt) for points, doubt in family] for family in rows]
+    chosen = result(families, BUDGET)
+    before = walked(families, chosen)
+    assert before[-1] is chosen
+    proven = all(one.drop.hi <= BUDGET for one in before)
+    assert (verdict(before, BUDGET) == "proven") is proven
+    assert (verdict(before, BUDGET) == "not_reached") is (chosen.drop.points > BUDGET)
+    assert verdict([judged(BUDGET, doubt=0.1), *before], BUDGET) != "proven"
 
 
 @settings(deadline=None)

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from compress.conclude import pinned
+from compress.converters.vela import VELA
 from compress.data import Data
 from compress.lineage import lineage, parents
 from compress.splits import split
@@ -33,3 +35,9 @@ def test_which_rows_went_where_is_written_down() -> None:
     assert trace.rows != lineage("1" * 64, {}, split(Data(X), 1), 0, "x86-vnni").rows
     assert {"python", "numpy", "onnx", "skerry"} <= set(trace.tools)
     assert lineage("1" * 64, {}, None, 0, "x86-vnni").rows == {}
+
+
+def test_a_converter_in_an_environment_of_its_own_is_among_the_tools() -> None:
+    versions = pinned(VELA)
+    assert versions["ethos-u-vela"].count(".") == 2
+    assert versions.items() <= lineage("1" * 64, {}, None, 0, "ethos-u55", versions).tools.items()

@@ -54,4 +54,15 @@ def test_a_width_that_nothing_stores_is_refused_with_those_that_exist() -> None:
 
 
 def test_s8_activations_never_go_to_x86() -> None:
+    with pytest.raises(FormatError, match=r"^p.yaml: activation s8 on x86_64 .*: use u8$"):
+        load_profile("name: a\nruntime: onnxruntime\narch: x86_64\nactivation: s8\n", "p.yaml")
+    assert load_profile("name: a\nruntime: litert\narch: x86_64\nactivation: s8\n", "p.yaml").activation == "s8"
     assert all(profiles.find(name).activation == "u8" for name in profiles.names() if name.startswith("x86"))
+
+
+def test_a_file_larger_than_the_flash_is_warned_of_whatever_runs_it() -> None:
+    for runtime in ("litert", "onnxruntime"):
+        profile = load_profile(f"name: a\nruntime: {runtime}\narch: aarch64\nflash_kib: 64\n", "p.yaml")
+        assert profiles.too_large(64 * 1024, profile) == ()
+        assert profiles.too_large(65 * 1024, profile) == ("It takes 65 KiB of flash, a has 64 KiB.",)
+    assert profiles.too_large(1 << 30, profiles.find("x86-avx2")) == ()

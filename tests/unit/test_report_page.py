@@ -162,6 +162,12 @@ def test_an_unproven_result_says_how_many_samples_a_proof_would_need() -> None:
     assert "would" not in words.meaning(report("proven", samples_for_proof=3))
 
 
+def test_a_result_behind_an_unproven_one_says_so() -> None:
+    late = dataclasses.replace(report("within_budget_unproven", samples_for_proof=8_312), drop_ci95=(-0.4, 0.4))
+    assert "a less compressed model looked at before" in words.meaning(late)
+    assert "about 8,400 samples" in words.meaning(late)
+
+
 def test_the_headline_says_what_came_in_what_came_out_and_what_was_lost() -> None:
     assert words.headline(report()) == (
         "1.1 MB came in, 90.0 kB came out: 12.1 times smaller and 3.0 times as fast, 0.60 points lost."
