@@ -16,6 +16,11 @@ def readable(count: int) -> str:
     return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
 
 
+def readable_ms(ms: float) -> str:
+    """Return milliseconds as people read them, two digits below ten: 0.5 ms, 6.2 ms, 63 ms."""
+    return f"{ms:.0f} ms" if ms >= 9.95 else f"{ms:.2g} ms"
+
+
 def parse_duration(text: str) -> float:
     """Return the seconds of a text like 90s, 30m or 1h30m.
 

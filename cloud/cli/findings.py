@@ -7,7 +7,7 @@ from rich.console import Group
 from rich.text import Text
 
 from cloud.cli.tables import table
-from skills.units import readable
+from skills.units import readable, readable_ms
 
 if TYPE_CHECKING:
     from cloud.split import SplitReport
@@ -136,14 +136,14 @@ def split_table(plan: "Plan", links: "Sequence[Link]") -> Group:
 def _facts(plan: "Plan", choice: "Choice") -> tuple[str, ...]:
     cut, coding = choice.cut, choice.coding
     if coding is None:
-        return cut.name, "–", "0 B", _kept(plan, 0.0), f"{cut.device_ms.p50:.0f} ms", "–"
+        return cut.name, "–", "0 B", _kept(plan, 0.0), readable_ms(cut.device_ms.p50), "–"
     return (
         cut.name,
         coding.name,
         readable(coding.bytes_p50),
         _kept(plan, coding.drop),
-        f"{cut.device_ms.p50:.0f} ms",
-        f"{cut.tail_ms.p50:.1f} ms",
+        readable_ms(cut.device_ms.p50),
+        readable_ms(cut.tail_ms.p50),
     )
 
 
@@ -153,24 +153,20 @@ def _kept(plan: "Plan", drop: float) -> str:
 
 
 def _refused(plan: "Plan", name: str) -> tuple[str, ...]:
-    from skills.split import fits, keeps_private
+    from cloud.split.verdict import refusal
 
     cut = plan.cut(name)
-    why = "over the budget"
-    if plan.private and not keeps_private(cut, plan.cut(plan.min_cut).after if plan.min_cut else 0):
-        why = cut.leak.verdict if cut.leak is not None and not cut.raw else "may not leave"
-    elif not fits(plan, cut):
-        why = f"needs {cut.memory_mb:.0f} MiB"
+    why = refusal(plan, cut) or "over the budget"
     least = min((coding.bytes_p50 for coding in cut.codings), default=0)
     return (
         name,
         why,
         readable(least),
         "–",
-        f"{cut.device_ms.p50:.0f} ms",
-        f"{cut.tail_ms.p50:.1f} ms",
+        readable_ms(cut.device_ms.p50),
+        readable_ms(cut.tail_ms.p50),
     )
 
 
 def _milliseconds(choice: "Choice", best: "Choice") -> Text:
-    return Text(f"{choice.ms:.0f}", "bold green" if choice == best else "")
+    return Text(readable_ms(choice.ms).removesuffix(" ms"), "bold green" if choice == best else "")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PANEL = "Models"
 DEFAULT_SLOWDOWN = 10.0
+DATA_HELP = "An .npz with x and, if known, y; or a folder of images with a data.yaml."
 
 
 class ModelOrCommand(Ordered):
@@ -35,12 +36,17 @@ class ModelOrCommand(Ordered):
         return super().parse_args(ctx, args)
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """Return the parameters; none of them is asked for where a command follows."""
-        every = super().get_params(ctx)
-        return [one for one in every if one.name == "help"] if ctx.meta.get(self._key(ctx)) else every
+        """Return the parameters; none of them is asked for, or part of the path, where a command follows."""
+        every, below = super().get_params(ctx), ctx.command is not self or ctx.meta.get(self._key(ctx))
+        return [one for one in every if one.name == "help"] if below else every
 
     def _key(self, ctx: Any) -> str:
-        return f"{__name__}.{ctx.command_path}"
+        """Name this context in `meta`, which all of them share; `command_path` would ask `get_params` for the answer."""
+        words = []
+        while ctx is not None:
+            words.append(ctx.info_name or "")
+            ctx = ctx.parent
+        return f"{__name__}.{' '.join(reversed(words))}"
 
 
 def register(app: typer.Typer) -> None:
@@ -86,7 +92,7 @@ def register(app: typer.Typer) -> None:
 def split(
     screen: Screen,
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx file.")],
-    data: Annotated[Path, typer.Option("--data", metavar="FILE", help="An .npz with x and, if known, y.")],
+    data: Annotated[Path, typer.Option("--data", metavar="DATA", help=DATA_HELP)],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="FOLDER", help="Where split.yaml and the segments go.")],
     device: Annotated[
         str | None,
@@ -202,7 +208,7 @@ def joint(
     screen: Screen,
     plan: Annotated[Path, typer.Argument(metavar="FOLDER", help="The split plan of the big model.")],
     small: Annotated[Path, typer.Option("--small", metavar="MODEL", help="The small model, an .onnx file.")],
-    data: Annotated[Path, typer.Option("--data", metavar="FILE", help="An .npz with x and, if known, y.")],
+    data: Annotated[Path, typer.Option("--data", metavar="DATA", help=DATA_HELP)],
     target: Annotated[
         float | None,
         typer.Option(

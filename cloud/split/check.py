@@ -18,12 +18,14 @@ from skills.split import (
     Plan,
     Segment,
     Small,
+    admitted,
     fits,
     keeps_private,
     load_plan,
     plan_hash,
 )
 from skills.stages import check_stages
+from skills.units import readable_ms
 
 # A fault in one of these does not hide the others: the rest of the plan is read without it.
 PERSONAL = ("policy", "network", "min_cut", "memory_mb", "verdicts", "private", "slowdown", "max_drop", "device")
@@ -130,15 +132,7 @@ def _without(text: str, spans: dict[str, tuple[int, int]], keys: Any) -> str:
 
 def _choices(plan: Plan) -> Iterator[str]:
     """What a person decided must be something that the device can do."""
-    pin, least = plan.policy.pin, plan.cut(plan.min_cut).after if plan.min_cut else 0
-    if pin not in (None, "local"):
-        cut = plan.cut(str(pin))
-        if plan.private and not keeps_private(cut, least):
-            yield f"policy.pin is {pin}, but the plan is private and {_why_not_private(cut, least)}"
-        elif not fits(plan, cut):
-            yield f"policy.pin is {pin}, which needs {cut.memory_mb:g} MiB, and the device has {plan.memory_mb:g}"
-        elif not any(coding.admitted for coding in cut.codings):
-            yield f"policy.pin is {pin}, but none of its codings is admitted, so the device would stay local"
+    yield from _pinned(plan)
     if plan.policy.minimize == "bytes" and plan.policy.slo_ms is None:
         yield "policy.minimize is bytes without policy.slo_ms: staying local would always send the fewest"
     if plan.min_cut and not plan.private:
@@ -150,6 +144,29 @@ def _choices(plan: Plan) -> Iterator[str]:
     for reply in plan.replies:
         if not reply.bytes_p50:
             yield f"the reply {reply.name} was never measured (its bytes_p50 is 0)"
+
+
+def _pinned(plan: Plan) -> Iterator[str]:
+    pin, least = plan.policy.pin, plan.cut(plan.min_cut).after if plan.min_cut else 0
+    if pin not in (None, "local"):
+        cut = plan.cut(str(pin))
+        if plan.private and not keeps_private(cut, least):
+            yield f"policy.pin is {pin}, but the plan is private and {_why_not_private(cut, least)}"
+        elif plan.min_cut is None and not plan.stages and cut in _never_audited(plan):
+            yield (
+                f"policy.pin is {pin}, but the plan is private and {pin} was never audited: run skerry split --private, or "
+                "declare by min_cut that what leaves there may be seen"
+            )
+        elif not fits(plan, cut):
+            yield f"policy.pin is {pin}, which needs {cut.memory_mb:g} MiB, and the device has {plan.memory_mb:g}"
+        elif not any(coding.admitted for coding in cut.codings):
+            yield f"policy.pin is {pin}, but none of its codings is admitted, so the device would stay local"
+
+
+def _never_audited(plan: Plan) -> list[Cut]:
+    """Return the cuts that a private plan uses though no audit looked at them: `private` or `min_cut` came by hand."""
+    used = {cut.name for cut, coding in admitted(plan) if coding is not None and cut.leak is None}
+    return [cut for cut in plan.cuts if plan.private and cut.name in used]
 
 
 def _why_not_private(cut: Cut, least: int) -> str:
@@ -266,7 +283,31 @@ def _as_made(plan: Plan, report: Path) -> Iterator[str]:
         )
 
 
+def _unaudited(plan: Plan) -> Iterator[str]:
+    """A missing audit says nothing about what can be rebuilt; only a person's own word then lets a cut be used."""
+    names = [cut.name for cut in _never_audited(plan)]
+    if not names:
+        return
+    fact = f"{', '.join(names)} {'was' if len(names) == 1 else 'were'} never audited"
+    if plan.stages:
+        yield f"{fact}, and messages between stages never are: whether the input can be rebuilt from them is not known"
+    elif plan.min_cut:
+        yield f"{fact}: that the input cannot be rebuilt there is the word of min_cut alone; skerry split --private measures it"
+    else:
+        yield f"{fact}: run skerry split --private, which finds out whether the input can be rebuilt from what leaves there"
+
+
 def _remarks(plan: Plan) -> Iterator[str]:
+    yield from _unaudited(plan)
+    on_network, slo_ms = judge(plan, plan.network), plan.policy.slo_ms
+    if slo_ms is not None and on_network.ms > slo_ms:
+        what = (
+            f"the pinned {plan.policy.pin}" if plan.policy.pin == on_network.cut else f"the fastest ({on_network.cut})"
+        )
+        yield (
+            f"nothing keeps policy.slo_ms of {slo_ms:g} ms on {plan.network}: {what} takes {readable_ms(on_network.ms)}, "
+            "and is used all the same"
+        )
     for verdict in plan.verdicts:
         now = judge(plan, verdict.link)
         if (now.cut, now.coding) != (verdict.cut, verdict.coding):

@@ -20,6 +20,7 @@ from skills.errors import FormatError, NotReached, UsageError
 from skills.files import read_bytes, sha256_hex, write_atomic
 from skills.split import MAX_PLAN_BYTES, Estimate, Link, Millis, Plan, Small, choose_cut, load_plan
 from skills.timer import Dilated, Local, Timer
+from skills.units import readable_ms
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -63,9 +64,10 @@ def join(plan_folder: Path, small: Path, data: "Path | Arrays", target: float | 
     file = plan_folder / "split.yaml"
     plan = load_plan(read_bytes(file, "the split plan", MAX_PLAN_BYTES).decode("utf-8", "replace"), str(file))
     raw, graph = read_model(small)
-    feeds, labels = read_data(data, graph)
+    given = read_data(data, graph)
+    feeds, labels = given.feeds, given.labels
     session = ort.session(raw, beside=small.parent)
-    check_fit(feeds, session.inputs)
+    check_fit(given, session.inputs)
     inputs, outputs = _ends(session, plan)
     count = min(len(next(iter(feeds.values()))), MOST_INPUTS)
     if count < LEAST_INPUTS:
@@ -178,9 +180,9 @@ def describe(plan: Plan, link: Link) -> str:
     expected = small.device_ms.p50 + small.asked * best.ms
     word = "pays" if expected < best.ms else "does not pay"
     return (
-        f"the small model answers {1 - small.asked:.0%} by itself in {small.device_ms.p50:.3g} ms and asks about the rest "
-        f"({best.cut.name}, {best.ms:.0f} ms): {expected:.0f} ms on average against {best.ms:.0f} ms, so it {word}; "
-        f"together they reach {small.accuracy:.1%}, {0 - small.drop:+.1f} points against the big model"
+        f"the small model answers {1 - small.asked:.0%} by itself in {readable_ms(small.device_ms.p50)} and asks about the rest "
+        f"({best.cut.name}, {readable_ms(best.ms)}): {readable_ms(expected)} on average against {readable_ms(best.ms)}, "
+        f"so it {word}; together they reach {small.accuracy:.1%}, {0 - small.drop:+.1f} points against the big model"
     )
 
 

@@ -89,8 +89,9 @@ def split(
 ) -> SplitReport:
     """Plan how `model` (.onnx) is split for a device `slowdown` times slower than this machine, and write `out`.
 
-    `data` is an .npz or a mapping with `x` (or the model's input names) and, when there are labels, `y`. An input that is
-    a picture is recognised from the data unless `image` says how it is normalised. `min_cut` names a tensor: with
+    `data` is an .npz or a mapping with `x` (or the model's input names) and, when there are labels, `y`; or a folder of
+    pictures with a data.yaml, which says how they are normalised. Else an input that is a picture is recognised from the
+    data unless `image` says how it is normalised. `min_cut` names a tensor: with
     `private` no cut before it is used. `max_drop` is in percentage points, for every coding of every cut; it is
     judged on up to `most_gate` inputs, as many as fit in some seconds, while times and scales come of `most_samples`.
     A live `device` measures the heads and codings itself; then `slowdown` counts for nothing, and the plan has the measured one.
@@ -109,8 +110,9 @@ def split(
     policy = _policy(objective, slo_ms)
     raw, graph = read_model(model)
     beside = model.parent if isinstance(model, Path) else None
-    feeds, labels = read_data(data, graph)
-    check_fit(feeds, ort.session(raw, beside=beside).inputs)
+    given = read_data(data, graph)
+    feeds, labels = given.feeds, given.labels
+    check_fit(given, ort.session(raw, beside=beside).inputs)
     count = min(len(next(iter(feeds.values()))), max(most_samples, most_gate))
     every = [{name: array[at : at + 1] for name, array in feeds.items()} for at in range(count)]
     samples, more = every[:most_samples], every[most_samples:]
@@ -118,7 +120,7 @@ def split(
     types = observed_types(graph, feeds, beside)
     flow = read_flow(graph, types)
     if image is None and len(flow.inputs) == 1:
-        image = recognise(feeds[flow.inputs[0]])
+        image = given.image or recognise(feeds[flow.inputs[0]])
     if min_cut is not None and min_cut not in flow.producer():
         raise UsageError(f"the model has no tensor {min_cut!r} for the minimum cut")
     timer: Timer = Dilated(slowdown) if slowdown > 1 and device is None else Local()

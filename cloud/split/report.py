@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from cloud.split.live import doubt
-from cloud.split.verdict import answers, describe, options, proof, warning
-from skills.split import Choice, Plan, moved_bytes, plan_hash
+from cloud.split.verdict import answers, describe, options, points, proof, refusal, warning
+from skills.split import Choice, Cut, Leak, Plan, moved_bytes, plan_hash
+from skills.units import readable, readable_ms
 from skills.wire import encode_json, to_plain
 
 RULE = "private: raw or compressed input never leaves the device, and no cut before the declared minimum is used. "
@@ -15,6 +16,7 @@ UNAUDITED = (
     "This is no proof against reconstruction: what leaves are activations, and whether the input can be rebuilt from "
     "them was not audited."
 )
+CHART_WIDTH = 440
 OPEN = "the compressed input may leave the device"
 
 
@@ -25,24 +27,26 @@ def privacy(plan: Plan, details: Mapping[str, Any]) -> str:
     facts, seen = details.get("privacy_audit"), [cut for cut in plan.cuts if cut.leak is not None]
     if facts is None:
         return RULE + UNAUDITED
-    words = {
-        "private": "kept private: the decoder learnt next to nothing",
-        "recoverable": "recoverable: the decoder rebuilt inputs that it had never seen",
-        "inconclusive": "inconclusive, and so not used",
-    }
-    said = [
-        f"cut {cut.name} is {words[cut.leak.verdict]} ({cut.leak.value:.2f} {facts['measure']})"
-        for cut in seen
-        if cut.leak
-    ]
+    limit, measure = max(facts["threshold"], facts["floor"] + 0.05), facts["measure"]
+    said = [f"cut {cut.name} is {_leaked(cut.leak, limit)}" for cut in seen if cut.leak]
     control = f"; the control on the shallowest tensor reached {facts['control']:.2f}" if "control" in facts else ""
     why = f" {_sentence(facts['why'])}" if "why" in facts else ""
     return (
         f"{RULE}For each cut a decoder was trained on three quarters of {facts['inputs']} inputs to rebuild the others; above "
-        f"{max(facts['threshold'], facts['floor'] + 0.05):.2f} {facts['measure']} an input counts as recoverable{control}."
+        f"{limit:.2f} {measure} an input counts as recoverable{control}."
         f"{why} {_sentence('; '.join(said)) if said else 'There is no cut to audit.'} This is a measure of risk, no guarantee: "
         "somebody with more data may rebuild more."
     )
+
+
+def _leaked(found: Leak, limit: float) -> str:
+    """Say what an audit found of one cut, with the value beside its limit: a narrow pass must look like one."""
+    value = f"the decoder reached {found.value:.2f} {found.measure}, the limit is {limit:.2f}"
+    if found.verdict == "private":
+        return f"kept private{', but just under the limit' if found.value > limit * 2 / 3 else ''}: {value}"
+    if found.verdict == "recoverable":
+        return f"recoverable, inputs that the decoder had never seen were rebuilt: {value}"
+    return f"inconclusive, and so not used: {value}"
 
 
 def report_json(plan: Plan, details: Mapping[str, Any]) -> bytes:
@@ -94,15 +98,15 @@ def render_html(plan: Plan, details: Mapping[str, Any]) -> str:
         f'<div class="verdict {_group(verdict.cut)}"><b>{say(str(verdict.link))}</b> {say(verdict.text)}</div>'
         for verdict in plan.verdicts
     )
-    local = plan.cut("local").device_ms.p50
+    gap, local = details.get("max_abs_difference", 0), readable_ms(plan.cut("local").device_ms.p50)
     charts = "".join(f"<h2>{say(str(verdict.link))}</h2>{_chart(plan, verdict.link)}" for verdict in plan.verdicts)
     facts = (
-        f"{say(_device(plan, details.get('live')))} Staying local takes {local:.0f} ms there{_memory(plan)}. "
+        f"{say(_device(plan, details.get('live')))} Staying local takes {local} there{_memory(plan)}. "
         f"{say(_sentence(proof(plan)))} "
-        f"A coding that loses more than {plan.max_drop:g} points is refused. {_answers(plan)}The segments in a row differ "
-        f"from the whole by at most {details.get('max_abs_difference', 0):.1e}, and take "
-        f"{details['chain_ms_here']['p50']:.1f} ms here against "
-        f"{details['whole_ms_here']['p50']:.1f} ms for the whole."
+        f"A coding that loses more than {points(plan.max_drop)} is refused. {_answers(plan)}The segments in a row differ "
+        f"from the whole by at most {f'{gap:.1e}' if gap else '0'}, and take "
+        f"{readable_ms(details['chain_ms_here']['p50'])} here against "
+        f"{readable_ms(details['whole_ms_here']['p50'])} for the whole."
     )
     warned = "".join(f"<p><b>Warning.</b> {say(_sentence(text))}</p>" for text in doubts(plan, details))
     return f"""<!doctype html>
@@ -112,8 +116,8 @@ def render_html(plan: Plan, details: Mapping[str, Any]) -> str:
 <h1>Split report</h1><p class="soft">plan {plan_hash(plan)} · model {plan.model_sha256[:12]}…</p>
 <h2>What to do on each link</h2>{verdicts}{warned}<p>{facts}</p><p><b>Privacy.</b> {say(_sentence(privacy(plan, details)))}</p>
 <p class="key soft"><span style="background:var(--split)"></span>split<span style="background:var(--input)"></span>compressed
-input<span style="background:var(--local)"></span>local<span style="background:var(--refused)"></span>refused: over the budget,
-or input that may not leave (» a bar that is cut off)</p>
+input<span style="background:var(--local)"></span>local<span style="background:var(--refused)"></span>refused, with the
+reason</p>
 {charts}
 <h2>Every candidate, as measured</h2><div class="wide">{_table(plan, details)}</div>
 <p class="soft">Device and tail times are medians of {details.get("rounds", "?")} interleaved warm runs of whole heads and tails.
@@ -125,16 +129,17 @@ Predicted time = device + coding + round trip + bytes / rate + tail. docs/splitt
 def _chart(plan: Plan, link: Any) -> str:
     allowed = set(map(_key, options(plan, link)))
     shown = _best_of_each(options(plan, link, every=True))
-    longest = min(max(one.ms for one in shown), 4 * plan.cut("local").device_ms.p50)
+    longest = max(one.ms for one in shown) or 1.0
     rows = []
     for at, one in enumerate(shown):
-        y, width = at * 24, max(2.0, min(one.ms, longest) / longest * 520)
+        y, width = at * 24, max(2.0, one.ms / longest * CHART_WIDTH)
         colour = _group(one.cut.name) if _key(one) in allowed else "refused"
-        note = f"{one.ms:.0f} ms" + (" »" if one.ms > longest else "") + _size(plan, one)
+        why = refusal(plan, one.cut, one.coding)
+        note = f"{readable_ms(one.ms)}{_size(plan, one)}" + (f", {why}" if why else "")
         rows.append(
-            f'<text x="150" y="{y + 16}" text-anchor="end">{html.escape(_label(one))}</text>'
-            f'<rect x="158" y="{y + 4}" width="{width:.1f}" height="16" rx="2" fill="var(--{colour})"/>'
-            f'<text x="{166 + width:.1f}" y="{y + 16}" class="soft">{note}</text>'
+            f'<text x="110" y="{y + 16}" text-anchor="end">{html.escape(_label(one))}</text>'
+            f'<rect x="118" y="{y + 4}" width="{width:.1f}" height="16" rx="2" fill="var(--{colour})"/>'
+            f'<text x="{126 + width:.1f}" y="{y + 16}" class="soft">{html.escape(note)}</text>'
         )
     return f'<svg viewBox="0 0 900 {len(shown) * 24 + 4}" role="img" aria-label="time per option">{"".join(rows)}</svg>'
 
@@ -152,27 +157,41 @@ def _table(plan: Plan, details: Mapping[str, Any]) -> str:
     for cut in plan.cuts:
         share = details.get("shares", {}).get(cut.name)
         for coding in cut.codings or (None,):
-            costs = f"<td>{cut.device_ms.p50:.1f}</td><td>{cut.tail_ms.p50:.1f}</td>"
-            where = html.escape(", ".join(tensor.name for tensor in cut.tensors))
+            why = refusal(plan, cut, coding)
+            mine = f'<tr class="{"no" if why else ""}"><td>{cut.name}</td><td class="l">{coding.name if coding else ""}</td>'
+            mine += f'<td class="l state">{_status(plan, cut, why)}</td>'
+            costs = f"<td>{_ms(cut.device_ms.p50)}</td><td>{_ms(cut.tail_ms.p50)}</td>"
             if coding is None:
-                rows.append(
-                    f'<tr><td>{cut.name}</td><td class="l"></td><td></td><td class="l"></td>{costs}{"<td></td>" * 7}</tr>'
-                )
+                rows.append(f"{mine}<td></td><td></td>{costs}{'<td></td>' * 7}</tr>")
                 continue
             interval = f"{coding.drop_ci95[0]:.1f} … {coding.drop_ci95[1]:.1f}" if coding.drop_ci95 else ""
+            where = html.escape(", ".join(tensor.name for tensor in cut.tensors))
             rows.append(
-                f'<tr class="{"" if coding.admitted else "no"}"><td>{cut.name}</td><td class="l">{where}</td>'
-                f"<td>{'' if share is None else f'{share:.0%}'}</td>"
-                f'<td class="l">{coding.name}</td>{costs}<td>{coding.bytes_p50:,}</td><td>{coding.bytes_p95:,}</td>'
-                f"<td>{coding.encode_ms:.1f}</td><td>{coding.decode_ms:.1f}</td>"
-                f'<td class="l">{coding.reply or "raw"}</td><td>{coding.drop:.1f}</td><td>{interval}</td></tr>'
+                f"{mine}<td>{coding.drop:.1f}</td><td>{interval}</td>{costs}"
+                f"<td>{readable(coding.bytes_p50)}</td><td>{readable(coding.bytes_p95)}</td>"
+                f"<td>{_ms(coding.encode_ms)}</td><td>{_ms(coding.decode_ms)}</td>"
+                f'<td class="l">{coding.reply or "raw"}</td><td>{"" if share is None else f"{share:.0%}"}</td>'
+                f'<td class="l">{where}</td></tr>'
             )
     head = (
-        '<tr><th>cut</th><th class="l">tensor</th><th>work before</th><th class="l">coding</th><th>device ms</th>'
-        f"<th>tail ms</th><th>bytes p50</th><th>p95</th><th>encode ms</th><th>decode ms</th>"
-        f'<th class="l">answer</th><th>drop ({html.escape(plan.metric)}, pt)</th><th>95 %</th></tr>'
+        '<tr><th>cut</th><th class="l">coding</th><th class="l">status</th>'
+        f"<th>drop ({html.escape(plan.metric)}, points)</th><th>95 %</th><th>device ms</th><th>tail ms</th>"
+        "<th>sent p50</th><th>p95</th><th>encode ms</th><th>decode ms</th>"
+        '<th class="l">answer</th><th>work before</th><th class="l">tensor</th></tr>'
     )
     return f"<table>{head}{''.join(rows)}</table>"
+
+
+def _status(plan: Plan, cut: Cut, why: str | None) -> str:
+    if why is not None:
+        return why if why in ("recoverable", "inconclusive") else f"refused: {why}"
+    if not plan.private or cut.name == "local":
+        return "admitted"
+    return "admitted, private" if cut.leak is not None else "admitted, not audited"
+
+
+def _ms(ms: float) -> str:
+    return readable_ms(ms).removesuffix(" ms")
 
 
 def _device(plan: Plan, live: Mapping[str, Any] | None) -> str:
@@ -220,8 +239,8 @@ def _label(one: Choice) -> str:
 def _size(plan: Plan, one: Choice) -> str:
     if one.coding is None:
         return ""
-    there, both = one.coding.bytes_p50 / 1000, moved_bytes(plan, one) / 1000
-    return f", {there:.1f} kB there, {both - there:.1f} kB back"
+    there = one.coding.bytes_p50
+    return f", {readable(there)} there, {readable(moved_bytes(plan, one) - there)} back"
 
 
 def _group(cut: str) -> str:

@@ -14,10 +14,12 @@ from skills.split import (
     admitted,
     choose_cut,
     fits,
+    keeps_private,
     moved_bytes,
     predict,
     reply_ms,
 )
+from skills.units import readable_ms
 
 FEW = 20  # fewer inputs say next to nothing about a share
 LINKS = (Link(1, 30), Link(5, 30), Link(20, 30), Link(100, 30))
@@ -74,10 +76,7 @@ def judge(plan: Plan, link: Link) -> Verdict:
         for one in (_first(ranked, "local"), _first(ranked, "input"), _first(ranked, "split"))
         if one is not None and one != best
     ]
-    said = [
-        f"{describe(one)} {_needs(one)} {one.ms:.0f} ms" + (" (a tie)" if one.ms < best.ms * TIE else "")
-        for one in rivals
-    ]
+    said = [f"{describe(one)} {_needs(one)} {readable_ms(one.ms)}{_against(one.ms, best.ms)}" for one in rivals]
     if plan.private:
         refused = [
             one
@@ -85,7 +84,7 @@ def judge(plan: Plan, link: Link) -> Verdict:
             if one.cut.name == "input" and one.coding and one.coding.admitted
         ]
         if refused and refused[0].ms < best.ms:
-            said.append(f"the compressed input would take {refused[0].ms:.0f} ms but may not leave")
+            said.append(f"the compressed input would take {readable_ms(refused[0].ms)} but may not leave")
     if _first(ranked, "split") is None:
         said.append(_no_split(plan))
     if slo_ms is not None and best.ms > slo_ms:
@@ -94,23 +93,37 @@ def judge(plan: Plan, link: Link) -> Verdict:
     pinned = " (pinned)" if best.cut.name == plan.policy.pin else ""
     reply = best.reply.name if best.reply else ""
     back = f", the answer comes back as {reply}" if reply else ""
-    text = f"{_order(best)}{pinned}{back}: {best.ms:.0f} ms{size}" + (f"; {', '.join(said)}" if said else "")
+    text = f"{_order(best)}{pinned}{back}: {readable_ms(best.ms)}{size}" + (f"; {', '.join(said)}" if said else "")
     return Verdict(link, best.cut.name, best.coding.name if best.coding else "", float(f"{best.ms:.4g}"), text, reply)
 
 
 def proof(plan: Plan) -> str:
     """Say on how many inputs the budget was judged, and plainly what that leaves unproven."""
-    step, budget = 100 / max(plan.samples, 1), f"{plan.max_drop:g} point" + ("s" if plan.max_drop != 1 else "")
+    step, budget = points(float(f"{100 / max(plan.samples, 1):.2g}")), points(plan.max_drop)
     said = f"{plan.metric} on {plan.samples} inputs"
     used = [coding for _, coding in admitted(plan) if coding is not None]
     open_ = [one for one in used if one.drop_ci95 is None or one.drop_ci95[1] > plan.max_drop]
     if not open_:
         return said + (f"; the budget of {budget} is proven on them" if used else "")
     which = "all codings" if len(open_) == len(used) else f"{len(open_)} of {len(used)} codings"
-    return (
-        f"{said}; for {which} the budget of {budget} is unproven on {plan.samples} inputs "
-        f"(one input is {step:.2g} points)"
-    )
+    return f"{said}; for {which} the budget of {budget} is unproven on {plan.samples} inputs (one input is {step})"
+
+
+def points(count: float) -> str:
+    """Return percentage points as a sentence says them."""
+    return f"{count:g} point" + ("" if count == 1 else "s")
+
+
+def refusal(plan: Plan, cut: Cut, coding: Coding | None = None) -> str | None:
+    """Say in a word or two why a plan does not use a cut, or not in this coding; None: it may be used."""
+    least = plan.cut(plan.min_cut).after if plan.min_cut else 0
+    if plan.private and cut.name != "local" and not keeps_private(cut, least):
+        if cut.raw or cut.name == "input":
+            return "may not leave"
+        return "before min_cut" if cut.after < least or cut.leak is None else cut.leak.verdict
+    if not fits(plan, cut):
+        return f"needs {cut.memory_mb:.0f} MiB"
+    return "over the budget" if coding is not None and not coding.admitted else None
 
 
 def answers(plan: Plan) -> str:
@@ -143,6 +156,13 @@ def _order(choice: Choice) -> str:
     return (
         f"split at {choice.cut.name} ({', '.join(tensor.name for tensor in choice.cut.tensors)}; {choice.coding.name})"
     )
+
+
+def _against(ms: float, best_ms: float) -> str:
+    """Say that two options are the same, or that the rival is sooner: a pin, or fewer bytes, stands above its time."""
+    if max(ms, best_ms) < min(ms, best_ms) * TIE:
+        return " (a tie)"
+    return f" ({readable_ms(best_ms - ms)} sooner)" if ms < best_ms else ""
 
 
 def _needs(choice: Choice) -> str:

@@ -1,6 +1,7 @@
 """A plan that a person edited: what may be edited is honoured, and every fault is one sentence."""
 
 import dataclasses
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -72,12 +73,41 @@ def test_a_cut_that_a_person_pins_is_the_one_that_the_device_takes(cut: str, edi
     ],
 )  # fmt: skip
 def test_every_fault_is_named(changes: list[tuple[str, str]], sentences: list[str], edited: Any) -> None:
-    import re
-
     faults = check_plan(edited(*changes)).faults
     assert len(faults) >= len(sentences)
     for sentence in sentences:
         assert any(re.search(sentence, fault) for fault in faults), faults
+
+
+def test_a_private_plan_that_was_never_audited_is_remarked_and_a_pin_on_such_a_cut_is_a_fault(edited: Any) -> None:
+    private = ("\nprivate: false", "\nprivate: true")
+    found = check_plan(edited(private))
+    assert found.faults == ()
+    assert any("c1" in text and "never audited: run skerry split --private" in text for text in found.remarks)
+    (fault,) = check_plan(edited(private, ("  pin: null", "  pin: c1"))).faults
+    assert "policy.pin is c1, but the plan is private and c1 was never audited" in fault
+
+
+def test_a_declared_minimum_cut_is_a_persons_own_word_and_remarked_as_such(edited: Any) -> None:
+    changes = ("\nprivate: false", "\nprivate: true"), ("\nmin_cut: null", "\nmin_cut: c1"), ("pin: null", "pin: c1")
+    found = check_plan(edited(*changes))
+    assert found.faults == ()
+    assert any("the word of min_cut alone" in text for text in found.remarks)
+
+
+def test_a_limit_that_nothing_keeps_on_the_assumed_network_is_remarked(edited: Any) -> None:
+    changes = ("minimize: latency", "minimize: bytes"), ("slo_ms: null", "slo_ms: 0.001")
+    found = check_plan(edited(*changes))
+    assert found.faults == ()
+    assert any(text.startswith("nothing keeps policy.slo_ms of 0.001 ms on 20mbit/30ms") for text in found.remarks)
+    assert not any("slo_ms" in text for text in check_plan(edited(changes[0], ("slo_ms: null", "slo_ms: 1e5"))).remarks)
+
+
+def test_a_rival_that_is_far_sooner_than_a_pinned_cut_is_no_tie(edited: Any) -> None:
+    remarks = check_plan(edited(("  pin: null", "  pin: c1"))).remarks
+    beside = [found for text in remarks for found in re.findall(r"now: .*?staying local takes \S+ ms (\(.*?\))", text)]
+    assert beside
+    assert all(re.fullmatch(r"\(\d+ ms sooner\)", one) for one in beside), beside
 
 
 def test_a_tensor_that_the_model_has_not_is_named_with_its_cut(edited: Any) -> None:

@@ -127,6 +127,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(small_net: Any, tmp_path: 
             r"takes float32 \[N, 1, 12, 12\], x in the data is int64 \[N, 1, 5, 1\]",
             {"data": {"x": net.x[:, :, :5, :1].astype(np.int64)}},
         ),
+        (NotFound, "taken has no data.yaml that says how its images become inputs", {"data": taken}),
         (FormatError, "1 of 3 samples in x hold NaN or infinity", {"data": {"x": with_infinity(net.x[:3])}}),
         (UsageError, "exists and is no split plan", {"out": taken}),
         (UsageError, "the slowdown is 0.5", {"slowdown": 0.5}),

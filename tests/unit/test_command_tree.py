@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import typer
 
+from cloud.cli import run
 from cloud.cli.app import build
 from skills import errors
 
@@ -75,6 +76,30 @@ def test_every_command_explains_itself_with_an_example(path: tuple[str, ...]) ->
 )
 def test_every_command_prints_json_and_can_be_quiet_or_talkative(path: tuple[str, ...]) -> None:
     assert {"--json", "--quiet", "-q", "--debug"} <= options(ALL[path])
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: " ".join(path) or "skerry")
+def test_every_command_answers_help_and_refuses_an_unknown_option(
+    path: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*path, "--help"]) == 0
+    assert f"Usage: {' '.join(('skerry', *path))} " in capsys.readouterr().out
+    assert run([*path, "--bogus"]) == 2
+    assert "no such option: --bogus" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["check", "joint", "stages"])
+def test_a_command_below_split_says_what_it_lacks_and_what_it_does_not_know(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hint = f"(see: skerry split {name} --help)"
+    assert run(["split", name]) == 2
+    assert re.search(rf"missing argument '\w+' {re.escape(hint)}", capsys.readouterr().err)
+    assert run(["split", name, "plan", "--bogus"]) == 2
+    err = capsys.readouterr().err
+    assert "no such option: --bogus" in err
+    assert hint in err
+    assert run(["split", name, "plan", "--help"]) == 0
 
 
 def written_calls() -> Iterator[tuple[str, str]]:
