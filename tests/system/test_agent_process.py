@@ -199,7 +199,7 @@ async def test_a_worker_that_crashes_says_how_and_what_it_wrote_last(tiny_skill,
         ),
         ("import no_such_thing\n", "ModuleNotFoundError"),
         ("x = 1\n", "has no function 'twice'"),
-        ("def twice(:\n", "SyntaxError"),
+        ("def twice(:\n", "twice.py line 1: invalid syntax"),
     ],
 )
 async def test_bad_control_code_is_one_sentence_and_no_dead_agent(tiny_skill, tmp_path, code, reason):
