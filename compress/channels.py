@@ -182,6 +182,14 @@ def macs(model: Any) -> dict[str, int]:
     return {node: count for node, count, _ in _layers(model, 1)}
 
 
+def countable(model: Any) -> bool:
+    """Return whether the weights of every layer that has them by nature are constants, so that they can be counted."""
+    values = graph.arrays(model)
+    return all(
+        node.input[1] in values for node in model.graph.node if node.op_type in ("Conv", "ConvTranspose", "Gemm")
+    )
+
+
 def work(model: Any, block: int) -> int:
     """Return what a sample takes, in multiplications: kernels compute whole blocks of channels, and write outputs."""
     return sum(count + WRITING * outputs for _, count, outputs in _layers(model, block))

@@ -7,7 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from compress import Goal, channels, judge, measure
 from compress.converters.environment import Environment
@@ -18,12 +18,14 @@ from compress.html import page
 from compress.judge import Emitted, Judged, Original
 from compress.lineage import lineage, parents
 from compress.measure import Runner
+from compress.passes.canonicalise import canonicalise
 from compress.pieces import pieces
 from compress.recipe import Recipe, RecipeLayer
 from compress.report import Baseline, DataLevel, Details, LayerRow, Moment, Point, Report, Result
 from compress.scheme import Scheme
 from compress.stage import Stage, write
 from skills import ort, zstd
+from skills.errors import FormatError
 from skills.files import sha256_hex
 from skills.profile import Profile
 from skills.wire import encode_json
@@ -78,7 +80,7 @@ def report(run: Run, walked: Sequence[Judged], all_judged: Sequence[Judged], pla
     before, after = (
         original.metric.of(answers, run.splits.report, original.report) for answers in (original.report, chosen.answers)
     )
-    size, package = len(original.stripped), len(zstd.compress(original.stripped, PACKAGE_LEVEL))
+    size, package = original.size, len(zstd.compress(original.stripped, PACKAGE_LEVEL))
     small, small_package = len(emitted.file), len(zstd.compress(emitted.file, PACKAGE_LEVEL))
     baseline = Baseline(
         round(before, 6), original.source.bytes_input, size, package,
@@ -99,8 +101,8 @@ def report(run: Run, walked: Sequence[Judged], all_judged: Sequence[Judged], pla
         pieces_before=pieces(original.stripped),
         pieces_after=pieces(emitted.file) if run.profile.runtime == "onnxruntime" else {},
         bytes_plain=len(plain.file) if plain is not None else None,
-        weights=(_total(channels.params(_float(original))), _total(channels.params(emitted.state.model))),
-        macs=(_total(channels.macs(_float(original))), _total(channels.macs(emitted.state.model))),
+        weights=counted(channels.params, original.stripped, emitted.state.model),
+        macs=counted(channels.macs, original.stripped, emitted.state.model),
         samples_for_proof=_samples_for_proof(walked, run.max_drop),
         least_runtime=f"onnxruntime {_version(least_runtime(scheme))}"
         if scheme is not None and run.profile.runtime == "onnxruntime" else "",
@@ -115,18 +117,18 @@ def report(run: Run, walked: Sequence[Judged], all_judged: Sequence[Judged], pla
 
 
 def front(judged: Sequence[Judged], chosen: Judged) -> list[Judged]:
-    """Return the chosen file and those that no other beats in both size and drop, the largest first. Pure."""
+    """Return the chosen file and those that no other beats in both size and drop, the largest first. Pure.
+
+    Of files of the same size and drop there is one: the chosen one or the first.
+    """
+    places: dict[tuple[int, float], Judged] = {}
+    for one in (chosen, *judged):
+        places.setdefault((len(one.emitted.file), one.drop.points), one)
     kept = [
         one
-        for one in judged
+        for (size, points), one in places.items()
         if one is chosen
-        or not any(
-            other is not one
-            and len(other.emitted.file) <= len(one.emitted.file)
-            and other.drop.points <= one.drop.points
-            and (len(other.emitted.file), other.drop.points) != (len(one.emitted.file), one.drop.points)
-            for other in judged
-        )
+        or not any(other != (size, points) and other[0] <= size and other[1] <= points for other in places)
     ]
     return sorted(kept, key=lambda one: -len(one.emitted.file))
 
@@ -212,10 +214,19 @@ def _model_file(profile: Profile) -> Literal["model.onnx", "model.tflite"]:
     return "model.tflite" if profile.runtime == "litert" else "model.onnx"
 
 
-def _float(original: Original) -> object:
+def counted(count: Callable[[Any], Mapping[str, int]], original: bytes, after: object) -> tuple[int, int] | None:
+    """Return a count of the original and of what came out, None where the original's cannot be made.
+
+    It is counted in its canonical form: in the file, weights may stand behind nodes that only pass them on.
+    """
     import onnx
 
-    return onnx.load_model_from_string(original.stripped)
+    try:
+        canonical = canonicalise(onnx.load_model_from_string(original))
+    except FormatError:
+        return None
+    before = sum(count(canonical).values())
+    return (before, sum(count(after).values())) if before and channels.countable(canonical) else None
 
 
 def _samples_for_proof(walked: Sequence[Judged], max_drop: float) -> int | None:
@@ -231,10 +242,6 @@ def _stored(scheme: Scheme | None) -> tuple[str, ...]:
     rows = ", ".join(f"{counts[bits]} in {bits:g} bits" for bits in sorted(counts, reverse=True))
     needs = f" Such weights need onnxruntime {_version(least_runtime(scheme))} or newer." if min(counts) < 8 else ""
     return (f"Layers are stored as follows: {rows}.{needs}",)
-
-
-def _total(counts: Mapping[str, int]) -> int:
-    return sum(counts.values())
 
 
 def _version(numbers: Sequence[int]) -> str:

@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 ARRAYS = ("x", "y", "x_train", "y_train", "groups", "groups_train")
 MAX_INPUT_BYTES = 4 << 30  # all preprocessed inputs together: they are kept in memory
 SYNTHETIC_SAMPLES = 100
-NO_DATA = (
-    "No data was given: only the weights are compressed, and the figures tell how far the answers to made-up inputs "
-    "moved, not what accuracy is kept."
-)
 
 AskedMetric = str | Callable[[Array, Array], Any]  # a name in `metrics.METRICS`, or (outputs, y) -> marks or one number
 

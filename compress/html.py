@@ -63,7 +63,7 @@ def _folded(summary: str, inner: str, *, open_: bool) -> str:
 
 def _head(report: Report) -> str:
     details = report.details
-    word = words.VERDICTS[report.verdict][0]
+    word = words.title(report)
     level = words.LEVELS[details.data_level]
     tiles = (
         (f"{report.ratio_file:.1f}×", "smaller file"),
@@ -75,10 +75,14 @@ def _head(report: Report) -> str:
     return (
         f'<header><p class="soft">compressed for {escape(report.device)}, at most {escape(words.points(report, details.max_drop))} '
         f"of drop, in {duration(report.seconds)}</p>"
-        f'<h1>{escape(details.model)} <span class="verdict{KINDS[report.verdict]}">{word}</span></h1>'
+        f'<h1>{escape(details.model)} <span class="verdict{_kind(report)}">{word}</span></h1>'
         f'<p class="lead">{escape(words.headline(report))}</p><p>{escape(words.meaning(report))}'
         f'{" " + escape(level) if level else ""}</p></header><div class="tiles">{boxes}</div>'
     )
+
+
+def _kind(report: Report) -> str:
+    return KINDS["within_budget_unproven" if words.title(report) == words.MADE_UP else report.verdict]
 
 
 def _threads(report: Report) -> str:

@@ -32,6 +32,11 @@ class Original:
     teacher: Runner
     teacher_sha256: str = ""  # of the model given for that
 
+    @property
+    def size(self) -> int:
+        """Return the bytes that ratios are over: without what does not compute, or as given where that is less."""
+        return min(len(self.stripped), self.source.bytes_input)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Emitted:

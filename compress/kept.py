@@ -19,6 +19,7 @@ def pack(state: State) -> bytes:
     """Return all of a state but the models that were only tried."""
     arrays: dict[str, Array] = {"model": np.frombuffer(state.model.SerializeToString(), np.uint8)}
     head: dict[str, Any] = {"notes": state.notes, "passes": state.passes, "choices": dict(state.choices)}
+    head["cut_short"] = state.cut_short
     head["harm"] = {node: list(row.items()) for node, row in state.harm.items()}
     if state.statistics is not None:
         head["seen"] = []
@@ -50,6 +51,7 @@ def unpack(raw: bytes, profile: Profile) -> State:
         onnx.load_model_from_string(arrays["model"].tobytes()), statistics, schemes[0] if schemes else None, tuple(head["notes"]),
         {node: dict(row) for node, row in head["harm"].items()},
         passes=tuple(head["passes"]), choices=head["choices"], bolder=tuple(schemes[1:]),
+        cut_short=head.get("cut_short", False),
     )  # fmt: skip
 
 

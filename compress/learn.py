@@ -133,7 +133,7 @@ def climb(model: Any, lesson: Lesson, planned: Sequence[Stage] | None = None) ->
         else:
             settings = _settings(student, views, lesson, usual, at)
             if settings.steps == 0:
-                return
+                return  # `ladder.batch` of inputs are too few for one step, or the time is too short
         plan = encode_json(write(at, Stage(shrink, bits, settings, views.count)))
         if known is None:
             lesson.put(f"harm-{at}", json.dumps({node: list(row.items()) for node, row in harm.items()}).encode())

@@ -56,7 +56,11 @@ def load(model: object, weights: Path | None, sample: Array | None) -> Source:
             raise FormatError(f"{path} is neither .onnx nor .pt2: give one, or file.py:factory of a torch module")
         data = read_bytes(path, "the model", MAX_MODEL_BYTES)
         if path.suffix == ".onnx":
-            return Source(check(data, str(path), path.parent), path.name, sha256_hex(data), len(data))
+            found = check(data, str(path), path.parent)
+            beside = sum(
+                len(item.raw_data) for item in found.graph.initializer
+            )  # more than the file: weights lie beside it
+            return Source(found, path.name, sha256_hex(data), max(len(data), beside))
         return Source(
             check(export_program(data, str(path), sample), str(path), None), path.name, sha256_hex(data), len(data)
         )

@@ -47,6 +47,7 @@ class State:
     passes: tuple[str, ...] = ()
     choices: Mapping[str, str] = dataclasses.field(default_factory=dict)
     bolder: tuple[Scheme, ...] = ()
+    cut_short: bool = False  # the time ended before the search for stored bits did
 
     def seen(self) -> Statistics:
         """Return the statistics; a pass that needs them runs after `ranges`."""

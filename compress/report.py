@@ -17,7 +17,7 @@ class Baseline:
 
     metric: float
     bytes_input: Annotated[int, Doc("what the user gave")]
-    bytes_file: Annotated[int, Doc("the same without metadata and dead initializers")]
+    bytes_file: Annotated[int, Doc("the same without metadata and dead initializers, if that is less")]
     bytes_package: Annotated[int, Doc("that file in zstd level 19")]
     latency_ms_p50: float
     latency_ms_p90: float
@@ -151,11 +151,17 @@ class Report:
     seconds: float
     details: Details
 
+    @property
+    def inputs_made_up(self) -> bool:
+        """Return whether there was no data: every figure of accuracy is then of made-up inputs and says nothing of real ones."""
+        return self.details.data_level == "none"
+
     def to_json(self) -> dict[str, object]:
         """Return exactly the keys of `report.json`, all of them."""
         keys = [field.name for field in dataclasses.fields(self) if field.name != "details"]
         values = {key: getattr(self, key) for key in keys}
         values["baseline"], values["result"] = dataclasses.asdict(self.baseline), dataclasses.asdict(self.result)
+        values["inputs_made_up"], values["warnings"] = self.inputs_made_up, self.details.warnings
         plain: dict[str, object] = to_plain(values)
         return plain
 

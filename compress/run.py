@@ -57,6 +57,7 @@ from skills import ort
 from skills.errors import FormatError, SkerryError, UsageError
 from skills.files import sha256_file, sha256_hex
 from skills.profile import Profile
+from skills.units import duration
 from skills.wire import encode_json
 
 PASSES: tuple[Pass, ...] = (CANONICALISE, RANGES, EQUALIZE, PLACE, GUARD, BIAS, BITS, WEIGHT_ONLY)
@@ -113,6 +114,7 @@ def run(
         planned=again,
     )  # fmt: skip
     learns = splits.train is not None and not samples.synthetic and not _whole_numbers(original)
+    warnings = (*warnings, *_untaught(original, splits, again))
     work.calibrated = min(1.0, max(CALIBRATED_SHARE, CALIBRATED_S / budget)) if learns else 1.0
     if samples.synthetic:
         passes = WEIGHTS_ONLY
@@ -190,11 +192,17 @@ def _searched(
     if plain is not None:
         candidates.insert(0, writer.write("plain int8", plain))
     work.found(candidates[-1], original)
+    if state.cut_short:
+        work.left_out.append(
+            "The time ended before the search for stored bits did: with more, the file may become smaller."
+        )
     for at, scheme in enumerate(state.bolder):
         candidates.append(writer.write(f"bolder {at + 1}", dataclasses.replace(state, scheme=scheme)))
     trained: list[Emitted] = []
     if learns:
+        begun = False
         for reached in _climb(state, bench, original, work):
+            begun = True
             name = f"trained {len(reached.stages)}"
             try:
                 emitted = _trained(name, reached, state, bench, work, writer)
@@ -206,6 +214,8 @@ def _searched(
             work.found(emitted, original)
             if emitted.drop_select > ladder.HOPELESS * max(bench.max_drop, 1.0):
                 break
+        if not begun:
+            work.left_out.append(_not_begun(len(bench.splits.train or ()), work, original))
     return (candidates, trained), candidates[0] if plain is not None else None
 
 
@@ -308,7 +318,7 @@ class _Work:
 
     def found(self, emitted: Emitted, original: Original) -> None:
         """Keep a candidate on the disk as the best so far and say so."""
-        ratio = len(original.stripped) / len(emitted.file)
+        ratio = original.size / len(emitted.file)
         minutes = (time.monotonic() - self.began) / 60
         self.trail.append(Moment(round(minutes, 2), round(ratio, 3), round(emitted.drop_select, 4), emitted.name))
         self.best = f"{ratio:.1f}x smaller, {emitted.drop_select:+.2f} points on select"
@@ -479,7 +489,7 @@ def _whole_numbers(original: Original) -> bool:
 
 def _warnings(original: Original, splits: Splits, samples: Data) -> tuple[str, ...]:
     if samples.synthetic:
-        return (data.NO_DATA,)
+        return ()  # the verdict itself says it
     found = []
     # A user's own metric that fails does so here, before anything is searched.
     right = original.metric.of(original.report, splits.report, original.report)
@@ -490,8 +500,34 @@ def _warnings(original: Original, splits: Splits, samples: Data) -> tuple[str, .
             f"guessing gives {guess[0]:.1%}: is the data preprocessed as in training, and are the labels in the model's order?"
         )
     elif original.metric.name in ("agreement", "cosine"):
-        found.append(f"The data has no labels: the metric is {original.metric.name} with the original, not accuracy.")
+        what = "The metric" if splits.report.y is not None else "The data has no labels: the metric"
+        found.append(f"{what} is {original.metric.name} with the original, not accuracy.")
     return tuple(found)
+
+
+def _untaught(original: Original, splits: Splits, again: Recipe | None) -> tuple[str, ...]:
+    """Return why what was given to train with is not used, where that is known from the start."""
+    teacher = bool(original.teacher_sha256)
+    if again is not None and not again.training:
+        return ("The teacher was not used: the recipe trains nothing.",) if teacher else ()
+    if splits.train is None:
+        return ("The teacher was not used: without training inputs (x_train) nothing is trained.",) if teacher else ()
+    if again is None and _whole_numbers(original):
+        said = "Nothing was trained: the model answers in whole numbers, from which training cannot learn."
+        return (f"{said} The teacher was not used." if teacher else said,)
+    return ()
+
+
+def _not_begun(inputs: int, work: _Work, original: Original) -> str:
+    """Return why not even one rung was climbed."""
+    if inputs < ladder.batch(inputs):
+        return f"Nothing was trained: {inputs} inputs are left for training, one step takes {ladder.batch(inputs)}."
+    gone = duration(time.monotonic() - work.began)
+    teacher = ", and the teacher was not used" if original.teacher_sha256 else ""
+    return (
+        f"The time ended before training began: {gone} of {duration(work.budget)} had gone by, "
+        f"{duration(ENDING_S)} are kept for judging and timing, and the rest was too short. Nothing was trained{teacher}."
+    )
 
 
 def _inputs(original: Original, profile: Profile, recipe: Path | None) -> dict[str, str]:

@@ -18,11 +18,11 @@ VERDICTS = {
     "not_reached": ("Not reached", "the best model found loses more than the budget allows"),
 }  # fmt: skip
 BEFORE_IT = "the interval is inside the budget, that of a less compressed model looked at before it is not, and proof stops there"
+MADE_UP = "Accuracy not known"  # in place of a verdict's title
 FITTED = "samples that nothing was fitted to (only which finished candidate is the result was read off them)"
 LEVELS: dict[DataLevel, str] = {
-    "none": "No data was given: only the weights were compressed, and how much accuracy is kept is not known. The figures tell "
-    "how far the answers to made-up inputs moved.",
-    "unlabelled": "The data has no labels: accuracy here means to answer as the original does.",
+    "none": "",  # the verdict says it
+    "unlabelled": "",  # a warning says it
     "calibration": "There was no training data, so nothing was trained; with some (x_train), more can be reached.",
     "training": "",
 }
@@ -30,7 +30,8 @@ LEVELS: dict[DataLevel, str] = {
 
 def metric_words(report: Report) -> str:
     """Return what was measured; a user's own metric goes by its name."""
-    return METRICS.get(report.metric_name, report.metric_name)
+    name = METRICS.get(report.metric_name, report.metric_name)
+    return f"{name} (made-up inputs)" if report.inputs_made_up else name
 
 
 def metric_value(report: Report, value: float) -> str:
@@ -48,6 +49,8 @@ def points(report: Report, drop: float) -> str:
 
 def lost(report: Report) -> str:
     """Return what became of accuracy: `0.62 points lost`."""
+    if report.inputs_made_up:
+        return "accuracy not known"
     if abs(report.drop) < 0.005:
         return "nothing lost"
     return f"{points(report, report.drop)} {'lost' if report.drop > 0 else 'won'}"
@@ -65,16 +68,23 @@ def headline(report: Report) -> str:
     before, after = report.baseline, report.result
     return (
         f"{readable(before.bytes_file)} came in, {readable(after.bytes_file)} came out: {report.ratio_file:.1f} times smaller "
-        f"and {times(report.speedup)}, {lost(report)}."
+        f"and {times(report.speedup)}{'' if report.inputs_made_up else f', {lost(report)}'}."
     )
+
+
+def title(report: Report) -> str:
+    """Return the verdict in a few words; without data there is one only where even made-up inputs are answered otherwise."""
+    return MADE_UP if report.inputs_made_up and report.verdict != "not_reached" else VERDICTS[report.verdict][0]
 
 
 def meaning(report: Report) -> str:
     """Return what the verdict rests on and what would make it firmer."""
     low, high = report.drop_ci95
-    inputs = "made-up inputs" if report.details.data_level == "none" else FITTED
+    if report.inputs_made_up:
+        said = sense(report)
+        return f"{said[0].upper()}{said[1:]}."
     return (
-        f"Measured on {report.n_report:,} {inputs}, the drop is {report.drop:+.2f} with a 95 % "
+        f"Measured on {report.n_report:,} {FITTED}, the drop is {report.drop:+.2f} with a 95 % "
         f"interval from {low:+.2f} to {high:+.2f} {report.details.unit}; the budget is {report.details.max_drop:g}: "
         f"{sense(report)}.{proof(report)}"
     )
@@ -82,6 +92,9 @@ def meaning(report: Report) -> str:
 
 def sense(report: Report) -> str:
     """Return why the verdict is what it is, without a capital and a full stop."""
+    if report.inputs_made_up:
+        moved = f"the drop in answers to {report.n_report:,} made-up inputs is {report.drop:+.2f} {report.details.unit}"
+        return f"no data was given, so only the weights were compressed; {moved}, which says nothing about real ones"
     if report.verdict == "within_budget_unproven" and report.drop_ci95[1] <= report.details.max_drop:
         return BEFORE_IT
     return VERDICTS[report.verdict][1]
@@ -89,7 +102,7 @@ def sense(report: Report) -> str:
 
 def proof(report: Report) -> str:
     """Return how many samples would prove an unproven drop, as a sentence behind another."""
-    if report.verdict != "within_budget_unproven":
+    if report.verdict != "within_budget_unproven" or report.inputs_made_up:
         return ""
     needed = report.details.samples_for_proof
     if needed is None:

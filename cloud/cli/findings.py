@@ -45,9 +45,15 @@ def compressed(report: "Report") -> Group:
         words.metric_words(report),
         words.metric_value(report, before.metric),
         words.metric_value(report, after.metric),
-        f"{interval}, on {report.n_report:,} inputs",
+        f"{interval}, on {report.n_report:,} {'made-up ' if report.inputs_made_up else ''}inputs",
     )
-    quicker = f"{report.speedup:.2f}× faster" if report.speedup >= 1 else f"{1 / report.speedup:.2f}× SLOWER"
+    quicker = (
+        "as fast"
+        if 0.98 <= report.speedup < 1.005
+        else f"{report.speedup:.2f}× faster"
+        if report.speedup >= 1
+        else f"{1 / report.speedup:.2f}× SLOWER"
+    )
     made.add_row(
         "latency p50",
         f"{before.latency_ms_p50:.3f} ms",
@@ -61,12 +67,13 @@ def compressed(report: "Report") -> Group:
         f"{report.threads} thread, batch {report.batch}, {report.device}",
     )
     made.add_row("load", f"{before.load_ms:.0f} ms", f"{after.load_ms:.0f} ms", "")
-    title = words.VERDICTS[report.verdict][0]
     level = words.LEVELS[report.details.data_level]
+    unknown = words.title(report) == words.MADE_UP
+    colour = VERDICT_COLOURS["within_budget_unproven" if unknown else report.verdict]
     return Group(
         made,
         Text(words.headline(report), "bold"),
-        Text(f"{title}: {words.sense(report)}.{words.proof(report)}", VERDICT_COLOURS[report.verdict]),
+        Text(f"{words.title(report)}: {words.sense(report)}.{words.proof(report)}", colour),
         *([Text(level, "dim")] if level else []),
         *(Text(f"warning: {text}", "yellow") for text in report.details.warnings),
     )

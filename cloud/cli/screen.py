@@ -20,6 +20,7 @@ from skills.units import duration
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+ROOMY_COLUMNS = 110  # from here on the progress line has its title and a longer bar
 PLAIN_COLUMNS = 120  # a file or a pipe has no width; tables of this width stay readable
 
 Step = Callable[[str, float], None]
@@ -90,19 +91,28 @@ class Screen:
             yield lambda text, share: None
             return
         from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+        from rich.table import Column
 
         class Left(ProgressColumn):
             def render(self, task: Task) -> "RenderableType":
                 return duration(max(0.0, (budget_s or 0.0) - (task.elapsed or 0.0))) + " left"
 
+        def fixed(wide: int) -> Column:
+            return Column(width=wide, no_wrap=True)
+
+        console = self.err
+        roomy = console.width >= ROOMY_COLUMNS
+        bar_width = 28 if roomy else 10
         columns = (
-            TextColumn("[bold]{task.fields[title]}"),
-            BarColumn(bar_width=28),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TimeElapsedColumn() if budget_s is None else Left(),
-            TextColumn("[dim]{task.description}"),
-        )
-        with Progress(*columns, console=self.err, transient=True) as bar:
+            *([TextColumn("[bold]{task.fields[title]}")] if roomy else []),
+            BarColumn(bar_width=bar_width, table_column=fixed(bar_width)),
+            TextColumn("{task.percentage:>3.0f} %", table_column=fixed(5)),
+            TimeElapsedColumn(table_column=fixed(8))
+            if budget_s is None
+            else Left(fixed(11 if budget_s < 3000 else 16)),
+            TextColumn("[dim]{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+        )  # what is too long for the line is shortened in the text, never in the numbers
+        with Progress(*columns, console=console, transient=True, expand=True) as bar:
             task = bar.add_task("", total=1.0, title=title)
             yield lambda text, share: bar.update(task, description=text, completed=min(max(share, 0.0), 1.0))
 

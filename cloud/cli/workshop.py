@@ -77,7 +77,7 @@ def compress(
         typer.Option(
             "--time-budget",
             metavar="TIME",
-            help="How long it may take, like 90s, 30m or 1h30m.",
+            help="How long it may take, like 90s, 30m or 1h30m. Where it is short, judging and timing at the end come on top.",
             show_default="30m",
         ),
     ] = None,
@@ -110,11 +110,11 @@ def compress(
     aim = cast(Goal, goal)
     budget_s = None if time_budget is None else parse_duration(time_budget)
     if data is None:
-        screen.say("no --data: only the weights are compressed, and nothing can be said about accuracy")
+        screen.say("no --data: only the weights are compressed")
     with screen.progress("compressing", budget_s or TIME_BUDGET_S) as step:
 
         def tell(stage: str, share: float, best: str) -> None:
-            step(f"{stage} · best so far: {best}" if best else stage, share)
+            step(f"{short(best)} · {stage}" if best else stage, share)
 
         try:
             report = run(
@@ -128,6 +128,12 @@ def compress(
     screen.result(report.to_json(), lambda: findings.compressed(report))
     screen.say(f"[dim]{out / 'report.html'} shows it layer by layer[/dim]")
     report.reached()
+
+
+def short(best: str) -> str:
+    """Return the best so far in a few characters, for a line that has to say more: `best 3.9x, +0.00`."""
+    ratio, _, drop = best.partition(" smaller, ")
+    return " ".join(("best", f"{ratio}, {drop.split()[0]}" if drop else best))
 
 
 def interrupted(out: Path) -> str:

@@ -99,6 +99,7 @@ class Search:
         self.tried: list[Candidate] = []
         self.fits: dict[str, dict[float, Fit]] = {}
         self.harm: dict[str, dict[float, float]] = {}
+        self.cut_short = False  # the time ended first
 
     def able(self) -> list[Layer]:
         """Return the layers that may be stored narrower."""
@@ -137,6 +138,7 @@ class Search:
         probe = min((bits for bits in self.allowed if bits < 8), key=lambda bits: abs(bits - PROBE))
         for at, layer in enumerate(self.able()):
             if self.bench.left() <= 0:
+                self.cut_short = True
                 return False
             self.harm[layer.node] = self._harm(layer, plain, probe)
             self._say(0.2 + 0.2 * (at + 1) / len(able))
@@ -213,7 +215,7 @@ class Search:
         fits = max(at for at in found if at < fails)
         harm = limit / POINTS_A_NAT
         took = 0.0  # a model that cannot be finished in time is not begun
-        while fails - fits > 1 and self.bench.left() > took:
+        while fails - fits > 1:
             began = time.monotonic()
             if fits == 0 or fails == len(choices):  # no bracket yet: look where the sum of harms says, then further out
                 at = int(np.searchsorted([choice.harm for choice in choices], harm))
@@ -223,6 +225,9 @@ class Search:
             else:
                 middle = (choices[fits].size + choices[fails].size) / 2
                 at = next(k for k in range(fits + 1, fails) if choices[k].size <= middle or k == fails - 1)
+            if self.bench.left() <= took:
+                self.cut_short = True
+                break
             found[at] = self.rebuilt(choices[at], 0.4 + 0.55 * min(1.0, len(self.tried) / 14))
             took = time.monotonic() - began
             fits, fails, harm = (at, fails, 3 * harm) if found[at].drop <= limit else (fits, at, harm / 3)
@@ -250,7 +255,7 @@ def _run(state: State, bench: Bench) -> State:
     note = f"To choose the stored bits, {len(search.tried)} whole models were tried."
     return dataclasses.replace(
         state, scheme=scheme, bolder=bolder, notes=(*state.notes, note), harm=search.harm,
-        tried=(*state.tried, *search.tried),
+        tried=(*state.tried, *search.tried), cut_short=search.cut_short,
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from skills.wire import decode_yaml
 
 KEYS = {
     "metric_name", "verdict", "drop", "drop_ci95", "n_report", "baseline", "result", "ratio_file", "ratio_package",
-    "speedup", "device", "threads", "batch", "seconds",
+    "speedup", "device", "threads", "batch", "seconds", "inputs_made_up", "warnings",
 }  # fmt: skip
 BASELINE = {"metric", "bytes_input", "bytes_file", "bytes_package", "latency_ms_p50", "latency_ms_p90", "load_ms"}
 RESULT = BASELINE - {"bytes_input"}
@@ -112,7 +112,47 @@ def test_without_labels_the_metric_is_agreement_and_the_report_says_so(
     report = run(tmp_path / "model.onnx", {"x": net.x}, tmp_path / "out", device="x86-avx2", max_drop=5.0)
     assert report.metric_name == "agreement"
     assert report.baseline.metric == 1.0
-    assert any("no labels" in warning for warning in report.details.warnings)
+    assert sum("no labels" in warning for warning in report.details.warnings) == 1
+    assert report.baseline.bytes_file <= report.baseline.bytes_input
+
+
+def test_without_data_the_report_says_that_its_inputs_were_made_up(
+    small_net: Callable[[str], Any], tmp_path: Path
+) -> None:
+    (tmp_path / "model.onnx").write_bytes(small_net("plain").model.SerializeToString())
+    report = run(tmp_path / "model.onnx", None, tmp_path / "out", device="x86-avx2", max_drop=5.0)
+    written = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert written["inputs_made_up"] is True
+    assert written["warnings"] == list(report.details.warnings)
+    assert (tmp_path / "out" / "report.html").read_text().lower().count("no data was given") == 1
+
+
+def test_a_time_that_ends_before_training_or_the_search_does_is_said(
+    small_net: Callable[[str], Any], tmp_path: Path
+) -> None:
+    net = small_net("plain")
+    (tmp_path / "model.onnx").write_bytes(net.model.SerializeToString())
+    given = {"x": net.x[:200], "y": net.y[:200], "x_train": net.x[200:700]}
+    report = run(
+        tmp_path / "model.onnx", given, tmp_path / "out", device="x86-avx2", max_drop=5.0, time_budget=0.1,
+        teacher=tmp_path / "model.onnx",
+    )  # fmt: skip
+    (training,) = [said for said in report.details.warnings if "before training began" in said]
+    assert "the teacher was not used" in training
+    assert any("before the search for stored bits did" in said for said in report.details.warnings)
+
+
+def test_a_teacher_without_training_inputs_is_said_to_be_unused(
+    small_net: Callable[[str], Any], tmp_path: Path
+) -> None:
+    net = small_net("plain")
+    (tmp_path / "model.onnx").write_bytes(net.model.SerializeToString())
+    report = run(
+        tmp_path / "model.onnx", {"x": net.x, "y": net.y}, tmp_path / "out", device="x86-avx2", max_drop=5.0,
+        teacher=tmp_path / "model.onnx",
+    )  # fmt: skip
+    assert any(said.startswith("The teacher was not used") for said in report.details.warnings)
+    assert not any("The time ended" in said for said in report.details.warnings)
 
 
 def test_a_budget_that_cannot_be_kept_is_not_reached_and_the_best_is_written(

@@ -100,5 +100,7 @@ def test_no_point_of_the_front_is_beaten_and_the_chosen_one_is_always_there(
             and (len(other.emitted.file) < len(one.emitted.file) or other.drop.points < one.drop.points)
         ]
         assert one is chosen or not beaten
+    places = [(len(one.emitted.file), one.drop.points) for one in shown]
+    assert len(places) == len(set(places))
     sizes = [len(one.emitted.file) for one in shown]
     assert sizes == sorted(sizes, reverse=True)

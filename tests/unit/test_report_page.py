@@ -102,8 +102,9 @@ def test_report_json_has_exactly_the_documented_keys() -> None:
     written = json.loads(json.dumps(full(5).to_json()))
     assert list(written) == [
         "metric_name", "verdict", "drop", "drop_ci95", "n_report", "baseline", "result", "ratio_file", "ratio_package",
-        "speedup", "device", "threads", "batch", "seconds",
+        "speedup", "device", "threads", "batch", "seconds", "inputs_made_up", "warnings",
     ]  # fmt: skip
+    assert (written["inputs_made_up"], written["warnings"]) == (False, ["warned"])
     sizes = ["bytes_file", "bytes_package", "latency_ms_p50", "latency_ms_p90", "load_ms"]
     assert list(written["baseline"]) == ["metric", "bytes_input", *sizes]
     assert list(written["result"]) == ["metric", *sizes]
@@ -138,7 +139,7 @@ def test_the_page_comes_out_for_every_verdict_metric_and_level_of_data(
 ) -> None:
     text = page(report(verdict, metric, data_level=level, unit=unit))
     Page(text)
-    assert words.VERDICTS[verdict][0] in text
+    assert (words.MADE_UP if level == "none" and verdict != "not_reached" else words.VERDICTS[verdict][0]) in text
     assert words.LEVELS[level] in text  # type: ignore[index]
     assert "<metric>" not in text
 
@@ -154,6 +155,23 @@ def test_the_terminal_says_the_same_as_the_page(metric: str) -> None:
     for part in (words.headline(unproven), "about 8,400 samples", words.LEVELS["unlabelled"], "warning: slow"):
         assert part in said
     assert words.metric_words(unproven) in said
+
+
+@pytest.mark.parametrize("verdict", ["proven", "within_budget_unproven"])
+@pytest.mark.parametrize("drop", [0.0, 0.6])
+def test_without_data_nothing_is_said_of_accuracy_but_that_it_is_not_known(verdict: str, drop: float) -> None:
+    blind = dataclasses.replace(report(verdict, "agreement", data_level="none", samples_for_proof=1200), drop=drop)
+    out = io.StringIO()
+    Console(file=out, width=160).print(findings.compressed(blind), markup=False)
+    for said in (page(blind), " ".join(out.getvalue().split())):
+        assert not [
+            wrong for wrong in ("nothing lost", "would be", "points lost", "Proven", "not proven") if wrong in said
+        ]
+        assert said.lower().count("no data was given") == 1
+        assert words.headline(blind).endswith("3.0 times as fast.")
+        assert words.MADE_UP in said
+    assert blind.to_json()["inputs_made_up"] is True
+    assert blind.to_json()["verdict"] == verdict
 
 
 def test_an_unproven_result_says_how_many_samples_a_proof_would_need() -> None:

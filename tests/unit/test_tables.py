@@ -2,12 +2,14 @@
 
 import io
 import json
+import re
 
 import pytest
 from rich.console import Console
 
 from cloud.cli import tables
 from cloud.cli.screen import Manner, Screen
+from cloud.cli.workshop import short
 from cloud.demo.claims import Claims
 from cloud.demo.facts import Times
 from cloud.views import DeviceView, MemberView, RolloutView
@@ -96,6 +98,30 @@ def test_where_no_terminal_is_nothing_moves() -> None:
     screen.result(None, "done [/x]")
     screen.say("a path with [/x] in it")
     assert (out.getvalue(), err.getvalue()) == ("done [/x]\n", "remark\na path with [/x] in it\n")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("budget_s", [None, 1800.0, 20_000.0])
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_progress_line_keeps_its_numbers_and_its_width_whatever_is_said(
+    columns: int, budget_s: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    err = Terminal()
+    with Screen(Manner(), io.StringIO(), err).progress("compressing", budget_s) as step:
+        step(f"{short('3.9x smaller, +0.00 points on select')} · training: {'weighing ' * 20}", 0.45)
+    said = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", err.getvalue())
+    lines = [line.strip() for line in re.split(r"[\r\n]", said) if line.strip()]
+    assert lines
+    assert all(len(line) <= columns for line in lines)
+    assert " 45 % " in lines[-1]
+    assert ("left" if budget_s else "0:00:0") in lines[-1]
+    assert "best 3.9x, +0.00 · training" in lines[-1]
 
 
 def test_a_claim_that_does_not_hold_ends_the_story_with_it() -> None:
