@@ -72,10 +72,10 @@ def tell(scene: Scene) -> tuple[Smaller, Workpiece]:
     scene.claim(f"at least {LEAST_SMALLER:g}× smaller", report.ratio_file >= LEAST_SMALLER, f"{report.ratio_file:.1f}×")
     scene.claim(f"at least {LEAST_FASTER:g}× faster", report.speedup >= LEAST_FASTER, f"{report.speedup:.2f}×")
     low, high = report.drop_ci95
-    within = report.verdict == "proven" and report.drop <= recipe.MAX_DROP
+    proof = "proven" if report.verdict == "proven" else f"not proven by {report.n_report} digits"
     scene.claim(
-        "at most one point lost, proven",
-        within,
-        f"{report.drop:+.2f} points lost, 95 % interval {low:+.2f} … {high:+.2f}",
+        "at most one point lost",
+        report.verdict != "not_reached" and report.drop <= recipe.MAX_DROP,
+        f"{report.drop:+.2f} points lost, 95 % interval {low:+.2f} … {high:+.2f}: {proof}",
     )
     return Smaller(trained.accuracy, report.to_json(), lite.to_json()), Workpiece(recipe, built, folder)

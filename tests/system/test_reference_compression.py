@@ -8,9 +8,9 @@ import pytest
 
 from compress import compress
 
-pytestmark = pytest.mark.reference
+pytestmark = [pytest.mark.reference, pytest.mark.timeout(400)]
 
-BUDGET_S = 60.0  # for training; the bench has an hour
+BUDGET_S = 120.0  # the bench has an hour
 
 
 def load(reference: Path) -> Any:
