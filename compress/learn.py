@@ -16,7 +16,7 @@ from compress import graph, ladder
 from compress.channels import survivors
 from compress.data import Part
 from compress.graph import Array
-from compress.ladder import Rung
+from compress.ladder import Onward, Rung
 from compress.measure import Runner, answers, divergence
 from compress.passes.place import find_layers
 from compress.recipe import RecipeTraining
@@ -72,6 +72,7 @@ class Lesson:
     say: Callable[[str, float], None]
     multiple: int = 0  # of channels, as `shrinking.choose` takes it; and `block`
     block: int = 1
+    onward: Callable[[], Onward] = lambda: "smaller"  # what to train next, asked once the last training was judged
 
     def kept(self, key: str, make: Callable[[], bytes]) -> bytes:
         """Return what is kept under a key, or make and keep it."""
@@ -94,7 +95,8 @@ class Lesson:
 def climb(model: Any, lesson: Lesson, planned: Sequence[Stage] | None = None) -> Iterator[Reached]:
     """Yield what each stage comes to, until the time is spent or, with `planned`, those stages are done again.
 
-    `model` is the canonicalised float graph. Later rungs are smaller; each starts from the weights of the one before.
+    `model` is the canonicalised float graph. Each stage trains the same network again or a smaller one, as `lesson.onward`
+    says, and starts from the weights of the one before.
     """
     model = with_biases(model)
     full, done = model, Shrink()
@@ -104,24 +106,28 @@ def climb(model: Any, lesson: Lesson, planned: Sequence[Stage] | None = None) ->
     wanted = answers(lesson.original, x[:SAMPLES])
     views = Views(lesson.train.x, lesson.teacher, planned[0].views if planned else VIEWS, lesson.seed, lesson.kept)
     usual = ladder.rungs(lesson.goal, lesson.widths)
-    for at in range(len(planned) if planned is not None else len(usual)):
-        lesson.say("choosing what to remove", 0.0)
+    rung = -1
+    bits: dict[str, float] = {}
+    harm: Harm = {}
+    for at in range(len(planned) if planned is not None else len(ladder.SHARES)):
+        step = lesson.onward() if at and planned is None else "smaller"
+        if step == "stop":
+            return
+        rung += step == "smaller"
         known = planned[at] if planned is not None else lesson.plan(at)
         if known is not None:
-            shrink = known.shrink
+            shrink, bits = known.shrink, dict(known.bits)
+            harm = lesson.harm(at) if planned is None else {}
+        elif step == "again":
+            shrink = done
         else:
+            lesson.say("choosing what to remove", 0.0)
             shrink = choose(
-                full, done, x[:SAMPLES], wanted, usual[at].kept, lesson.goal,
+                full, done, x[:SAMPLES], wanted, usual[rung].kept, lesson.goal,
                 lambda share: lesson.say("choosing what to remove", share), lesson.multiple, lesson.block,
             )  # fmt: skip
+            bits, harm = _widths(shrink.apply(full), lesson, usual[rung], x[:SAMPLES], wanted)
         small = shrink.apply(full)
-        harm: Harm = {}
-        if known is None:
-            bits, harm = _widths(small, lesson, usual[at], x[:SAMPLES], wanted)
-        else:
-            bits = dict(known.bits)
-            if planned is None:
-                harm = lesson.harm(at)
         layers = [
             dataclasses.replace(layer, bits=bits[layer.node])
             for layer in find_layers(small)
@@ -131,7 +137,7 @@ def climb(model: Any, lesson: Lesson, planned: Sequence[Stage] | None = None) ->
         if known is not None:
             settings = known.settings
         else:
-            settings = _settings(student, views, lesson, usual, at)
+            settings = _settings(student, views, lesson, at)
             if settings.steps == 0:
                 return  # `ladder.batch` of inputs are too few for one step, or the time is too short
         plan = encode_json(write(at, Stage(shrink, bits, settings, views.count)))
@@ -216,8 +222,8 @@ def _widths(small: Any, lesson: Lesson, rung: Rung, x: Array, wanted: Array) -> 
     return {node: width for node, width in chosen.items() if width < 8}, harm
 
 
-def _settings(student: Student, views: Views, lesson: Lesson, usual: tuple[Rung, ...], at: int) -> Settings:
-    """Return the settings of a rung, its steps counted out from how long a few of them take."""
+def _settings(student: Student, views: Views, lesson: Lesson, at: int) -> Settings:
+    """Return the settings of training number `at`, its steps counted out from how long a few of them take."""
     batch = ladder.batch(len(views.x))
     settings = Settings(TIMED_STEPS, batch=batch, threads=lesson.threads, seed=lesson.seed)
     if len(views.x) < batch:
@@ -230,7 +236,7 @@ def _settings(student: Student, views: Views, lesson: Lesson, usual: tuple[Rung,
         began = time.monotonic()
         lesson.teacher.run({lesson.teacher.inputs[0].name: few}, [lesson.teacher.outputs[0].name])
         asking = (time.monotonic() - began) / len(few) * len(views.x) * views.count
-    count = ladder.steps(at, usual, max(0.0, lesson.left() - asking), step_s, len(views.x))
+    count = ladder.steps(at, max(0.0, lesson.left() - asking), step_s, len(views.x))
     return dataclasses.replace(settings, steps=count)
 
 

@@ -201,7 +201,15 @@ def _searched(
     trained: list[Emitted] = []
     if learns:
         begun = False
-        for reached in _climb(state, bench, original, work):
+        lost: list[float] = []  # on select, by each training of the present rung
+
+        def onward() -> ladder.Onward:
+            step = ladder.onward(lost, max(bench.max_drop, 1.0))
+            if step == "smaller":
+                lost.clear()
+            return step
+
+        for reached in _climb(state, bench, original, work, onward=onward):
             begun = True
             name = f"trained {len(reached.stages)}"
             try:
@@ -210,10 +218,11 @@ def _searched(
                 work.left_out.append(f"'{name}' was left out: {error}.")
                 continue
             stages[emitted.name] = reached.stages
-            trained.append(emitted)
             work.found(emitted, original)
-            if emitted.drop_select > ladder.HOPELESS * max(bench.max_drop, 1.0):
-                break
+            if lost and trained:  # the same rung trained again: the better of the two is enough
+                emitted = min(emitted, trained.pop(), key=lambda one: one.drop_select)
+            trained.append(emitted)
+            lost.append(emitted.drop_select)
         if not begun:
             work.left_out.append(_not_begun(len(bench.splits.train or ()), work, original))
     return (candidates, trained), candidates[0] if plain is not None else None
@@ -380,9 +389,14 @@ def _calibrated(
 
 
 def _climb(
-    state: State, bench: Bench, original: Original, work: _Work, planned: Sequence[Stage] | None = None
+    state: State,
+    bench: Bench,
+    original: Original,
+    work: _Work,
+    planned: Sequence[Stage] | None = None,
+    onward: Callable[[], ladder.Onward] = lambda: "smaller",
 ) -> Iterable[learn.Reached]:
-    """Train one smaller network after the other."""
+    """Train one network after the other."""
     train = bench.splits.train
     if train is None:
         return ()
@@ -394,7 +408,7 @@ def _climb(
     lesson = learn.Lesson(
         bench.splits.calibrate, train, original.session, original.teacher, labels, bench.goal,  # type: ignore[arg-type]
         widths(state.model, bench.profile), bench.seed, len(os.sched_getaffinity(0)), work.left, work.get, work.put, say,
-        bench.profile.channel_multiple, bench.profile.channel_block,
+        bench.profile.channel_multiple, bench.profile.channel_block, onward,
     )  # fmt: skip
     return learn.climb(state.model, lesson, planned)
 
@@ -413,7 +427,7 @@ def _trained(name: str, reached: learn.Reached, before: State, bench: Bench, wor
     work.say("measuring what was trained", work.shown)
     stage = reached.stages[-1]
     note = (
-        f"Trained in {len(reached.stages)} rungs, the last for {stage.settings.steps} steps of {stage.settings.batch} inputs; "
+        f"Trained {len(reached.stages)} times, the last for {stage.settings.steps} steps of {stage.settings.batch} inputs; "
         f"{len(stage.shrink.without)} residual branches and channels of {len(stage.shrink.keep)} groups were removed."
     )
     if reached.bits:

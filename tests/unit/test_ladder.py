@@ -7,15 +7,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress import ladder
-from compress.ladder import LEAST_STEPS, MOST_EPOCHS, RUNGS, assign, batch, rungs, steps
+from compress.ladder import (
+    HOPEFUL,
+    HOPELESS,
+    LEAST_STEPS,
+    MOST_EPOCHS,
+    RUNGS,
+    SHARES,
+    assign,
+    batch,
+    onward,
+    rungs,
+    steps,
+)
 
 WIDTHS = (4, 3, 2)
 LAYERS = st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 10_000), min_size=1)
 HARM = st.fixed_dictionaries({width: st.floats(0, 10) for width in WIDTHS})
 
 
-def test_the_rungs_take_all_of_the_time_and_get_smaller() -> None:
-    assert sum(rung.share for rung in RUNGS) == pytest.approx(1)
+def test_the_trainings_take_all_of_the_time_and_the_rungs_get_smaller() -> None:
+    assert sum(SHARES) == pytest.approx(1)
+    assert len(SHARES) >= len(RUNGS)
     for upper, lower in itertools.pairwise(RUNGS):
         assert lower.kept < upper.kept
         assert lower.bits <= upper.bits
@@ -27,21 +40,32 @@ def test_without_narrow_widths_or_for_latency_alone_weights_stay_in_8_bits() -> 
     assert rungs("both", (8, 4)) == RUNGS
 
 
+def test_a_rung_that_lost_much_is_trained_again_and_given_up_where_that_did_not_help() -> None:
+    assert onward([], 1.0) == "smaller"  # its runtime refused it: nothing is known
+    assert onward([HOPEFUL], 1.0) == "smaller"
+    assert onward([HOPEFUL + 0.1], 1.0) == "again"
+    assert onward([HOPEFUL + 0.1], 2.0) == "smaller"
+    assert onward([HOPELESS + 1], 1.0) == "again"
+    assert onward([HOPELESS + 2, HOPELESS + 1], 1.0) == "stop"
+    assert onward([HOPELESS + 1, HOPELESS - 1], 1.0) == "again"
+    assert onward([HOPELESS + 1, HOPELESS - 1, HOPEFUL - 1], 1.0) == "smaller"
+
+
 @settings(deadline=None)
 @given(st.floats(0, 10_000), st.floats(1e-4, 100), st.integers(16, 100_000))
 def test_the_steps_of_all_rungs_fit_into_the_time_that_is_left(left: float, step: float, samples: int) -> None:
     spent = 0.0
-    for at in range(len(RUNGS)):
-        spent += steps(at, RUNGS, left - spent, step, samples) * step
+    for at in range(len(SHARES)):
+        spent += steps(at, left - spent, step, samples) * step
     assert spent <= left
 
 
 @settings(deadline=None)
-@given(st.integers(0, len(RUNGS) - 1), st.floats(0, 100_000), st.floats(1e-4, 10), st.integers(16, 100_000))
+@given(st.integers(0, len(SHARES) - 1), st.floats(0, 100_000), st.floats(1e-4, 10), st.integers(16, 100_000))
 def test_steps_are_none_or_enough_with_two_leading_binary_digits(
     at: int, left: float, step: float, samples: int
 ) -> None:
-    count = steps(at, RUNGS, left, step, samples)
+    count = steps(at, left, step, samples)
     if count:
         assert LEAST_STEPS / 1.5 < count <= MOST_EPOCHS * max(1, samples // batch(samples))
         assert count % (1 << (count.bit_length() - 2)) == 0
@@ -50,7 +74,7 @@ def test_steps_are_none_or_enough_with_two_leading_binary_digits(
 @settings(deadline=None)
 @given(st.floats(0, 1000), st.floats(0, 1000), st.floats(1e-3, 1), st.integers(16, 5000))
 def test_more_time_never_gives_fewer_steps(one: float, other: float, step: float, samples: int) -> None:
-    few, many = (steps(0, RUNGS, left, step, samples) for left in sorted((one, other)))
+    few, many = (steps(0, left, step, samples) for left in sorted((one, other)))
     assert few <= many
 
 
