@@ -80,6 +80,43 @@ def write_segments(
     return Pieces(tuple(segments), shared, described, tuple(_live(name, types, flow, None) for name in flow.outputs))
 
 
+def join(files: Sequence[Path], outputs: Sequence[str]) -> Any:
+    """Return consecutive segments as one model again; `outputs` are the whole model's, of which it gives those it makes.
+
+    The runtime then fuses and lays out across the cuts. External data stays where it is, beside the files.
+
+    Raises:
+        FormatError: a file is no ONNX model.
+    """
+    import onnx
+
+    whole = onnx.ModelProto()
+    made: set[str] = set()
+    for file in files:
+        try:
+            piece = onnx.load(file, load_external_data=False)
+        except Exception as error:
+            raise FormatError(f"{file.name} is no ONNX model: {error}") from error
+        graph = piece.graph
+        if not made:
+            whole.CopyFrom(piece)
+            del whole.graph.output[:]
+        else:
+            known = {item.name for item in whole.graph.initializer}
+            known |= {item.values.name for item in whole.graph.sparse_initializer}
+            # What several segments need of constants each of them has.
+            whole.graph.initializer.extend(item for item in graph.initializer if item.name not in known)
+            whole.graph.sparse_initializer.extend(
+                item for item in graph.sparse_initializer if item.values.name not in known
+            )
+            whole.graph.node.extend(node for node in graph.node if node.output[0] not in made)
+            fed = {item.name for item in whole.graph.input}
+            whole.graph.input.extend(item for item in graph.input if item.name not in made and item.name not in fed)
+        whole.graph.output.extend(item for item in graph.output if item.name in outputs)
+        made |= {name for node in graph.node for name in node.output}
+    return whole
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Constant:
     """An initializer, and where its bytes lie when they are not in the model's own file."""

@@ -169,7 +169,8 @@ class Engine:
         """Run the jobs as one and return those that are answered with their outputs; the late are dropped on the way."""
         loaded, after = jobs[0].loaded, jobs[0].after
         values = stacked([job.values for job in jobs])
-        for at in range(after, len(loaded.plan.segments)):
+        at = after
+        while at < len(loaded.plan.segments):
             kept = [place for place, job in enumerate(jobs) if self._in_time(job, at)]
             if not kept:
                 return ()
@@ -177,9 +178,10 @@ class Engine:
                 jobs = [jobs[place] for place in kept]
                 values = {name: array[kept] for name, array in values.items()}
             began = time.monotonic()
-            values = loaded.run(values, at, max(job.deadline_s for job in jobs))
+            values, reached = loaded.run(values, at, max(job.deadline_s for job in jobs))
             if len(jobs) == 1:
-                loaded.pace.ran(at, time.monotonic() - began)
+                loaded.pace.ran(at, time.monotonic() - began, reached)
+            at = reached
         if len(jobs) == 1:
             return ((jobs[0], values),)
         return [(job, {name: array[row : row + 1] for name, array in values.items()}) for row, job in enumerate(jobs)]

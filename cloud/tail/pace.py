@@ -1,10 +1,11 @@
-"""How fast a tail is here: the best batch per cut, measured when a plan is loaded, and each segment's fastest run.
+"""How fast a tail is here: the best batch per cut, measured when a plan is loaded, and the fastest run of everything.
 
 On one CPU thread a batch takes as long per item as its items one by one, so the answer is usually one; a machine with
 more threads or an accelerator measures something else. Nothing is assumed: sizes are timed interleaved, in bounded time.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -44,14 +45,19 @@ class Pace:
     def __init__(self, segments: int) -> None:
         self.batching: Mapping[int, Batching] = {}  # by the number of segments on the device; replaced whole
         self._fastest_s = [float("inf")] * segments
+        self._fastest_joined_s: dict[int, float] = {}
 
-    def ran(self, segment: int, seconds: float) -> None:
-        """Remember a run of one request through one segment."""
-        self._fastest_s[segment] = min(self._fastest_s[segment], seconds)
+    def ran(self, segment: int, seconds: float, upto: int) -> None:
+        """Remember a run of one request through `segment`, or through all from there on as one: up to before `upto`."""
+        if upto == segment + 1:
+            self._fastest_s[segment] = min(self._fastest_s[segment], seconds)
+        else:
+            self._fastest_joined_s[segment] = min(self._fastest_joined_s.get(segment, seconds), seconds)
 
     def least_s(self, after: int) -> float:
         """Return a time that segments `after`… have never needed less than; nought for what has not run yet."""
-        return sum(one for one in self._fastest_s[after:] if one != float("inf")) * FASTER_STILL
+        apart = sum(one for one in self._fastest_s[after:] if one != float("inf"))
+        return min(apart, self._fastest_joined_s.get(after, apart)) * FASTER_STILL
 
     def how_many(self, after: int, waiting: int, left_s: float) -> int:
         """Return how many of `waiting` requests to run as one, such that the first, with `left_s` to go, is in time."""
@@ -61,9 +67,14 @@ class Pace:
 
 
 def measure(
-    plan: Plan, chain: "Chain", pace: Pace, budget_s: float, clock: Callable[[], float] = time.perf_counter
+    plan: Plan,
+    chain: "Chain",
+    pace: Pace,
+    budget_s: float,
+    clock: Callable[[], float] = time.perf_counter,
+    joined: "Mapping[int, Chain] | None" = None,
 ) -> None:
-    """Find the batch size of every cut in about `budget_s`, and how fast each segment is."""
+    """Find the batch size of every cut in about `budget_s`, and how fast each segment is, or what is joined behind a cut."""
     import numpy as np
 
     cuts = {cut.after: cut for cut in plan.cuts if cut.after < len(plan.segments)}
@@ -72,9 +83,11 @@ def measure(
     for done, (after, cut) in enumerate(sorted(cuts.items())):
         share = max(0.0, until - clock()) / (len(cuts) - done)
         try:
-            items = [_example(plan, chain, after, np.random.default_rng(seed)) for seed in range(max(BATCHES))]
+            items = [example(plan, chain, after, np.random.default_rng(seed)) for seed in range(max(BATCHES))]
             _time_segments(chain, pace, items[0], after, clock)
-            found[after] = _batching(plan, cut, chain, items, share, clock)
+            whole = (joined or {}).get(after)
+            run = whole.run if whole is not None else functools.partial(chain.run, start=after)
+            found[after] = _batching(plan, cut, run, items, share, clock)
         except FormatError as error:
             found[after] = Batching(why=f"not measured: {error}")
     pace.batching = found
@@ -93,14 +106,19 @@ def may_stack(plan: Plan, tensors: Sequence[Live]) -> bool:
 
 
 def _batching(
-    plan: Plan, cut: Cut, chain: "Chain", items: Sequence["Arrays"], budget_s: float, clock: Callable[[], float]
+    plan: Plan,
+    cut: Cut,
+    run: "Callable[[Arrays], Arrays]",
+    items: Sequence["Arrays"],
+    budget_s: float,
+    clock: Callable[[], float],
 ) -> Batching:
     if not may_stack(plan, tuple(plan.inputs) if cut.after == 0 else cut.tensors):
         return Batching(why="a size of its tensors is fixed")
-    if not _same_answers(chain, cut.after, items[:2]):
+    if not _same_answers(run, items[:2]):
         return Batching(why="two requests as one do not answer as two alone")
     began = clock()
-    chain.run(items[0], cut.after)
+    run(items[0])
     one_s = clock() - began
     sizes = [size for size in BATCHES if one_s * sum(BATCHES[: BATCHES.index(size) + 1]) * LEAST_ROUNDS <= budget_s]
     if len(sizes) < 2:
@@ -114,7 +132,7 @@ def _batching(
         turn = at % len(sizes)
         for size in sizes[turn:] + sizes[:turn]:
             began = clock()
-            chain.run(batches[size], cut.after)
+            run(batches[size])
             times[size].append((clock() - began) * 1e3)
     middle = {size: sorted(taken)[len(taken) // 2] for size, taken in times.items()}
     fastest = {size: min(taken) for size, taken in times.items()}
@@ -125,14 +143,14 @@ def _batching(
     return Batching(best, middle, f"{best} as one save {1 - middle[best] / best / middle[1]:.0%} of the time per item")
 
 
-def _same_answers(chain: "Chain", after: int, pair: Sequence["Arrays"]) -> bool:
+def _same_answers(run: "Callable[[Arrays], Arrays]", pair: Sequence["Arrays"]) -> bool:
     import numpy as np
 
     try:
-        both = chain.run(stacked(pair), after)
+        both = run(stacked(pair))
     except FormatError:
         return False  # a size is baked into the graph
-    ones = [chain.run(one, after) for one in pair]
+    ones = [run(one) for one in pair]
     for name, array in both.items():
         rows = [one[name] for one in ones]
         if array.shape[:1] != (sum(len(row) for row in rows),):
@@ -148,10 +166,10 @@ def _time_segments(chain: "Chain", pace: Pace, values: "Arrays", after: int, clo
     for at in range(after, len(chain.sessions)):
         began = clock()
         values = chain.run(values, at, at + 1)
-        pace.ran(at, clock() - began)
+        pace.ran(at, clock() - began, at + 1)
 
 
-def _example(plan: Plan, chain: "Chain", after: int, random: "np.random.Generator") -> "Arrays":
+def example(plan: Plan, chain: "Chain", after: int, random: "np.random.Generator") -> "Arrays":
     """Return one made-up request as it is behind `after` segments."""
     import numpy as np
 

@@ -5,11 +5,14 @@ import dataclasses
 import re
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cloud.split.segment import join
 from cloud.tail import pace
 from cloud.tail.guard import NotPermitted
+from cloud.tail.joined import joined
 from cloud.tail.layout import lay_out
 from cloud.tail.pace import Batching, Pace
 from cloud.tail.stage_host import StageHost
@@ -30,22 +33,31 @@ MAX_LOADED = 16  # plans held in memory; the one used longest ago makes room
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Loaded:
-    """A plan whose segments' hashes were checked, and its warm sessions, or the process that runs its stages."""
+    """A plan whose segments' hashes were checked, and its warm sessions, or the process that runs its stages.
+
+    `joined` has all that is behind a cut as one graph, by the number of segments on the device, where that is faster.
+    """
 
     name: str
     plan: Plan
     chain: ort.Chain | StageHost
     pace: Pace
+    joined: dict[int, ort.Chain] = dataclasses.field(default_factory=dict)
 
-    def run(self, values: "Arrays", segment: int, until_s: float) -> "Arrays":
-        """Run one segment; code of a skill is waited for until `until_s` (monotonic), a graph until it is done.
+    def run(self, values: "Arrays", segment: int, until_s: float) -> "tuple[Arrays, int]":
+        """Run one segment, or all from it on where they are joined; return what lives on and which segment is next.
+
+        Code of a skill is waited for until `until_s` (monotonic), a graph until it is done.
 
         Raises:
             SkerryError: as `ort.Chain.run` or `StageHost.run`.
         """
         if isinstance(self.chain, StageHost):
-            return self.chain.run(values, segment, segment + 1, until_s=until_s)
-        return self.chain.run(values, segment, segment + 1)
+            return self.chain.run(values, segment, segment + 1, until_s=until_s), segment + 1
+        whole = self.joined.get(segment)
+        if whole is not None:
+            return whole.run(values), len(self.plan.segments)
+        return self.chain.run(values, segment, segment + 1), segment + 1
 
 
 class Store:
@@ -85,7 +97,9 @@ class Store:
             why = Batching(why="the stages of a skill are asked one by one")
             found.pace.batching = {cut.after: why for cut in found.plan.cuts if cut.after < len(found.plan.segments)}
         elif not found.pace.batching:
-            pace.measure(found.plan, found.chain, found.pace, budget_s)
+            join = partial(self._join, found.plan, self._folder / name)
+            found.joined.update(joined(found.plan, found.chain, join, budget_s))
+            pace.measure(found.plan, found.chain, found.pace, budget_s, joined=found.joined)
         return found
 
     def forget(self, name: str) -> None:
@@ -120,6 +134,13 @@ class Store:
             while len(self._loaded) > MAX_LOADED:
                 self._loaded.pop(next(iter(self._loaded)))
         return found
+
+    def _join(self, plan: Plan, folder: Path, after: int) -> ort.Chain:
+        """Return the segments behind `after` as one graph; raises FormatError where that is not to be had."""
+        files = [folder / segment.file for segment in plan.segments[after:]]
+        outputs = [tensor.name for tensor in plan.outputs]
+        whole = join(files, outputs).SerializeToString()
+        return ort.Chain.of([ort.session(whole, self._threads, beside=files[0].parent)], outputs)
 
     def _held(self, name: str) -> Loaded | None:
         with self._lock:

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from cloud.split import segment
 from cloud.split.graph import observed_types, read_flow
 from cloud.split.inputs import read_model
-from cloud.split.segment import Pieces, write_segments
+from cloud.split.segment import Pieces, join, write_segments
 from cloud.split.shortlist import shortlist
 from skills import ort
 from skills.errors import FormatError
@@ -78,6 +78,30 @@ def test_a_chain_of_any_nested_cuts_equals_the_whole(
     for name, array in whole.items():
         np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=1e-5)
     assert [len(session.outputs) > 0 for session in chain.sessions] == [True] * (len(sizes) + 1)
+
+
+@settings(max_examples=25, deadline=None)
+@given(model=models(), data=st.data())
+def test_segments_joined_again_answer_as_the_chain_of_them(
+    model: Any, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    flow, folder = read_flow(model), tmp_path_factory.mktemp("j")
+    sizes = data.draw(st.lists(st.integers(1, len(flow.ops) - 1), min_size=1, max_size=4, unique=True).map(sorted))
+    x = np.random.default_rng(0).standard_normal((2, WIDTH)).astype(np.float32)
+    pieces, chain = split_at(model, [frozenset(range(size)) for size in sizes], folder, x)
+    for after in range(len(pieces.segments)):
+        values = chain.run({"t0": x}, 0, after)
+        one, right = joined(pieces, folder, flow.outputs, after).run(values), chain.run(values, after)
+        assert set(one) == set(right)
+        for name, array in right.items():
+            np.testing.assert_allclose(one[name], array, rtol=1e-5, atol=1e-5)
+
+
+def joined(pieces: Pieces, folder: Path, outputs: tuple[str, ...], after: int) -> ort.Chain:
+    files = [folder / one.file.lstrip("/") for one in pieces.segments[after:]]
+    model = join(files, outputs)
+    onnx.checker.check_model(model)
+    return ort.Chain.of([ort.session(model.SerializeToString(), beside=folder)], outputs)
 
 
 def big(name: str, seed: int) -> Any:
@@ -328,8 +352,10 @@ def test_a_chain_cut_at_codes_is_bit_equal_to_the_whole(
         if not set(flow.live(prefix)) & glued and data.draw(st.booleans()):
             prefixes.append(prefix)
     x = np.random.default_rng(0).standard_normal((2, WIDTH)).astype(np.float32)
-    _, chain = split_at(model, prefixes[1:], tmp_path_factory.mktemp("q"), x)
+    folder = tmp_path_factory.mktemp("q")
+    pieces, chain = split_at(model, prefixes[1:], folder, x)
     whole = ort.session(model.SerializeToString()).run({"t0": x})
-    found = chain.run({"t0": x})
+    found, again = chain.run({"t0": x}), joined(pieces, folder, flow.outputs, 0).run({"t0": x})
     for name, array in whole.items():
         assert np.array_equal(found[name], array)
+        assert np.array_equal(again[name], array)

@@ -76,6 +76,21 @@ def busy(chain: Chain, ask: Callable[..., Any]) -> Any:
     return first
 
 
+def test_what_is_joined_behind_a_cut_runs_at_once_and_its_pace_is_known(chain: Chain, engine: Engine) -> None:
+    class Joined:
+        def run(self, values: Any) -> Any:
+            return {"x": values["x"] + 40}
+
+    chain.gate.set()
+    loaded = Loaded("0" * 16, Planned(), chain, Pace(2), {0: Joined()})  # type: ignore[arg-type, dict-item]
+    answers = [
+        engine.submit(loaded, after, {"x": np.zeros((1, 1))}, time.monotonic() + WAIT_S, lambda: True)
+        for after in (0, 1)
+    ]
+    assert [float(one.result(WAIT_S).outputs["x"][0, 0]) for one in answers] == [40, 1]
+    assert 0 < loaded.pace.least_s(0) < WAIT_S
+
+
 def test_what_waits_together_runs_together_and_each_gets_its_own_answer(chain: Chain, ask: Any) -> None:
     first = busy(chain, ask)
     others = [ask(number, left_s=60 + number) for number in (1, 2, 3, 4)]
@@ -164,7 +179,7 @@ def test_what_draining_has_no_time_for_is_given_up_in_one_sentence(chain: Chain,
 def test_a_request_that_cannot_be_in_time_any_more_is_not_begun(chain: Chain, ask: Any, engine: Engine) -> None:
     chain.gate.set()
     loaded = Loaded("0" * 16, Planned(), chain, Pace(2))  # type: ignore[arg-type]
-    loaded.pace.ran(1, 1000.0)
+    loaded.pace.ran(1, 1000.0, 2)
     late = engine.submit(loaded, 0, {"x": np.zeros((1, 1))}, time.monotonic() + 60, lambda: True)
     with pytest.raises(DeadlineExceeded, match="ran out while it waited"):
         late.result(WAIT_S)

@@ -7,7 +7,7 @@ import onnx
 import pytest
 
 from cloud.split.graph import observed_types, read_flow
-from cloud.split.segment import write_segments
+from cloud.split.segment import join, write_segments
 from cloud.split.shortlist import shortlist, single_tensor_cuts
 from skills import ort
 
@@ -42,11 +42,16 @@ def test_the_chain_equals_the_whole_model(name: str, reference: Path, tmp_path: 
     prefixes = [cut.prefix for cut in shortlist(flow)] or sorted(single_tensor_cuts(flow), key=len)[:1]
     assert prefixes
     pieces = write_segments(model, flow, prefixes, tmp_path, types, base="")
-    chain = ort.chain([tmp_path / one.file.lstrip("/") for one in pieces.segments], flow.outputs)
+    files = [tmp_path / one.file.lstrip("/") for one in pieces.segments]
+    chain, again = (
+        ort.chain(files, flow.outputs),
+        ort.session(join(files, flow.outputs).SerializeToString(), beside=tmp_path),
+    )
     one = {key: value[:1] for key, value in feeds.items()}
-    right, found = session.run(one), chain.run(one)
+    right, found, joined = session.run(one), chain.run(one), again.run(one)
     for output, array in right.items():
         scale = max(1.0, float(np.abs(array).max()))
         assert float(np.abs(found[output] - array).max()) <= 1e-5 * scale
+        assert float(np.abs(joined[output] - array).max()) <= 1e-5 * scale
     stored = sum((tmp_path / one.file.lstrip("/")).stat().st_size for one in pieces.segments)
     assert stored <= (reference / name).stat().st_size * 1.02 + 20_000

@@ -108,7 +108,7 @@ def test_what_no_run_was_ever_as_fast_as_is_known_to_be_too_late() -> None:
     pace = Pace(3)
     assert pace.least_s(0) == 0
     for segment, seconds in ((0, 0.02), (1, 0.01), (0, 0.03), (2, 0.01)):
-        pace.ran(segment, seconds)
+        pace.ran(segment, seconds, segment + 1)
     assert pace.least_s(0) == pytest.approx(0.8 * 0.04)
     assert pace.least_s(2) == pytest.approx(0.8 * 0.01)
     assert pace.least_s(3) == 0

@@ -1,0 +1,100 @@
+"""What is behind a cut as one graph again, where that is faster and soon done.
+
+Segments are there so that late work can be dropped between them, and each costs: the runtime neither fuses nor keeps its
+own layout of channels across a cut (EfficientNet-Lite0 in seven segments takes a tenth longer than as one). Measured when
+a plan is loaded, in turns, like everything else about a tail.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from cloud.tail.pace import example
+from skills.errors import FormatError
+from skills.split import Plan
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from skills.ort import Chain
+
+    Arrays = Mapping[str, NDArray[Any]]
+
+LONGEST_S = 0.05  # what takes longer stays in segments: so long at most late work holds up what is in time
+SIZES = 2.0  # times the plan's own bytes that its joined graphs may take together, the shallowest cuts first
+LEAST_ROUNDS, MOST_ROUNDS = 5, 15
+GAINED = 0.98  # of the segments' time that a joined graph may take: less is noise
+TOLERANCE = 1e-4  # other fusions round otherwise
+
+
+def joined(
+    plan: Plan,
+    chain: "Chain",
+    join: "Callable[[int], Chain]",
+    budget_s: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> "dict[int, Chain]":
+    """Return the joined graphs to use, by how many segments are on the device.
+
+    `join` makes one, and raises FormatError where that is not to be had.
+    """
+    import numpy as np
+
+    found: dict[int, Chain] = {}
+    room = SIZES * sum(segment.bytes for segment in plan.segments)
+    until = clock() + budget_s
+    for after in sorted({cut.after for cut in plan.cuts if cut.after < len(plan.segments) - 1}):
+        size = sum(segment.bytes for segment in plan.segments[after:])
+        if size > room or clock() > until:
+            break
+        try:
+            values = example(plan, chain, after, np.random.default_rng(0))
+            whole = join(after)
+            if _pays(chain, whole, after, values, until, clock):
+                found[after] = whole
+                room -= size
+        except FormatError:
+            continue  # it cannot be joined, or does not take what was made up: it runs in segments
+    return found
+
+
+def _pays(
+    chain: "Chain", whole: "Chain", after: int, values: "Arrays", until: float, clock: Callable[[], float]
+) -> bool:
+    if not _equal(chain.run(values, after), whole.run(values)):
+        return False
+    apart, together = [], []
+    for at in range(MOST_ROUNDS):
+        if at >= LEAST_ROUNDS and clock() > until:
+            break
+        began = clock()
+        chain.run(values, after)
+        between = clock()
+        whole.run(values)
+        apart.append(between - began)
+        together.append(clock() - between)
+        if at == 0 and together[0] > 4 * LONGEST_S:
+            return False
+    one, all_of_it = (sorted(taken) for taken in (together, apart))
+    middle = len(one) // 2
+    return (
+        one[middle] <= LONGEST_S and one[middle] <= GAINED * all_of_it[middle] and one[0] <= GAINED * all_of_it[0]
+    )  # both, as one of them alone finds gains on a busy machine that are none
+
+
+def _equal(one: "Arrays", other: "Arrays") -> bool:
+    import numpy as np
+
+    if one.keys() != other.keys():
+        return False
+    for name, array in one.items():
+        if array.shape != other[name].shape:
+            return False
+        if array.dtype.kind != "f":
+            if not np.array_equal(array, other[name]):
+                return False
+            continue
+        reach = TOLERANCE * max(1.0, float(np.abs(array).max(initial=0.0)))
+        if not np.allclose(array, other[name], rtol=TOLERANCE, atol=reach, equal_nan=True):
+            return False
+    return True
