@@ -16,7 +16,8 @@ FAST, SLOW = 0.5, 0.1
 GUESS_SHARE = 0.5  # of what is left after the round trip: with a guess beyond it, most of the rate would be guessed
 PROBE_EVERY_S = 10.0  # without a transfer for this long, one is made
 PROBE_SHARE = 0.01  # of the time, at most
-SURPRISES = 3  # samples in a row that what is known does not explain: the network has changed
+SURPRISES = 3  # round trips in a row that what is known does not explain: the network has changed
+TWICE = 2  # as many transfers in a row, twice as slow or twice as fast as known, are enough
 LONGER, LONGER_BY_MS = 1.5, 3.0  # a round trip that is both is a surprise
 MISSES = 2
 TRIAL_S = 10.0  # after a ping closed what missing requests had opened: for this long one more miss opens it again
@@ -32,7 +33,7 @@ class Estimator:
         self._anew = True  # what is known of the bandwidth is of another way: the next transfer takes its place
         self._fallback_rtt = 0.0
         self._rtts: deque[tuple[float, float]] = deque(maxlen=200)
-        self._surprises = 0
+        self._strange: list[float] = []
         self._longer: list[tuple[float, float]] = []
         self._queue_ms = 0.0
         self._last_traffic_s = float("-inf")
@@ -94,13 +95,18 @@ class Estimator:
         self._probe_at_s = max(self._probe_at_s, now_s + PROBE_EVERY_S)
         if self._anew:
             self._fast = self._slow = mbit
-            self._surprises, self._anew = 0, False
+            self._strange, self._anew = [], False
             return
-        self._surprises = self._surprises + 1 if not 0.5 < mbit / self._slow < 2.0 else 0
+        known = self._slow
         self._fast += (mbit - self._fast) * FAST
         self._slow += (mbit - self._slow) * SLOW
-        if self._surprises >= SURPRISES:
-            self._slow, self._surprises = self._fast, 0
+        if 0.5 < mbit / known < 2.0:
+            self._strange = []
+            return
+        self._strange = [one for one in self._strange if (one < known) == (mbit < known)] + [mbit]
+        if len(self._strange) >= TWICE:  # the one that says less of the two is believed
+            self._fast = self._slow = (max if mbit < known else min)(self._strange)
+            self._strange = []
 
     def rtt_ms(self, now_s: float) -> float:
         """Return the smallest round trip of the last ten seconds, or the last one known."""

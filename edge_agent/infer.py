@@ -32,7 +32,7 @@ from skills.split import (
     settle,
 )
 from skills.stages import StageChain, check_stages, fitted
-from skills.timer import Local, Timer
+from skills.timer import Halt, Halted, Local, Timer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -270,7 +270,7 @@ class SplitModel:
         request: int | None,
         mine: "Arrays | None" = None,
     ) -> "Arrays":
-        """Run the remaining segments here, looking between them whether the reply has come after all.
+        """Run the remaining segments here, until the reply comes after all: the first to finish wins.
 
         Where a small model's answer (`mine`) is in hand, that is the answer.
         """
@@ -280,26 +280,27 @@ class SplitModel:
             return self._done(
                 start, choice, "continued", size, mine, f"{reason}; the small model is {self.sure:.0%} sure"
             )
-        for at in range(choice.cut.after, len(self.plan.segments)):
-            if request is not None and self.tail is not None:
-                reply = self._look(request, 0, choice)
-                if reply is not None and reply.outputs is not None:
-                    return self._done(
-                        start,
-                        choice,
-                        "cloud" if choice.cut.name == "input" else "split",
-                        size,
-                        reply.outputs,
-                        f"late: {reason}",
-                    )
-                request = None if reply is not None else request
-            values = self._run(values, at, at + 1, None)
+        at, last = choice.cut.after, len(self.plan.segments)
         if request is not None and self.tail is not None:
-            self.tail.cancel(request, late=True)
+            halt = Halt()
+            with self.tail.watch(request, halt) as arrived, contextlib.suppress(Halted):
+                while at < last and not arrived():
+                    values = self._run(values, at, at + 1, None, halt)
+                    at += 1
+            reply = self._look(request, 0, choice)
+            if reply is not None and reply.outputs is not None and at < last:
+                where = "cloud" if choice.cut.name == "input" else "split"
+                return self._done(start, choice, where, size, reply.outputs, f"late: {reason}")
+            if reply is None:
+                self.tail.cancel(request, late=True)
+        for rest in range(at, last):  # the answer came and was none
+            values = self._run(values, rest, rest + 1, None)
         return self._done(start, choice, "continued", size, values, reason)
 
-    def _run(self, values: "Arrays", first: int, stop: int, expected_ms: float | None) -> "Arrays":
-        timed = self.timer.run(lambda: self._chain.run(values, first, stop))
+    def _run(
+        self, values: "Arrays", first: int, stop: int, expected_ms: float | None, halt: Halt | None = None
+    ) -> "Arrays":
+        timed = self.timer.run(lambda: self._chain.run(values, first, stop, halt=halt), halt)
         if expected_ms is not None and stop <= self._resident:  # loading says nothing of how fast the device computes
             self._learn(timed.ms, expected_ms)
         return timed.value
@@ -310,9 +311,10 @@ class SplitModel:
             self._alpha += (min(max(ms / expected_ms, 0.5 * self._alpha), 2.0 * self._alpha) - self._alpha) * 0.1
             self._alpha = min(max(self._alpha, 0.1), 10.0)
 
-    def _rest_s(self, choice: Choice) -> float:
-        """Return how long the segments behind the cut take here."""
-        return max(0.0, self.plan.cut("local").device_ms.p90 - choice.cut.device_ms.p50) * self._alpha / 1e3
+    def _rest_s(self, choice: Choice, *, usual: bool = False) -> float:
+        """Return how long the segments behind the cut take here, nine times out of ten or as a rule."""
+        whole = self.plan.cut("local").device_ms
+        return max(0.0, (whole.p50 if usual else whole.p90) - choice.cut.device_ms.p50) * self._alpha / 1e3
 
     def _patience_s(
         self, start: float, sent: float, choice: Choice, deadline_s: float | None, answered: bool = False
@@ -323,9 +325,8 @@ class SplitModel:
         spare = start + deadline_s - sent - reading_s - MARGIN_S
         if answered:  # the small model's answer is there: nothing needs to run here after the wait
             return max(0.0, min(self._wait_s, spare))
-        spare -= self._rest_s(choice)
-        if self._rest_s(choice) <= deadline_s:
-            return max(0.0, min(self._wait_s, spare))
+        if self._rest_s(choice, usual=True) <= deadline_s:
+            return max(0.0, min(self._wait_s, spare - self._rest_s(choice)))
         predicted_s = max(0.0, choice.ms - choice.cut.device_ms.p50 * self._alpha) / 1e3
         return min(self._wait_s, deadline_s, PATIENCE * predicted_s)
 

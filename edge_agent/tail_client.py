@@ -1,11 +1,14 @@
 """A worker's side of the link process: send an activation frame, look for the answer, never block longer than asked."""
 
+import contextlib
 import dataclasses
 import select
 import socket
 import struct
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,6 +16,7 @@ from edge_agent import ipc
 from skills import oip
 from skills.errors import FormatError
 from skills.split import Estimate
+from skills.timer import Halt
 from skills.wire import unpack_frame
 
 if TYPE_CHECKING:
@@ -63,6 +67,12 @@ class Tail(Protocol):
 
     def wait(self, request: int, timeout_s: float) -> Reply | None:
         """Return the reply, or None when none came within `timeout_s` (0: only look)."""
+
+    def watch(self, request: int, halt: Halt) -> AbstractContextManager[Callable[[], bool]]:
+        """While it is entered, set `halt` as soon as outputs have come; what it returns says whether they have.
+
+        Nothing else of the tail may be used meanwhile.
+        """
 
     def cancel(self, request: int, *, late: bool) -> None:
         """Give a request up; `late` says that it took too long, which counts against the tail."""
@@ -124,6 +134,30 @@ class LinkClient:
                 return None
         self._waiting.discard(request)
         return self._replies.pop(request, Reply(None, "unavailable", "the link process is gone"))
+
+    @contextlib.contextmanager
+    def watch(self, request: int, halt: Halt) -> Iterator[Callable[[], bool]]:
+        def arrived() -> bool:
+            reply = self._replies.get(request)
+            return reply is not None and reply.outputs is not None
+
+        def look() -> None:
+            while self._channel is not None and not arrived():
+                if theirs in select.select([self._channel, theirs], [], [])[0]:
+                    return
+                self._receive(0)
+            if arrived():
+                halt.set()
+
+        ours, theirs = socket.socketpair()
+        thread = threading.Thread(target=look, name="tail-watch", daemon=True)
+        thread.start()
+        try:
+            yield arrived
+        finally:
+            ours.close()  # its other end becomes readable
+            thread.join()
+            theirs.close()
 
     def cancel(self, request: int, *, late: bool) -> None:
         self._waiting.discard(request)

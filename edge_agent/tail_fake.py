@@ -1,7 +1,8 @@
 """A tail in memory with a clock of its own: answers as the real one, late, never, or with a refusal, as the script says."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from skills import codec, ort
 from skills.errors import SkerryError
 from skills.split import Estimate, load_plan, plan_hash
 from skills.stages import StageChain
+from skills.timer import Halt
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -86,6 +88,10 @@ class FakeTail:
         self._clock.advance(max(0.0, due - self._clock()))
         del self._due[request]
         return reply
+
+    @contextlib.contextmanager
+    def watch(self, request: int, halt: Halt) -> Iterator[Callable[[], bool]]:
+        yield lambda: self._due.get(request, (float("inf"), Reply(None)))[0] <= self._clock()
 
     def cancel(self, request: int, *, late: bool) -> None:
         self._due.pop(request, None)

@@ -5,6 +5,7 @@ that import, everywhere.
 """
 
 import dataclasses
+import functools
 import os
 import platform
 import re
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from skills.errors import FormatError, MissingExtra, NotFound
 from skills.isa import isa
 from skills.macros import call_names, expanded
+from skills.timer import Halt
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -52,16 +54,26 @@ class Session:
     outputs: tuple[Port, ...]
     load_ms: float
 
-    def run(self, feeds: Mapping[str, "NDArray[Any]"], names: Sequence[str] | None = None) -> dict[str, "NDArray[Any]"]:
+    def run(
+        self, feeds: Mapping[str, "NDArray[Any]"], names: Sequence[str] | None = None, halt: Halt | None = None
+    ) -> dict[str, "NDArray[Any]"]:
         """Run once and return the outputs by name (all of them, or those in `names`).
 
         Raises:
             FormatError: the arrays do not fit the model; the sentence is the runtime's.
+            Halted: `halt` was set; the runtime stops at its next operator.
         """
         wanted = [port.name for port in self.outputs] if names is None else list(names)
+        options = None
+        if halt is not None:
+            halt.check()
+            options = runtime().RunOptions()
+            halt.then(functools.partial(setattr, options, "terminate", True))
         try:
-            return dict(zip(wanted, self.raw.run(wanted, dict(feeds)), strict=True))
+            return dict(zip(wanted, self.raw.run(wanted, dict(feeds), options), strict=True))
         except Exception as error:
+            if halt is not None:
+                halt.check()
             raise FormatError(f"onnxruntime refuses the input: {_one_line(error)}") from error
 
 
@@ -80,9 +92,9 @@ class Passing:
         seen = session(file, threads)
         return cls(file, threads, seen.inputs, seen.outputs)
 
-    def run(self, feeds: Mapping[str, "NDArray[Any]"]) -> dict[str, "NDArray[Any]"]:
+    def run(self, feeds: Mapping[str, "NDArray[Any]"], *, halt: Halt | None = None) -> dict[str, "NDArray[Any]"]:
         """Load, run once and let go; raises as `session` and `Session.run` do."""
-        return session(self.file, self.threads).run(feeds)
+        return session(self.file, self.threads).run(feeds, halt=halt)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -105,6 +117,7 @@ class Chain:
         start: int = 0,
         stop: int | None = None,
         before_each: Callable[[], None] | None = None,
+        halt: Halt | None = None,
     ) -> dict[str, "NDArray[Any]"]:
         """Run segments start..stop-1 on the tensors in `values` and return those that live on after them.
 
@@ -112,6 +125,7 @@ class Chain:
 
         Raises:
             FormatError: a tensor is missing or does not fit.
+            Halted: `halt` was set.
         """
         stop = len(self.sessions) if stop is None else stop
         alive = dict(values)
@@ -122,7 +136,7 @@ class Chain:
             missing = [port.name for port in one.inputs if port.name not in alive]
             if missing:
                 raise FormatError(f"the tensor {missing[0]!r} is missing, there are {', '.join(alive) or 'none'}")
-            alive.update(one.run({port.name: alive[port.name] for port in one.inputs}))
+            alive.update(one.run({port.name: alive[port.name] for port in one.inputs}, halt=halt))
             alive = {name: alive[name] for name in self.live[at + 1] if name in alive}
         return {name: alive[name] for name in self.live[stop] if name in alive}
 

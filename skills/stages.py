@@ -20,6 +20,7 @@ from skills.errors import FormatError, TrustError
 from skills.files import sha256_hex
 from skills.manifest import Skill, Tensor
 from skills.split import Live, Plan, Segment, StagePart
+from skills.timer import Halt
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -45,13 +46,15 @@ class StageChain:
         start: int = 0,
         stop: int | None = None,
         before_each: Callable[[], None] | None = None,
+        halt: Halt | None = None,
     ) -> "dict[str, NDArray[Any]]":
         """Run stages start..stop-1 and return the message behind them; what a stage raises is not caught.
 
-        `before_each` is called before every stage; what it raises ends the run.
+        `before_each` is called before every stage; what it raises ends the run. A stage that runs is not ended by `halt`.
 
         Raises:
             FormatError: a stage returned something else than arrays by name.
+            Halted: `halt` was set between two stages.
         """
         import numpy as np
 
@@ -60,6 +63,8 @@ class StageChain:
         for name, work in zip(self.names[start:stop], self.runs[start:stop], strict=True):
             if before_each is not None:
                 before_each()
+            if halt is not None:
+                halt.check()
             found = work(message)
             if not isinstance(found, Mapping):
                 raise FormatError(f"stage '{name}' returned {type(found).__name__}, expected arrays by name")

@@ -1,7 +1,8 @@
-"""The only way to get milliseconds: run work, learn how long it took on the device that it stands for."""
+"""The only way to get milliseconds: run work, learn how long it took on the device that it stands for; or end it early."""
 
 import dataclasses
 import re
+import threading
 import time
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
@@ -9,6 +10,40 @@ from typing import Generic, Protocol, TypeVar
 from skills.errors import UsageError
 
 T = TypeVar("T")
+
+
+class Halted(Exception):
+    """Work was ended before it was done, because somebody set its `Halt`."""
+
+
+class Halt:
+    """Ends work that is under way from another thread; once set it stays set."""
+
+    def __init__(self) -> None:
+        self._set = threading.Event()
+        self._calls: list[Callable[[], None]] = []
+
+    def set(self) -> None:
+        """End the work."""
+        self._set.set()
+        for call in self._calls:
+            call()
+
+    def check(self) -> None:
+        """Raise Halted once it is set."""
+        if self._set.is_set():
+            raise Halted
+
+    def then(self, call: Callable[[], None]) -> None:
+        """Have `call` made when it is set, now if it is; it may be made twice."""
+        self._calls.append(call)
+        if self._set.is_set():
+            call()
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep so long; raise Halted as soon as it is set."""
+        self._set.wait(seconds)
+        self.check()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -22,8 +57,8 @@ class Timed(Generic[T]):
 class Timer(Protocol):
     """Runs work as a device would."""
 
-    def run(self, work: Callable[[], T]) -> Timed[T]:
-        """Run `work` to its end on the calling thread."""
+    def run(self, work: Callable[[], T], halt: Halt | None = None) -> Timed[T]:
+        """Run `work` on the calling thread, to its end or until `halt` is set; then, if `work` looks at it, Halted is raised."""
 
     def device_ms(self, wall_ms: float, cpu_ms: float) -> float:
         """Return what a run that took this long here takes on the device, without waiting for it."""
@@ -33,7 +68,7 @@ class Timer(Protocol):
 class Local:
     """This machine as it is."""
 
-    def run(self, work: Callable[[], T]) -> Timed[T]:
+    def run(self, work: Callable[[], T], halt: Halt | None = None) -> Timed[T]:
         start = time.perf_counter()
         value = work()
         return Timed(value, (time.perf_counter() - start) * 1000)
@@ -51,10 +86,10 @@ class Dilated:
 
     k: float
 
-    def run(self, work: Callable[[], T]) -> Timed[T]:
+    def run(self, work: Callable[[], T], halt: Halt | None = None) -> Timed[T]:
         start, cpu = time.perf_counter(), time.thread_time()
         value = work()
-        time.sleep(max(0.0, (self.k - 1) * (time.thread_time() - cpu)))
+        (halt.sleep if halt is not None else time.sleep)(max(0.0, (self.k - 1) * (time.thread_time() - cpu)))
         return Timed(value, (time.perf_counter() - start) * 1000)
 
     def device_ms(self, wall_ms: float, cpu_ms: float) -> float:

@@ -26,7 +26,7 @@ from skills.timer import Timed
 class Still:
     """A timer that costs no time on the fake clock."""
 
-    def run(self, work: Any) -> Timed[Any]:
+    def run(self, work: Any, halt: Any = None) -> Timed[Any]:
         return Timed(work(), 0.1)
 
     def device_ms(self, wall_ms: float, cpu_ms: float) -> float:

@@ -29,13 +29,23 @@ class Ticking:
     def __init__(self, clock: FakeClock, seconds: float = 0.0002) -> None:
         self.clock, self.seconds = clock, seconds
 
-    def run(self, work: Callable[[], Any]) -> Timed[Any]:
+    def run(self, work: Callable[[], Any], halt: Any = None) -> Timed[Any]:
         value = work()
         self.clock.advance(self.seconds)
         return Timed(value, self.seconds * 1e3)
 
     def device_ms(self, wall_ms: float, cpu_ms: float) -> float:
         return wall_ms
+
+
+class Arriving(Ticking):
+    """The reply comes while the first segment behind the cut runs here."""
+
+    def run(self, work: Callable[[], Any], halt: Any = None) -> Timed[Any]:
+        if halt is not None:
+            self.clock.advance(1)
+            halt.set()
+        return super().run(work)
 
 
 class Bench:
@@ -107,6 +117,28 @@ def test_a_reply_that_comes_while_the_device_goes_on_still_counts(bench: Bench) 
     bench.ask()
     assert bench.model.last.where == "cloud"
     assert bench.model.last.reason.startswith("late: no answer within 40 ms")
+
+
+def test_a_reply_in_the_middle_of_a_segment_ends_it_and_counts(bench: Bench) -> None:
+    bench.model.use("input")
+    bench.tail.delay_s = 0.05
+    bench.model._wait_s = 0.04
+    bench.model.timer = Arriving(bench.clock)
+    found, right = bench.ask()
+    assert (bench.model.last.where, bench.model.last.bytes > 0) == ("cloud", True)
+    assert bench.tail.cancelled == []
+    np.testing.assert_allclose(found, right, atol=0.1)
+
+
+def test_a_reply_that_ended_a_segment_and_is_no_answer_costs_that_segment_again_and_no_more(bench: Bench) -> None:
+    bench.model.use(bench.cut)
+    bench.tail.delay_s, bench.tail.refuse = 0.05, Reply({"other": np.zeros(1)})
+    bench.model._wait_s = 0.04
+    bench.model.timer = Arriving(bench.clock)
+    found, right = bench.ask()
+    assert bench.model.last.where == "continued"
+    assert bench.tail.cancelled == []
+    np.testing.assert_allclose(found, right, atol=1e-5)
 
 
 def test_a_refused_plan_is_not_tried_again_for_a_minute(bench: Bench) -> None:

@@ -22,17 +22,25 @@ def test_one_transfer_is_enough_to_know_the_rate(mbit: float, rtt: float) -> Non
     assert found.rtt_ms == pytest.approx(rtt, abs=0.1)
 
 
-def test_a_slower_link_is_believed_quickly_and_a_faster_one_after_three_surprises() -> None:
+@pytest.mark.parametrize(("before", "after"), [(100, 5), (5, 1), (5, 100)])
+def test_two_transfers_in_a_row_that_what_is_known_does_not_explain_are_another_link(before: int, after: int) -> None:
     estimator = Estimator()
-    send(estimator, 0.0, 100, 5)
-    send(estimator, 0.1, 5, 5)
-    assert estimator.now(0.1, up=True).mbit < 60
-    for at in range(3):
-        send(estimator, 0.2 + at / 10, 5, 5)
-    assert estimator.now(0.5, up=True).mbit < 16
-    for at in range(8):
-        send(estimator, 1 + at / 10, 100, 5)
-    assert estimator.now(2, up=True).mbit > 60
+    for at in range(5):
+        send(estimator, at / 10, before, 5)
+    send(estimator, 1.0, after, 5)
+    assert before / 3 < estimator.now(1.0, up=True).mbit < before * 3  # one alone may be chance
+    send(estimator, 1.1, after, 5)
+    assert estimator.now(1.1, up=True).mbit == pytest.approx(after, rel=0.05)
+
+
+def test_of_two_strange_transfers_the_one_that_says_less_is_believed_and_opposite_ones_are_chance() -> None:
+    estimator = Estimator()
+    for at, mbit in enumerate((20, 5, 2)):
+        send(estimator, at / 10, mbit, 5)
+    assert estimator.now(0.3, up=True).mbit == pytest.approx(5, rel=0.05)
+    for at, mbit in enumerate((20, 1, 20, 1)):
+        send(estimator, 1 + at / 10, mbit, 5)
+    assert 1.5 < estimator.now(1.4, up=True).mbit < 15
 
 
 def test_the_round_trip_is_the_least_of_the_last_ten_seconds() -> None:

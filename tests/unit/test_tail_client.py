@@ -9,6 +9,7 @@ import pytest
 
 from edge_agent import ipc
 from edge_agent.tail_client import LinkClient
+from skills.timer import Halt
 
 
 def estimate(*, up: bool) -> bytes:
@@ -90,3 +91,44 @@ def test_an_answer_whose_bytes_do_not_fit_is_its_own_fault_and_the_next_one_is_h
         assert good.outputs["y"].tolist() == [97, 98]
         assert client.estimate().up
         client.close()
+
+
+ANSWER = [["y", "UINT8", [1], 1]]
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_who_watches_is_halted_by_outputs_and_not_by_a_refusal(listener, good):
+    path, listening = listener
+    client, halt, halted = LinkClient(path), Halt(), threading.Event()
+    halt.then(halted.set)
+    client.prepare("p")
+    channel, _ = listening.accept()
+    with channel:
+        request = client.send("p", "c1", "u8", b"frame", 1.0)
+        with client.watch(request, halt) as arrived:
+            assert not arrived()
+            channel.sendall(estimate(up=True))
+            if good:
+                channel.sendall(ipc.frame({"op": "answer", "id": request, "ok": True, "outputs": ANSWER}, b"a"))
+                assert halted.wait(30)
+                assert arrived()
+            else:
+                channel.sendall(ipc.frame({"op": "answer", "id": request, "ok": False, "kind": "late", "error": "no"}))
+        assert halted.is_set() == good
+        reply = client.wait(request, 30)
+        assert reply is not None
+        assert (reply.outputs is not None) == good
+        client.close()
+
+
+def test_watching_ends_when_the_link_is_gone(listener):
+    path, listening = listener
+    client, halt = LinkClient(path), Halt()
+    client.prepare("p")
+    request = client.send("p", "c1", "u8", b"frame", 1.0)
+    listening.accept()[0].close()
+    with client.watch(request, halt) as arrived:
+        assert not arrived()
+    reply = client.wait(request, 30)
+    assert reply is not None
+    assert reply.kind == "unavailable"
