@@ -32,7 +32,7 @@ from skills.split import (
     settle,
 )
 from skills.stages import StageChain, check_stages, fitted
-from skills.timer import Halt, Halted, Local, Timer
+from skills.timer import Halt, Halted, Local, Timed, Timer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -43,6 +43,7 @@ WAIT_S = 0.25  # how long an answer may stay away before the device goes on by i
 MARGIN_S = 0.005
 MAX_REASON = 200  # characters of a sentence that names what a tail sent
 REFUSED_S = 60.0  # a tail that does not know the plan is not asked again for this long
+LEAST_PART = 0.2  # of the whole model's time that a part must take to say how fast the device is
 PATIENCE = 1.5  # without a deadline that staying local could meet: how much longer than predicted to wait
 
 
@@ -126,8 +127,7 @@ class SplitModel:
         if self._small is not None and self.plan.small is not None:
             return self._joint(start, choice, reason, inputs, deadline_s)
         if choice.coding is None or self.tail is None:
-            outputs: Arrays = self._run(inputs, 0, len(self.plan.segments), choice.cut.device_ms.p50)
-            return self._done(start, choice, "local", 0, outputs, reason)
+            return self._done(start, choice, "local", 0, self._local(inputs, choice), reason)
         return self._remote(start, choice, inputs, self._deadline_s if deadline_s is None else deadline_s)
 
     def use(self, cut: str | None, coding: Coding | None = None) -> None:
@@ -237,8 +237,7 @@ class SplitModel:
             if not reason and deadline_s is not None and start + deadline_s - self._clock() < choice.ms / 1e3:
                 reason = f"the big one takes {choice.ms:.0f} ms here"
             if not reason:  # the tail is there, but the device is the better place: so the big model runs here
-                outputs = self._run(inputs, 0, len(self.plan.segments), choice.cut.device_ms.p50)
-                return self._done(start, choice, "local", 0, outputs, "")
+                return self._done(start, choice, "local", 0, self._local(inputs, choice), "")
             said = f"the small model is only {self.sure:.0%} sure, and {reason}"
             return self._done(start, choice, "local", 0, mine, said)
         return self._remote(start, choice, inputs, deadline_s, mine)
@@ -280,34 +279,42 @@ class SplitModel:
             return self._done(
                 start, choice, "continued", size, mine, f"{reason}; the small model is {self.sure:.0%} sure"
             )
-        at, last = choice.cut.after, len(self.plan.segments)
+        at, last, took_ms = choice.cut.after, len(self.plan.segments), 0.0
         if request is not None and self.tail is not None:
             halt = Halt()
             with self.tail.watch(request, halt) as arrived, contextlib.suppress(Halted):
                 while at < last and not arrived():
-                    values = self._run(values, at, at + 1, None, halt)
-                    at += 1
+                    timed = self._run(values, at, at + 1, halt)
+                    values, took_ms, at = timed.value, took_ms + timed.ms, at + 1
             reply = self._look(request, 0, choice)
             if reply is not None and reply.outputs is not None and at < last:
                 where = "cloud" if choice.cut.name == "input" else "split"
                 return self._done(start, choice, where, size, reply.outputs, f"late: {reason}")
             if reply is None:
                 self.tail.cancel(request, late=True)
-        for rest in range(at, last):  # the answer came and was none
-            values = self._run(values, rest, rest + 1, None)
+        if at < last:  # the answer came and was none
+            timed = self._run(values, at, last)
+            values, took_ms = timed.value, took_ms + timed.ms
+        if self._resident == last:
+            self._learn(took_ms, self.plan.cut("local").device_ms.p50 - choice.cut.device_ms.p50)
         return self._done(start, choice, "continued", size, values, reason)
 
-    def _run(
-        self, values: "Arrays", first: int, stop: int, expected_ms: float | None, halt: Halt | None = None
-    ) -> "Arrays":
-        timed = self.timer.run(lambda: self._chain.run(values, first, stop, halt=halt), halt)
-        if expected_ms is not None and stop <= self._resident:  # loading says nothing of how fast the device computes
-            self._learn(timed.ms, expected_ms)
+    def _run(self, values: "Arrays", first: int, stop: int, halt: Halt | None = None) -> "Timed[Arrays]":
+        return self.timer.run(lambda: self._chain.run(values, first, stop, halt=halt), halt)
+
+    def _local(self, inputs: "Arrays", choice: Choice) -> "Arrays":
+        """Run the whole model here."""
+        timed = self._run(inputs, 0, len(self.plan.segments))
+        if self._resident == len(self.plan.segments):  # loading says nothing of how fast the device computes
+            self._learn(timed.ms, choice.cut.device_ms.p50)
         return timed.value
 
     def _learn(self, ms: float, expected_ms: float) -> None:
-        """Follow how much slower the device runs now than when it was measured (heat, other work), slowly and within bounds."""
-        if expected_ms > 1.0:
+        """Follow how much slower the device runs now than when it was measured (heat, other work), slowly and within bounds.
+
+        What takes no time, or is a small part of the whole, says more of caches than of the device.
+        """
+        if expected_ms > max(1.0, LEAST_PART * self.plan.cut("local").device_ms.p50):
             self._alpha += (min(max(ms / expected_ms, 0.5 * self._alpha), 2.0 * self._alpha) - self._alpha) * 0.1
             self._alpha = min(max(self._alpha, 0.1), 10.0)
 

@@ -19,7 +19,7 @@ from edge_agent.tail_client import Reply
 from edge_agent.tail_fake import FakeClock, FakeTail
 from skills import codec, ort, zstd
 from skills.errors import FormatError
-from skills.split import Estimate, load_plan
+from skills.split import Estimate, Millis, load_plan
 from skills.timer import Timed
 
 
@@ -139,6 +139,27 @@ def test_a_reply_that_ended_a_segment_and_is_no_answer_costs_that_segment_again_
     assert bench.model.last.where == "continued"
     assert bench.tail.cancelled == []
     np.testing.assert_allclose(found, right, atol=1e-5)
+
+
+def test_how_slow_the_device_is_now_is_learnt_from_the_whole_and_not_from_writing_a_frame(bench: Bench) -> None:
+    local = bench.model.plan.cut("local").device_ms.p50
+    bench.model._learn(0.1 * local, 0.05 * local)
+    assert bench.model._alpha == 1.0
+    bench.model._learn(3.0 * max(local, 2.0), max(local, 2.0))
+    assert bench.model._alpha == pytest.approx(1.1)
+
+
+def test_a_device_that_needs_its_time_for_itself_goes_on_at_once(bench: Bench) -> None:
+    plan = bench.model.plan
+    slow = dataclasses.replace(plan.cut("local"), device_ms=Millis(90.0, 120.0))
+    bench.model._planned = dataclasses.replace(
+        plan, cuts=tuple(slow if one.name == "local" else one for one in plan.cuts)
+    )
+    bench.model.use("input")
+    bench.tail.silent = True
+    start = bench.clock()
+    bench.ask(deadline_s=0.1)  # as a rule it makes it, one time out of ten it does not: no moment is to be lost
+    assert bench.clock() - start < 0.01
 
 
 def test_a_refused_plan_is_not_tried_again_for_a_minute(bench: Bench) -> None:
