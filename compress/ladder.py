@@ -30,7 +30,8 @@ SHARES = (0.15, 0.25, 0.25, 0.20, 0.15)  # of the time, for one training after t
 # Times the budget lost on select. Select is cut out of what the original was trained on, which it knows by heart: ResNets on
 # CIFAR lost 2.8 to 3.5 points there and 0.2 to 0.5 on unseen images, 5.0 to 5.8 there and 1.3 to 2.9 on unseen ones.
 HOPEFUL = 4.0  # up to here the next rung may be within the budget
-HOPELESS = 8.0  # from here on training again will not bring a rung into it either
+HOPELESS = 8.0  # beyond it, nothing behind this rung will be
+IMPROVED = 0.85  # training again must lose at most this share of what was lost before to be done once more
 
 
 def rungs(goal: str, widths: tuple[float, ...]) -> tuple[Rung, ...]:
@@ -40,12 +41,16 @@ def rungs(goal: str, widths: tuple[float, ...]) -> tuple[Rung, ...]:
 
 
 def onward(lost: Sequence[float], budget: float) -> Onward:
-    """Return what to train next; `lost` has the points that each training of the present rung so far lost on select."""
+    """Return what to train next; `lost` has the points that each training of the present rung so far lost on select.
+
+    What training again does not improve is as good as this rung gets, and how much of it is only that the original knows
+    select by heart cannot be told: then the next rung is tried, unless too much is lost for that.
+    """
     if not lost or lost[-1] <= HOPEFUL * budget:
         return "smaller"
-    if len(lost) > 1 and lost[-1] > HOPELESS * budget:
-        return "stop"
-    return "again"
+    if len(lost) == 1 or lost[-1] < IMPROVED * lost[-2]:
+        return "again"
+    return "smaller" if lost[-1] <= HOPELESS * budget else "stop"
 
 
 def batch(samples: int) -> int:
