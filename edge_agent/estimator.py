@@ -22,7 +22,7 @@ LONGER, LONGER_BY_MS = 1.5, 3.0  # a round trip that is both is a surprise
 MISSES = 2
 TRIAL_S = 10.0  # after a ping closed what missing requests had opened: for this long one more miss opens it again
 FIRST_PROBE_S, LAST_PROBE_S, JITTER = 0.5, 30.0, 0.2
-SOON_S, ABSENCE_SHARE = 2.0, 0.1  # a probe comes at least so soon, or after so much of the time that the tail was away
+SOON_S, ABSENCE_SHARE = 1.0, 0.1  # a probe comes at least so soon, or after so much of the time that the tail was away
 
 
 class Estimator:

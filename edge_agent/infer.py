@@ -105,7 +105,7 @@ class SplitModel:
         self.tail: Tail | None = LinkClient(link) if isinstance(link, Path) else link
         self._deadline_s, self._wait_s, self._private, self._clock = deadline_s, wait_s, private, clock
         self._held: Held | None = None
-        self._alpha = 1.0
+        self._alpha, self._learnt = 1.0, 0
         self._refused_until_s = float("-inf")
         self.last = Ran("local", "local", "", 0.0, 0, 0.0)
         self._warm()
@@ -310,12 +310,14 @@ class SplitModel:
         return timed.value
 
     def _learn(self, ms: float, expected_ms: float) -> None:
-        """Follow how much slower the device runs now than when it was measured (heat, other work), slowly and within bounds.
+        """Follow how much slower the device runs than when it was measured (heat, other work), ever more slowly.
 
         What takes no time, or is a small part of the whole, says more of caches than of the device.
         """
         if expected_ms > max(1.0, LEAST_PART * self.plan.cut("local").device_ms.p50):
-            self._alpha += (min(max(ms / expected_ms, 0.5 * self._alpha), 2.0 * self._alpha) - self._alpha) * 0.1
+            self._learnt += 1
+            share = max(0.1, 1 / self._learnt)  # the first times are worth more than what a plan says of its making
+            self._alpha += (min(max(ms / expected_ms, 0.5 * self._alpha), 2.0 * self._alpha) - self._alpha) * share
             self._alpha = min(max(self._alpha, 0.1), 10.0)
 
     def _rest_s(self, choice: Choice, *, usual: bool = False) -> float:

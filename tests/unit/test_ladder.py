@@ -47,7 +47,9 @@ def test_a_rung_that_lost_much_is_trained_again_and_given_up_where_that_did_not_
     assert onward([HOPEFUL + 0.1], 2.0) == "smaller"
     assert onward([HOPELESS + 1], 1.0) == "again"
     assert onward([HOPELESS + 2, HOPELESS + 1], 1.0) == "stop"
-    assert onward([HOPEFUL + 1, HOPEFUL + 1], 1.0) == "smaller"  # as good as it gets: how good that is, select does not tell
+    assert (
+        onward([HOPEFUL + 1, HOPEFUL + 1], 1.0) == "smaller"
+    )  # as good as it gets: how good that is, select does not tell
     assert onward([2 * HOPELESS, HOPELESS + 1], 1.0) == "again"
     assert onward([HOPELESS + 1, HOPEFUL - 1], 1.0) == "smaller"
 
