@@ -18,7 +18,7 @@ from skills.measurement import RUNTIME, Figures, Order, Work, open_order, read_w
 from skills.messaging import Connected, Disconnected, Message, MqttClient
 from skills.report import CHUNK_BYTES, MAX_CHUNKS_A_NEED, DeviceState, Hello, Need, Phase, SkillState, decode_chunk
 from skills.resolve import Capabilities, Misfit
-from skills.split import Millis
+from skills.split_plan import Millis
 from skills.wire import encode_json, pack_frame, unpack_frame
 
 ANY_PC = Capabilities(

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from skills.errors import SkerryError, Unreachable, UsageError
 from skills.files import write_atomic
-from skills.split import Link, parse_link
+from skills.network import Link, parse_link
 
 PIECE_BYTES = 4096
 ROUNDING_S = 0.0008

@@ -29,7 +29,7 @@ from skills.bundle import MAX_MANIFEST_BYTES, Bundle, Part, decode_bundle, unpac
 from skills.desired import ObjectRef
 from skills.errors import FormatError, NotFound, StorageError, TrustError
 from skills.files import fsync_directory, read_bytes, sha256_hex, storage_errors, write_atomic
-from skills.split import MAX_PLAN_BYTES, Plan, load_plan, plan_hash
+from skills.split_plan import MAX_PLAN_BYTES, Plan, load_plan, plan_hash
 from skills.stages import check_placement
 
 if TYPE_CHECKING:

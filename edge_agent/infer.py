@@ -13,24 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from edge_agent.tail_client import LinkClient, Reply, Tail
 from skills import codec, ort
+from skills.coding import Coding, Live
 from skills.confidence import confidence
 from skills.errors import FormatError, NotFound
 from skills.files import read_bytes
 from skills.plain import uncoded
-from skills.split import (
-    MAX_PLAN_BYTES,
-    Choice,
-    Coding,
-    Estimate,
-    Held,
-    Live,
-    Plan,
-    choose_cut,
-    load_plan,
-    plan_hash,
-    resident,
-    settle,
-)
+from skills.split import Choice, Estimate, Held, choose_cut, resident, settle
+from skills.split_plan import MAX_PLAN_BYTES, Plan, load_plan, plan_hash
 from skills.stages import StageChain, check_stages, fitted
 from skills.timer import Halt, Halted, Local, Timed, Timer
 

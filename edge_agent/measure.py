@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skills import __version__, codec, ort
+from skills.coding import Coding, Live
 from skills.errors import FormatError, Refused
 from skills.files import read_bytes
 from skills.footprint import grown_mb, own_kb
 from skills.measurement import PROFILE_INSTEAD, RUNTIME, Figures, Work
-from skills.split import Coding, Live, Millis
+from skills.split_plan import Millis
 from skills.timer import Timer
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ import numpy as np
 from edge_agent.tail_client import Reply
 from skills import codec, ort
 from skills.errors import SkerryError
-from skills.split import Estimate, load_plan, plan_hash
+from skills.split import Estimate
+from skills.split_plan import load_plan, plan_hash
 from skills.stages import StageChain
 from skills.timer import Halt
 

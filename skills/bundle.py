@@ -19,7 +19,7 @@ from skills.files import read_bytes, sha256_file, sha256_hex, write_atomic
 from skills.manifest import Skill, check_path, load_skill
 from skills.report import CHUNK_BYTES, Sha256
 from skills.resolve import Capabilities, Choice, Misfit, resolve
-from skills.split import load_plan
+from skills.split_plan import load_plan
 from skills.stages import check_placement
 from skills.units import readable
 from skills.wire import Limits, decode_json, encode_json

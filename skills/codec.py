@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from skills import rice, zstd
+from skills.coding import CODED_KINDS, TOP, Coding, Image, Live
 from skills.errors import FormatError, MissingExtra
-from skills.split import CODED_KINDS, TOP, Coding, Image, Live
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,10 +8,11 @@ import dataclasses
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from skills.bundle import Part
+from skills.coding import Coding, Live, TensorName
 from skills.desired import ObjectRef, open_payload, seal_payload
 from skills.errors import FormatError, TrustError
 from skills.report import Sha256
-from skills.split import Coding, Live, Millis, TensorName
+from skills.split_plan import Millis
 from skills.wire import Limits, decode_json, encode_json
 
 if TYPE_CHECKING:

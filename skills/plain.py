@@ -4,7 +4,8 @@ import dataclasses
 import math
 
 from skills import codec
-from skills.split import Coding, Cut, Plan
+from skills.coding import Coding
+from skills.split_plan import Cut, Plan
 
 
 def uncoded(plan: Plan) -> Plan:

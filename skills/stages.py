@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skills.codec import DTYPES
+from skills.coding import Live
 from skills.errors import FormatError, TrustError
 from skills.files import sha256_hex
 from skills.manifest import Skill, Tensor
-from skills.split import Live, Plan, Segment, StagePart
+from skills.split_plan import Plan, Segment, StagePart
 from skills.timer import Halt
 
 if TYPE_CHECKING:

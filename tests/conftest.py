@@ -79,8 +79,9 @@ def small_bundle(tmp_path: Path) -> "Callable[..., BundleFile]":
 def split_bundle(tmp_path: Path) -> "Callable[..., BundleFile]":
     """Build a bundle of the split skill `halves`, whose two segments are only bytes of that version."""
     from skills.bundle import build_bundle, open_bundle
+    from skills.coding import Coding, Live
     from skills.files import sha256_hex
-    from skills.split import Coding, Cut, Live, Millis, Plan, Segment
+    from skills.split_plan import Cut, Millis, Plan, Segment
     from skills.wire import encode_yaml
 
     def build(version: str) -> BundleFile:

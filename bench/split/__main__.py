@@ -34,7 +34,7 @@ import edge_agent
 import skills
 from skills import ort
 from skills.errors import SkerryError
-from skills.split import Link
+from skills.network import Link
 
 REFERENCE = Path(os.environ.get("SKERRY_REFERENCE", Path(__file__).parents[3] / "shared" / "data"))
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skerry-bench" / "split"

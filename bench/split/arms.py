@@ -9,7 +9,10 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from skills.split import Choice, Coding, Cut, Estimate, Link, Plan, choose_cut, predict, predict_ms
+from skills.coding import Coding
+from skills.network import Link
+from skills.split import Choice, Estimate, choose_cut, predict, predict_ms
+from skills.split_plan import Cut, Plan
 
 MOST = 10  # options of a plan that are measured on one link
 HOPELESS = 4.0  # predicted to be so many times slower than the best: not measured, for it cannot be the oracle

@@ -18,7 +18,10 @@ from nets import Planned
 from store import Store
 
 from cloud.tail.store import install
-from skills.split import Coding, Estimate, Link, plan_hash
+from skills.coding import Coding
+from skills.network import Link
+from skills.split import Estimate
+from skills.split_plan import plan_hash
 
 BLOCKS = 3  # in each, the input is sent as JSON lists once
 RUNS = 10

@@ -14,7 +14,7 @@ from cloud.split.plan import split
 from cloud.tail.store import install
 from edge_agent.tail_client import LinkClient
 from skills.errors import Unreachable
-from skills.split import Link
+from skills.network import Link
 
 SIZES = (16_384, 32_768, 65_536)
 LINKS = (Link(20, 50), Link(100, 50))

@@ -14,8 +14,10 @@ from nets import Array
 from edge_agent.infer import SplitModel
 from edge_agent.tail_client import LinkClient
 from skills import codec, ort
+from skills.coding import Coding
 from skills.errors import Unreachable
-from skills.split import Coding, Cut, Estimate, plan_hash
+from skills.split import Estimate
+from skills.split_plan import Cut, plan_hash
 from skills.timer import Dilated, Local
 
 PATIENCE_S = 60.0  # while measuring, an answer is waited for: going on here would hide how slow the link is

@@ -19,7 +19,7 @@ import numpy as np
 
 from skills import ort
 from skills.codec import DTYPES
-from skills.split import Plan, load_plan
+from skills.split_plan import Plan, load_plan
 from skills.timer import Dilated, Local, Timer
 
 PATIENCE_S = 120.0

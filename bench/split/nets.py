@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from cloud.split.export import commented
 from cloud.split.plan import split
 from skills.files import sha256_file, write_atomic
-from skills.split import Link, Millis, Plan, load_plan
+from skills.network import Link
+from skills.split_plan import Millis, Plan, load_plan
 
 Array = NDArray[Any]
 LINKS = tuple(Link(mbit, rtt) for mbit in (1.0, 5.0, 20.0, 100.0) for rtt in (5.0, 50.0))

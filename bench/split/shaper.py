@@ -24,7 +24,7 @@ import sys
 import time
 from pathlib import Path
 
-from skills.split import Link, parse_link
+from skills.network import Link, parse_link
 
 DEVICE, TAIL = "10.9.0.1", "10.9.0.2"
 CLONE_NEWNET = 0x40000000

@@ -12,7 +12,7 @@ from nets import Planned
 
 from cloud.tail.store import install
 from skills import codec, ort
-from skills.split import plan_hash
+from skills.split_plan import plan_hash
 
 CLIENTS = (1, 20)
 

@@ -24,7 +24,8 @@ from nets import Planned
 from cloud.tail.store import install
 from edge_agent.infer import SplitModel
 from skills.errors import Unreachable
-from skills.split import Choice, Link
+from skills.network import Link
+from skills.split import Choice
 from skills.timer import Dilated
 
 OUTAGE_S = 10.0

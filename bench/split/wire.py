@@ -13,7 +13,7 @@ from typing import IO, Any, Protocol, Self
 
 from cloud.link_emulator import EmulatedLink, emulated_link
 from skills.errors import Unreachable
-from skills.split import Link
+from skills.network import Link
 
 HERE = Path(__file__).parent
 KINDS = {

@@ -12,7 +12,9 @@ from skills.units import readable, readable_ms
 if TYPE_CHECKING:
     from cloud.split import SplitReport
     from compress.report import Report
-    from skills.split import Choice, Link, Plan
+    from skills.network import Link
+    from skills.split import Choice
+    from skills.split_plan import Plan
 
 VERDICT_COLOURS = {"proven": "green", "within_budget_unproven": "yellow", "not_reached": "red"}
 

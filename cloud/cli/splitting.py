@@ -156,7 +156,7 @@ def split(
     from cloud.split import LINKS
     from cloud.split import split as run
     from cloud.split.live import doubt
-    from skills.split import parse_link
+    from skills.network import parse_link
 
     links = tuple(parse_link(text) for text in link) if link else LINKS
     with contextlib.ExitStack() as open_until_done, screen.progress("splitting") as step:
@@ -278,7 +278,7 @@ def stages(
     from cloud.cli import findings
     from cloud.split import LINKS
     from cloud.split.stages import plan_stages
-    from skills.split import parse_link
+    from skills.network import parse_link
 
     links = tuple(parse_link(text) for text in link) if link else LINKS
     factor, _ = device_limits(device, slowdown)
@@ -299,7 +299,7 @@ def stages(
 
 
 def _plain(found: "Checked") -> dict[str, Any]:
-    from skills.split import plan_hash
+    from skills.split_plan import plan_hash
 
     return {
         "file": str(found.file),

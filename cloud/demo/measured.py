@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from cloud.split.measure import Measured, Row
-    from skills.split import Plan
+    from skills.split_plan import Plan
 
 ROUNDS = 7
 MOST_REGRET = 0.10  # as a share; two options closer than this are one answer on a machine that does other work too

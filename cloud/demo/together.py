@@ -43,7 +43,8 @@ def tell(scene: Scene) -> Together:
     from cloud.split import LINKS
     from cloud.split.verdict import judge
     from skills import ort
-    from skills.split import load_plan, parse_link
+    from skills.network import parse_link
+    from skills.split_plan import load_plan
 
     scene.chapter("e", TITLE, TEXT)
     for name in ("lighthouse", "buoy"):
@@ -118,7 +119,7 @@ def times_slower(recipe: Any) -> float:
 def _serve(scene: Scene, folder: Path, slowdown: float) -> None:
     """Publish the photo skill and bring it to the camera, whose way to the tail is an emulated link."""
     from cloud.link_emulator import emulated_link
-    from skills.split import parse_link
+    from skills.network import parse_link
 
     running = scene.controller
     if running is None:

@@ -8,22 +8,12 @@ from typing import Any
 
 from cloud.split.verdict import judge
 from skills import ort
+from skills.coding import CODED_KINDS
 from skills.errors import FormatError, NotFound, SkerryError
 from skills.files import read_bytes, sha256_file
 from skills.plain import uncoded
-from skills.split import (
-    CODED_KINDS,
-    MAX_PLAN_BYTES,
-    Cut,
-    Plan,
-    Segment,
-    Small,
-    admitted,
-    fits,
-    keeps_private,
-    load_plan,
-    plan_hash,
-)
+from skills.split import admitted, fits, keeps_private
+from skills.split_plan import MAX_PLAN_BYTES, Cut, Plan, Segment, Small, load_plan, plan_hash
 from skills.stages import check_stages
 from skills.units import readable_ms
 

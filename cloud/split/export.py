@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from skills.split import Plan, Policy
+from skills.split_plan import Plan, Policy
 from skills.wire import Doc, to_plain
 
 HEADER = """\

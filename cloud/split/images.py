@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from skills.split import Image
+from skills.coding import Image
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

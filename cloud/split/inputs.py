@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skills import ort
+from skills.coding import Image
 from skills.errors import FormatError, MissingExtra, NotFound
-from skills.split import Image
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

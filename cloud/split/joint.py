@@ -18,7 +18,9 @@ from skills import ort
 from skills.confidence import Scores, confidence
 from skills.errors import FormatError, NotReached, UsageError
 from skills.files import read_bytes, sha256_hex, write_atomic
-from skills.split import MAX_PLAN_BYTES, Estimate, Link, Millis, Plan, Small, choose_cut, load_plan
+from skills.network import Link
+from skills.split import Estimate, choose_cut
+from skills.split_plan import MAX_PLAN_BYTES, Millis, Plan, Small, load_plan
 from skills.timer import Dilated, Local, Timer
 from skills.units import readable_ms
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cloud.split.ssim import ssim
 from skills.errors import MissingExtra
-from skills.split import Leak
+from skills.split_plan import Leak
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

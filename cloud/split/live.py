@@ -13,10 +13,10 @@ from cloud.split.segment import Pieces
 from cloud.views import MeasureView
 from skills import zstd
 from skills.bundle import MAX_PART_BYTES, Part, chunk_hashes
+from skills.coding import Coding
 from skills.errors import DeadlineExceeded, FormatError, Unreachable
 from skills.files import read_bytes, sha256_hex
 from skills.measurement import Crossing, Figures, Work
-from skills.split import Coding
 from skills.wire import decode_json, encode_json
 
 if TYPE_CHECKING:

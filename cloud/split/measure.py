@@ -15,7 +15,9 @@ from cloud.tail.store import install
 from edge_agent.infer import SplitModel
 from edge_agent.tail_client import LinkClient
 from skills.errors import Unreachable
-from skills.split import Choice, Link, Millis
+from skills.network import Link
+from skills.split import Choice
+from skills.split_plan import Millis
 from skills.timer import Dilated, Local
 
 if TYPE_CHECKING:

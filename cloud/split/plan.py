@@ -4,38 +4,29 @@ import dataclasses
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cloud.split import leak
 from cloud.split.export import commented
 from cloud.split.graph import Flow, observed_types, read_flow
 from cloud.split.images import recognise
 from cloud.split.inputs import check_fit, read_data, read_model
-from cloud.split.live import LiveDevice, device_facts, measured_slowdown, with_figures
+from cloud.split.live import LiveDevice, device_facts, measured_slowdown
 from cloud.split.memory import measured_mb
-from cloud.split.profile import (
-    Costs,
-    gated,
-    measure,
-    measure_coding,
-    measured_replies,
-    paying_replies,
-    possible_codings,
-    returned,
-    scorer,
-    with_reply,
-)
+from cloud.split.privacy import audited
 from cloud.split.report import render_html, report_json
-from cloud.split.segment import Pieces, Types, write_segments
-from cloud.split.shortlist import Candidate, candidate, shortlist, single_tensor_cuts
+from cloud.split.segment import Pieces, write_segments
+from cloud.split.shortlist import Candidate, candidate, shortlist
+from cloud.split.task import Gate, Progress, Task, Timed
 from cloud.split.verdict import LINKS, ever_best, judge, options
-from skills import codec, ort
+from skills import ort
+from skills.coding import Coding, Image
 from skills.errors import FormatError, MissingExtra, UsageError
 from skills.files import fsync_directory, sha256_file, sha256_hex, storage_errors, write_atomic
 from skills.measurement import Figures
-from skills.split import Coding, Cut, Image, Link, Millis, Plan, Policy, Verdict, plan_hash
+from skills.network import ASSUMED, Link
+from skills.split_plan import Cut, Plan, Policy, Verdict, plan_hash
 from skills.timer import Dilated, Local, Timer
 
 if TYPE_CHECKING:
@@ -43,13 +34,7 @@ if TYPE_CHECKING:
 
     Arrays = Mapping[str, NDArray[Any]]
 
-Progress = Callable[[str, int, int], None]
-
-ASSUMED = Link(20, 30)
 SHORT_ROUNDS = 8
-GATE_S = 20.0  # how long inputs beyond the timed ones may keep on proving the budget
-ROUNDING = 1e-5  # of the largest value: segments are optimised apart, so sums may round differently in the last places
-HALF_ROUNDING = 1e-4  # where tensors have 16 bits
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -163,7 +148,7 @@ def split(
         plan = _weighed(plan, work, figures)
         leaks: dict[str, Any] = {}
         if private and audit:
-            plan, leaks["privacy_audit"] = task.audited(plan, timed)
+            plan, leaks["privacy_audit"] = audited(task, plan, timed)
         plan = dataclasses.replace(plan, verdicts=tuple(judge(plan, link) for link in links))
         details = (
             _details(timed, kept, gate, rounds)
@@ -191,166 +176,6 @@ def split(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return SplitReport(plan, plan_hash(plan), plan.verdicts, out, details)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Timed:
-    """Segments that were written, loaded, found equal to the whole, and timed."""
-
-    pieces: Pieces
-    chain: ort.Chain
-    costs: Mapping[int, Costs]
-    whole: Millis
-    gap: float
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Gate:
-    """Every coding with what it loses, by cut, `input` first; the whole model's own metric, and on how many inputs."""
-
-    codings: list[tuple[Coding, ...]]
-    metric: str
-    whole: float
-    inputs: int
-    reply_bytes: int  # of a raw answer
-    replies: tuple[Coding, ...]  # every coding of it, as measured, the smallest first
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Task:
-    """What is measured, on what, and for which device."""
-
-    raw: bytes | Path
-    beside: Path | None  # where the model's external data lies
-    graph: Any
-    flow: Flow
-    types: Types
-    samples: "Sequence[Arrays]"
-    more: "Sequence[Arrays]"  # inputs that only help to judge the budget
-    labels: "NDArray[Any] | None"
-    image: Image | None
-    device: Timer
-    max_drop: float
-    slowest_mbit: float  # of the links that the plan is for
-    progress: Progress
-
-    def time(self, cuts: Sequence[Candidate], folder: Path, stage: str, rounds: int) -> Timed:
-        """Write the segments between `cuts` to `folder`/segments and time every head and tail."""
-        with storage_errors(folder):
-            (folder / "segments").mkdir(parents=True)
-        pieces = write_segments(
-            self.graph, self.flow, [cut.prefix for cut in cuts], folder / "segments", self.types, self.image,
-            source=self.beside,
-        )  # fmt: skip
-        unused = set(self.flow.inputs) - {live.name for live in pieces.live[0]}
-        if unused:
-            raise FormatError(f"the model's input {min(unused)!r} is used by nothing: remove it, then split")
-        whole = ort.session(self.raw, beside=self.beside)
-        chain = ort.chain([folder / segment.file for segment in pieces.segments], self.flow.outputs)
-        few = self.samples[:8]
-        gap = largest_gap(chain, few, [whole.run(sample) for sample in few], allowed_gap(self.flow, pieces))
-        ticker = _ticker(self.progress, stage, rounds)
-        costs, whole_ms = measure(chain, whole, range(len(cuts) + 2), self.samples, self.device, rounds, ticker)
-        return Timed(pieces, chain, costs, whole_ms, gap)
-
-    def there(
-        self,
-        device: LiveDevice,
-        timed: Timed,
-        codings: list[tuple[Coding, ...]],
-        folder: Path,
-        rounds: int,
-    ) -> tuple[Timed, list[tuple[Coding, ...]], Figures]:
-        """Return the same with the times that a live device took for every head and every coding, and all it measured."""
-        figures = device.figures(folder, timed.pieces, self.samples, codings, rounds, self.progress)
-        costs, codings = with_figures(timed.costs, codings, figures)
-        return dataclasses.replace(timed, costs=costs), codings, figures
-
-    def audited(self, plan: Plan, timed: Timed) -> tuple[Plan, dict[str, Any]]:
-        """Return the plan with what each cut gives away of the input, and the facts of that audit."""
-        import numpy as np
-
-        samples = [*self.samples, *self.more][: leak.MOST_INPUTS]
-        true = [cut for cut in plan.cuts if cut.name not in ("local", "input") and not cut.raw]
-        first = _shallowest(self.flow)
-        shallow = ort.session(_with_output(self.graph, first), optimise=False, beside=self.beside) if first else None
-        kept: dict[str, list[list[Any]]] = {cut.name: [[] for _ in cut.tensors] for cut in true}
-        control = []
-        for sample in samples:
-            for cut in true:
-                values = timed.chain.run(sample, 0, cut.after)
-                for into, live in zip(kept[cut.name], cut.tensors, strict=True):
-                    into.append(leak.prepared(values[live.name]))
-            if shallow is not None and first is not None:
-                control.append(leak.prepared(shallow.run(sample, [first])[first]))
-        tensors = {name: [np.concatenate(one) for one in parts] for name, parts in kept.items()}
-        whole = np.concatenate([sample[self.flow.inputs[0]] for sample in samples])
-        if self.image is not None:
-            whole = codec.pixels(self.image, whole).transpose(0, 3, 1, 2).astype(np.float32) / 255
-        proof = [np.concatenate(control)] if control else next(iter(tensors.values()), [whole])
-
-        def told(done: int, of: int) -> None:
-            self.progress("auditing what leaves", done, of)
-
-        found, facts = leak.audit(whole, tensors, proof, picture=self.image is not None, progress=told)
-        cuts = tuple(dataclasses.replace(cut, leak=found.get(cut.name)) for cut in plan.cuts)
-        return dataclasses.replace(plan, cuts=cuts), facts | {"control_tensor": first}
-
-    def code(self, cuts: Sequence[Candidate], timed: Timed) -> Gate:
-        """Measure every coding of every cut on all samples, then judge the budget on more inputs while time lasts."""
-        whole, live = ort.session(self.raw, beside=self.beside), timed.pieces.live
-        truths = [whole.run(sample) for sample in self.samples]
-        score = scorer(truths[0], self.flow.outputs, self.labels is not None)
-
-        def mark(at: int, answer: "Arrays", truth: "Arrays") -> float:
-            return score.mark(answer, truth, None if self.labels is None else int(self.labels[at]))
-
-        reference = [mark(at, truth, truth) for at, truth in enumerate(truths)]
-        outputs = timed.pieces.outputs
-        reply_bytes = sorted(sum(int(array.nbytes) for array in one.values()) for one in truths)[len(truths) // 2]
-        replies = measured_replies(outputs, truths, self.device)
-        paying = paying_replies(replies, reply_bytes, self.slowest_mbit)
-
-        def marked(at: int, answer: "Arrays", truth: "Arrays") -> list[float]:
-            ways = (answer, *(returned(reply, outputs, answer) for reply in paying))
-            return [mark(at, way, truth) for way in ways]
-
-        found: list[list[tuple[Coding, list[list[float]]]]] = []  # marks by input, then by reply, raw first
-        for after, tensors in enumerate(live):
-            self.progress("measuring codings", after, len(live))
-            values = [timed.chain.run(sample, 0, after) for sample in self.samples]
-
-            def finish(decoded: "Arrays", after: int = after) -> "Arrays":
-                return timed.chain.run(decoded, after)
-
-            found.append([])
-            for one in possible_codings(tensors, after == 0, values):
-                coding, answers = measure_coding(one, tensors, values, finish, self.device)
-                marks = [marked(at, *pair) for at, pair in enumerate(zip(answers, truths, strict=True))]
-                found[-1].append((coding, marks))
-        self.progress("measuring codings", len(found), len(found))
-        until = time.monotonic() + GATE_S
-        for at, sample in enumerate(self.more, len(self.samples)):
-            if time.monotonic() > until:
-                break
-            self.progress("judging the budget", at, len(self.samples) + len(self.more))
-            truth = whole.run(sample)
-            reference.append(mark(at, truth, truth))
-            for after, measured in enumerate(found):
-                values_here = timed.chain.run(sample, 0, after)
-                for coding, marks in measured:
-                    decoded = codec.decode(coding, live[after], codec.encode(coding, live[after], values_here))
-                    marks.append(marked(at, timed.chain.run(decoded, after), truth))
-        if self.more:
-            self.progress("judging the budget", len(reference), len(reference))
-
-        def judged(coding: Coding, marks: list[list[float]]) -> Coding:
-            raw, *coded = zip(*marks, strict=True)
-            alone = gated(coding, reference, raw, self.max_drop)
-            return with_reply(alone, reference, tuple(zip(paying, coded, strict=True)), self.max_drop)
-
-        codings = [tuple(judged(*one) for one in cut) for cut in found]
-        return Gate(codings, score.metric, sum(reference) / len(reference), len(reference), reply_bytes, replies)
 
 
 def _check(out: Path, slowdown: float, max_drop: float, links: Sequence[Link]) -> None:
@@ -384,26 +209,6 @@ def _weighed(plan: Plan, folder: Path, figures: Figures | None) -> Plan:
         dataclasses.replace(cut, memory_mb=weights[cut.after]) if cut.after < len(weights) else cut for cut in plan.cuts
     )
     return dataclasses.replace(plan, cuts=cuts)
-
-
-def _shallowest(flow: Flow) -> str | None:
-    """Return the first tensor that computes something of the input and alone carries it: what leaks most."""
-    disguised = flow.disguised()
-    for prefix in sorted(single_tensor_cuts(flow), key=len):
-        (name,) = flow.live(prefix)
-        if name not in disguised:
-            return name
-    return None
-
-
-def _with_output(graph: Any, name: str) -> bytes:
-    import onnx
-
-    wide = onnx.ModelProto()
-    wide.CopyFrom(graph)
-    del wide.graph.output[:]
-    wide.graph.output.append(onnx.ValueInfoProto(name=name))
-    return bytes(wide.SerializeToString())
 
 
 def default_cut(plan: Plan) -> Cut | None:
@@ -477,55 +282,6 @@ def _least(cuts: Sequence[Candidate], flow: Flow, min_cut: str | None) -> str | 
         return None
     wanted = candidate(flow, flow.ancestors(min_cut)).prefix
     return next((f"c{at}" for at, cut in enumerate(cuts, 1) if wanted <= cut.prefix), "local")
-
-
-def allowed_gap(flow: Flow, pieces: Pieces) -> float:
-    """Return by how much a chain may differ from the whole, as a share of the largest value.
-
-    Not at all where a quantized model is cut at its codes: whole numbers do not round on their way.
-    """
-    crossing = [live.dtype for tensors in pieces.live[1:] for live in tensors]
-    quantized = any(op.kind in ("QuantizeLinear", "QLinearConv") for op in flow.ops)
-    if quantized and crossing and not any(dtype.startswith(("FP", "BF")) for dtype in crossing):
-        return 0.0
-    ends = [live.dtype for live in pieces.outputs]
-    return HALF_ROUNDING if {"FP16", "BF16"} & {*crossing, *ends} else ROUNDING
-
-
-def largest_gap(
-    chain: ort.Chain, samples: "Sequence[Arrays]", truths: "Sequence[Arrays]", allowed: float = ROUNDING
-) -> float:
-    """Return the largest difference between the chain of segments and the whole model.
-
-    `allowed` is the largest one that is let pass, as a share of the largest value, or of 1 where that is less.
-
-    Raises:
-        FormatError: it is more, so the model cannot be cut this way.
-    """
-    import numpy as np
-
-    worst = 0.0
-    for sample, truth in zip(samples, truths, strict=True):
-        for name, found in chain.run(sample).items():
-            right = np.asarray(truth[name], np.float64)
-            gap = float(np.abs(np.asarray(found, np.float64) - right).max(initial=0.0))
-            if gap > allowed * max(1.0, float(np.abs(right).max(initial=0.0))):
-                raise FormatError(
-                    f"the segments' output {name!r} differs from the whole model's by {gap:.2g}: it cannot be split"
-                )
-            worst = max(worst, gap)
-    return worst
-
-
-def _ticker(progress: Progress, stage: str, rounds: int) -> Callable[[], None]:
-    done = 0
-
-    def tick() -> None:
-        nonlocal done
-        done += 1
-        progress(stage, min(done, rounds), rounds)
-
-    return tick
 
 
 def _publish(work: Path, out: Path) -> None:

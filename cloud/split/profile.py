@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from skills import codec
+from skills.coding import Coding, Kind, Live
 from skills.errors import FormatError
-from skills.split import Coding, Kind, Live, Millis, reply_ms
+from skills.split import reply_ms
+from skills.split_plan import Millis
 from skills.timer import Local, Timer
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from typing import Any
 
 from cloud.split.live import doubt
 from cloud.split.verdict import answers, describe, options, points, proof, refusal, warning
-from skills.split import Choice, Cut, Leak, Plan, moved_bytes, plan_hash
+from skills.split import Choice, moved_bytes
+from skills.split_plan import Cut, Leak, Plan, plan_hash
 from skills.units import readable, readable_ms
 from skills.wire import encode_json, to_plain
 

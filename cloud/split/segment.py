@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from cloud.split.graph import Flow, needs, ordered, tensor_types
+from skills.coding import Image, Live
 from skills.errors import FormatError
 from skills.files import sha256_file, sha256_hex, write_atomic, write_atomic_pieces
-from skills.split import Image, Live, Segment, SharedData
+from skills.split_plan import Segment, SharedData
 
 # A constant used on both sides of a cut is written twice when it is small, and once, as external data, when it is not.
 SMALL_BYTES = 1024

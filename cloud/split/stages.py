@@ -17,10 +17,13 @@ from cloud.split.verdict import LINKS, judge
 from edge_agent.worker import CallableModel
 from skills.bundle import read_text
 from skills.codec import DTYPES
+from skills.coding import Image, Live
 from skills.errors import FormatError, NotFound, UsageError
 from skills.files import sha256_file, write_atomic
 from skills.manifest import Skill, Tensor, Variant, load_skill
-from skills.split import Cut, Estimate, Image, Link, Live, Plan, Segment, StageAt, StagePart, choose_cut
+from skills.network import ASSUMED, Link
+from skills.split import Estimate, choose_cut
+from skills.split_plan import Cut, Plan, Segment, StageAt, StagePart
 from skills.stages import RUNTIME, StageChain, load_stage
 from skills.timer import Dilated, Local, Timer
 
@@ -38,7 +41,7 @@ def plan_stages(
     *,
     slowdown: float = 10.0,
     links: Sequence[Link] = LINKS,
-    network: Link = Link(20, 30),  # noqa: B008  frozen
+    network: Link = ASSUMED,
     private: bool = False,
     max_drop: float = 1.0,
     rounds: int = 20,

@@ -3,22 +3,10 @@
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 
-from skills.split import (
-    Choice,
-    Coding,
-    Cut,
-    Estimate,
-    Link,
-    Plan,
-    Verdict,
-    admitted,
-    choose_cut,
-    fits,
-    keeps_private,
-    moved_bytes,
-    predict,
-    reply_ms,
-)
+from skills.coding import Coding
+from skills.network import Link
+from skills.split import Choice, Estimate, admitted, choose_cut, fits, keeps_private, moved_bytes, predict, reply_ms
+from skills.split_plan import Cut, Plan, Verdict
 from skills.units import readable_ms
 
 FEW = 20  # fewer inputs say next to nothing about a share

@@ -14,7 +14,8 @@ from typing import Generic, Literal, TypeVar
 
 from skills.errors import FormatError, Refused, SkerryError, TrustError
 from skills.files import read_bytes
-from skills.split import CutName, Plan, admitted
+from skills.split import admitted
+from skills.split_plan import CutName, Plan
 from skills.wire import decode_json
 
 MAX_CRL_BYTES = 64 << 20

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cloud.tail.pace import example
 from skills.errors import FormatError
-from skills.split import Plan
+from skills.split_plan import Plan
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

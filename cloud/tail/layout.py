@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from skills.files import fsync_directory, storage_errors, write_atomic
-from skills.split import Plan, plan_hash
+from skills.split_plan import Plan, plan_hash
 
 
 def lay_out(plan: Plan, text: str, read: Callable[[str], bytes], tails: Path) -> bool:

@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from skills.codec import DTYPES
+from skills.coding import Live
 from skills.errors import FormatError
-from skills.split import Cut, Live, Plan
+from skills.split_plan import Cut, Plan
 
 if TYPE_CHECKING:
     import numpy as np

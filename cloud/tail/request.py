@@ -6,8 +6,9 @@ from typing import Any
 
 from cloud.tail.store import Loaded, Store
 from skills import codec, oip
+from skills.coding import Coding
 from skills.errors import FormatError, NotFound
-from skills.split import Coding, Cut
+from skills.split_plan import Cut
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

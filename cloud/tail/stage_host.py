@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_agent import ipc
 from skills.errors import DeadlineExceeded, FormatError, SkerryError, Unreachable, error_for
-from skills.split import Plan
+from skills.split_plan import Plan
 from skills.stages import fitted, pack, unpack
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from edge_agent.worker import last_line
 from skills import ort
 from skills.errors import FormatError, SkerryError, TrustError
 from skills.files import read_bytes, sha256_hex
-from skills.split import MAX_PLAN_BYTES, Plan, load_plan, plan_hash
+from skills.split_plan import MAX_PLAN_BYTES, Plan, load_plan, plan_hash
 from skills.stages import StageChain, check_stages, fitted, load_stage, pack, unpack
 
 if TYPE_CHECKING:

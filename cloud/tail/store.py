@@ -20,7 +20,7 @@ from skills import ort
 from skills.bundle import MAX_PART_BYTES
 from skills.errors import FormatError, NotFound, TrustError
 from skills.files import read_bytes, sha256_file
-from skills.split import MAX_PLAN_BYTES, Plan, load_plan, plan_hash
+from skills.split_plan import MAX_PLAN_BYTES, Plan, load_plan, plan_hash
 from skills.stages import check_stages
 
 if TYPE_CHECKING:

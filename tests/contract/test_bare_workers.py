@@ -16,7 +16,7 @@ from skills import zstd
 from skills.errors import DeadlineExceeded, FormatError, Refused, SkerryError, Unreachable
 from skills.files import sha256_hex
 from skills.measurement import MAX_FIGURES_BYTES, Figures, read_work
-from skills.split import load_plan
+from skills.split_plan import load_plan
 from skills.wire import decode_json, encode_json
 
 

@@ -12,7 +12,8 @@ HEAVY = {
 }  # fmt: skip
 GROUND = (
     "errors", "wire", "files", "manifest", "resolve", "bundle", "signing", "desired", "report", "topics", "messaging", "mqtt",
-    "mqtt_fake", "split", "zstd", "ort", "codec", "oip", "profile", "timer", "units", "strangers",
+    "mqtt_fake", "coding", "network", "split_plan", "split", "zstd", "ort", "codec", "oip", "profile", "timer", "units",
+    "strangers",
 )  # fmt: skip
 
 

@@ -30,12 +30,13 @@ from edge_agent.identity import Identity, IdentityFiles
 from edge_agent.store import Store
 from edge_agent.trust import TrustProcess
 from edge_agent.workers import ZygoteWorkers
+from skills.coding import Live
 from skills.desired import ObjectRef
 from skills.errors import DeadlineExceeded, NotFound, Refused, SkerryError, TrustError, Unreachable
 from skills.files import sha256_hex
 from skills.measurement import Figures, Order, Work, seal_order
 from skills.mqtt_fake import FakeBroker
-from skills.split import Live, Segment, load_plan
+from skills.split_plan import Segment, load_plan
 from skills.wire import encode_json
 
 NAME = "cam-1"

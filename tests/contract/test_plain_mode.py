@@ -26,7 +26,7 @@ from cloud.split.measure import running_link, running_tail
 from cloud.tail.store import install
 from edge_agent.tail_client import LinkClient
 from skills import ort
-from skills.split import Cut, Plan, load_plan, plan_hash
+from skills.split_plan import Cut, Plan, load_plan, plan_hash
 
 pytestmark = [
     pytest.mark.triton,

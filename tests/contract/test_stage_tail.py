@@ -25,7 +25,7 @@ from skills.bundle import build_bundle
 from skills.errors import DeadlineExceeded, FormatError, SkerryError, TrustError
 from skills.files import write_atomic
 from skills.manifest import load_skill
-from skills.split import Plan, load_plan, plan_hash
+from skills.split_plan import Plan, load_plan, plan_hash
 from skills.timer import Local
 from skills.wire import encode_json
 

@@ -16,7 +16,8 @@ from edge_agent.links import LinkKeeper
 from edge_agent.tail_client import LinkClient, Tail
 from edge_agent.tail_fake import FakeClock, FakeTail
 from skills import codec, ort
-from skills.split import Coding, Cut, Plan, load_plan, plan_hash
+from skills.coding import Coding
+from skills.split_plan import Cut, Plan, load_plan, plan_hash
 
 
 @pytest.fixture(scope="module")

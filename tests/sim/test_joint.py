@@ -19,7 +19,9 @@ from skills import ort
 from skills.confidence import confidence
 from skills.errors import FormatError, NotReached, UsageError
 from skills.files import sha256_hex
-from skills.split import Estimate, Link, load_plan
+from skills.network import Link
+from skills.split import Estimate
+from skills.split_plan import load_plan
 from skills.timer import Timed
 
 

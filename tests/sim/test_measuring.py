@@ -9,7 +9,7 @@ from skills.desired import ObjectRef
 from skills.errors import Refused
 from skills.files import sha256_hex
 from skills.measurement import Figures, Order, Work, seal_order
-from skills.split import Millis
+from skills.split_plan import Millis
 from skills.wire import decode_json, encode_json
 
 NUMBERS = itertools.count()

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from cloud.split import split
-from skills.split import Link, admitted
+from skills.network import Link
+from skills.split import admitted
 
 
 def test_what_an_audit_does_not_call_private_is_never_used_and_the_report_says_so(

@@ -11,7 +11,8 @@ import pytest
 
 from cloud.split.check import check_plan
 from cloud.split.export import commented
-from skills.split import Estimate, choose_cut, load_plan
+from skills.split import Estimate, choose_cut
+from skills.split_plan import load_plan
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from edge_agent.tail_client import Reply
 from edge_agent.tail_fake import FakeClock, FakeTail
 from skills import codec, ort, zstd
 from skills.errors import FormatError
-from skills.split import Estimate, Millis, load_plan
+from skills.split import Estimate
+from skills.split_plan import Millis, load_plan
 from skills.timer import Timed
 
 

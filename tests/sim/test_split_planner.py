@@ -11,9 +11,11 @@ import pytest
 from cloud.split import plan as planning
 from cloud.split import split
 from skills import codec, ort
+from skills.coding import Image
 from skills.errors import FormatError, NotFound, SkerryError, StorageError, UsageError
 from skills.files import sha256_file
-from skills.split import Image, Link, load_plan, plan_hash
+from skills.network import Link
+from skills.split_plan import load_plan, plan_hash
 
 
 def plan_it(model: bytes | Path, data: Any, out: Path, **options: Any) -> Any:
@@ -187,9 +189,9 @@ def test_an_int8_model_is_cut_at_its_codes_and_the_chain_is_bit_equal(tmp_path: 
 
 
 def test_what_is_cut_at_codes_may_not_differ_at_all_and_sums_only_by_their_last_places() -> None:
-    from cloud.split.plan import allowed_gap, largest_gap
+    from cloud.split.gap import allowed_gap, largest_gap
     from cloud.split.segment import Pieces
-    from skills.split import Live
+    from skills.coding import Live
 
     def allowed(kind: str, crossing: str, end: str = "FP32") -> float:
         flow = SimpleNamespace(ops=[SimpleNamespace(kind=kind)])
@@ -260,7 +262,7 @@ def test_a_few_class_scores_come_back_raw(planned_net: Any) -> None:
 @pytest.mark.parametrize(("classes", "pays"), [(10, False), (1000, True)])
 def test_whether_a_reply_is_worth_coding_is_decided_by_the_time_it_takes(classes: int, pays: bool) -> None:
     from cloud.split.profile import measured_replies, paying_replies
-    from skills.split import Live
+    from skills.coding import Live
     from skills.timer import Dilated
 
     chance = np.random.default_rng(0)
@@ -274,7 +276,7 @@ def test_whether_a_reply_is_worth_coding_is_decided_by_the_time_it_takes(classes
                                     np.array([b"face"], object)])  # fmt: skip
 def test_answers_that_no_frame_carries_have_no_reply_coding(answer: Any) -> None:
     from cloud.split.profile import measured_replies
-    from skills.split import Live
+    from skills.coding import Live
     from skills.timer import Local
 
     kind = "BYTES" if answer.dtype == object else "FP32"

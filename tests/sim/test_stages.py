@@ -9,7 +9,8 @@ import pytest
 from cloud.split.export import commented
 from cloud.split.stages import plan_stages
 from skills.errors import FormatError, NotFound, UsageError
-from skills.split import Link, load_plan
+from skills.network import Link
+from skills.split_plan import load_plan
 
 MANIFEST = """\
 name: shapes

@@ -21,7 +21,7 @@ from cloud.tail.store import Store, install
 from cloud.tail.warmer import Warmer
 from skills import codec, oip
 from skills.files import write_atomic
-from skills.split import load_plan, plan_hash
+from skills.split_plan import load_plan, plan_hash
 from skills.wire import encode_json, encode_yaml
 
 

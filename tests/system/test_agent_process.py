@@ -30,7 +30,7 @@ from skills import oip, ort, signing
 from skills.bundle import build_bundle, open_bundle
 from skills.desired import ObjectRef
 from skills.errors import DeadlineExceeded, FormatError, SkerryError, Unreachable
-from skills.split import load_plan
+from skills.split_plan import load_plan
 from skills.wire import encode_yaml
 
 SKILL = """\

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skills import codec, rice, zstd
+from skills.coding import Coding, Image, Live
 from skills.errors import FormatError
-from skills.split import Coding, Image, Live
 
 X = Live("x", "FP32", (-1, 3, 8, 8))
 CODES = Live("codes", "UINT8", (-1, 16))

@@ -20,12 +20,13 @@ from cloud.split.check import check_plan
 from skills import bundle as bundles
 from skills import signing
 from skills.bundle import build_bundle, load_folder, open_bundle, parts_for
+from skills.coding import Live
 from skills.desired import ObjectRef
 from skills.errors import FormatError, NotFound, TrustError
 from skills.files import sha256_file
 from skills.manifest import load_skill
 from skills.resolve import Choice
-from skills.split import Live, Plan, Policy, load_plan, plan_hash
+from skills.split_plan import Plan, Policy, load_plan, plan_hash
 from skills.stages import check_placement, check_stages, load_stage, pack, unpack
 
 NOW = 1_800_000_000.0

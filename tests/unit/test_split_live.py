@@ -13,9 +13,10 @@ from cloud.split.live import LiveDevice, doubt, measured_slowdown, with_figures
 from cloud.split.profile import Costs
 from cloud.split.segment import Pieces
 from cloud.views import MeasureView
+from skills.coding import Coding, Live
 from skills.errors import DeadlineExceeded, FormatError, NotFound, Refused, SkerryError, Unreachable, UsageError
 from skills.measurement import Figures, Work, read_work
-from skills.split import Coding, Live, Millis, Segment
+from skills.split_plan import Millis, Segment
 from skills.wire import to_plain
 
 X, MIDDLE, Y = (Live(name, "FP32", (-1, 4)) for name in ("x", "middle", "y"))

@@ -6,31 +6,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from skills.coding import Coding, Live
 from skills.errors import FormatError, UsageError
+from skills.network import Link, parse_link, slow_start_ms
 from skills.split import (
     CALL_BYTES,
     CODED_REPLY_BYTES,
     Choice,
-    Coding,
-    Cut,
     Estimate,
     Held,
-    Link,
-    Live,
-    Millis,
-    Plan,
-    Policy,
-    Segment,
     choose_cut,
-    load_plan,
     moved_bytes,
-    parse_link,
-    plan_hash,
     predict,
     predict_ms,
     settle,
-    slow_start_ms,
 )
+from skills.split_plan import Cut, Millis, Plan, Policy, Segment, load_plan, plan_hash
 from skills.wire import encode_yaml
 
 

@@ -4,7 +4,9 @@ import dataclasses
 import re
 
 from cloud.split.report import privacy, render_html
-from skills.split import Coding, Cut, Leak, Link, Live, Millis, Plan, Segment, Verdict
+from skills.coding import Coding, Live
+from skills.network import Link
+from skills.split_plan import Cut, Leak, Millis, Plan, Segment, Verdict
 
 AUDIT = {"threshold": 0.3, "floor": 0.0, "measure": "explained variance", "inputs": 240, "control": 0.9}
 TIMES = {"chain_ms_here": {"p50": 0.04}, "whole_ms_here": {"p50": 0.02}, "max_abs_difference": 0.0}

@@ -6,7 +6,9 @@ import io
 from rich.console import Console
 
 from cloud.cli import findings
-from skills.split import Coding, Cut, Link, Live, Millis, Plan, Segment
+from skills.coding import Coding, Live
+from skills.network import Link
+from skills.split_plan import Cut, Millis, Plan, Segment
 
 
 def shown(plan: Plan, *links: Link) -> str:

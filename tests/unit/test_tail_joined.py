@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from cloud.tail.joined import joined
+from skills.coding import Live
 from skills.errors import FormatError
-from skills.split import Cut, Live, Millis, Plan, Segment
+from skills.split_plan import Cut, Millis, Plan, Segment
 
 NO_TIME = Millis(0, 0)
 NAMES = "xabcy"

@@ -18,7 +18,7 @@ from skills import signing
 from skills.bundle import BundleFile
 from skills.desired import ObjectRef
 from skills.errors import NotFound, StorageError, TrustError
-from skills.split import Plan, load_plan, plan_hash
+from skills.split_plan import Plan, load_plan, plan_hash
 
 Build = Callable[[str], BundleFile]
 NOW = 1_800_000_000.0

@@ -3,7 +3,9 @@
 import dataclasses
 
 from cloud.split.verdict import answers, ever_best, judge
-from skills.split import Coding, Cut, Link, Live, Millis, Plan, Policy, Segment
+from skills.coding import Coding, Live
+from skills.network import Link
+from skills.split_plan import Cut, Millis, Plan, Policy, Segment
 
 
 def make_plan(*, private: bool = False, drop: float = 0.0) -> Plan:
