@@ -15,7 +15,8 @@ import numpy as np
 import onnx
 
 from compress import graph
-from compress.dependencies import FROZEN, Alive, Dependencies, Role
+from compress.dependencies import dependencies
+from compress.dependencies.labels import FROZEN, Alive, Dependencies, Role
 from compress.graph import Array
 
 WRITING = 100  # an output takes as long to requantize and write as so many multiplications (240 with VNNI)
@@ -71,13 +72,13 @@ class Branch:
 
 def groups(model: Any) -> tuple[Group, ...]:
     """Return every removable unit, grouped; the order, and so a group's number, depends on the graph alone."""
-    deps = Dependencies(model)
+    deps = dependencies(model)
     return _grouped(model, deps)[0]
 
 
 def survivors(model: Any, keep: Keep) -> dict[str, tuple[int, Array]]:
     """Return the channel axis of each activation that loses channels, and which of its channels `shrink` keeps."""
-    deps = Dependencies(model)
+    deps = dependencies(model)
     alive = _alive(model, deps, keep)
     kept = {name: (label.axis, alive(label.ids)) for name, label in deps.labels.items()}
     return {name: (axis, np.flatnonzero(stays)) for name, (axis, stays) in kept.items() if not stays.all()}
@@ -92,7 +93,7 @@ def shrink(model: Any, keep: Keep, without: Sequence[Branch] = ()) -> Any:
     Raises:
         ValueError: a tensor would be left without channels, or a group has no such unit.
     """
-    deps = Dependencies(model)
+    deps = dependencies(model)
     alive = _alive(model, deps, keep)
     smaller = graph.copy(model)
     changed: dict[tuple[int, int], Array] = {}

@@ -80,7 +80,7 @@ def _point(at: int, point: Point, x: float, y: Place) -> str:
 
 
 def progress(trail: Sequence[Moment], minutes: float, budget: float | None) -> str:
-    """Draw the best ratio so far against minutes, as steps; `budget` is the time that was allowed, in minutes."""
+    """Draw the ratio of what was found last against minutes, as steps; `budget` is the time that was allowed, in minutes."""
     top, floor, height = 24.0, 190.0, 232.0
     until = max(minutes, budget or 0.0, trail[-1].minutes) or 1.0
     high = 1.12 * max(moment.ratio_file for moment in trail)
@@ -112,7 +112,7 @@ def progress(trail: Sequence[Moment], minutes: float, budget: float | None) -> s
             text(x(budget) - 6, top + 10, "time budget", "brick", "end"),
         ]
     parts += [text(4, 14, "times smaller (file)"), text(WIDTH - RIGHT, floor + 36, "minutes", anchor="end")]
-    return svg(height, "best ratio so far against minutes", parts)
+    return svg(height, "ratio of what was found against minutes", parts)
 
 
 def stacks(rows: Sequence[tuple[str, Mapping[str, int]]]) -> str:

@@ -24,6 +24,7 @@ from compress.recipe import Recipe, RecipeLayer
 from compress.report import Baseline, DataLevel, Details, LayerRow, Moment, Point, Report, Result
 from compress.scheme import Scheme
 from compress.stage import Stage, write
+from compress.train import training_machine
 from skills import ort, zstd
 from skills.errors import FormatError
 from skills.files import sha256_hex
@@ -150,6 +151,7 @@ def files(run: Run, done: Report, chosen: Judged, all_judged: Sequence[Judged]) 
     trace = lineage(
         sha256_hex(emitted.file), inputs, None if run.samples.synthetic else run.splits, run.seed, run.profile.name,
         pinned(VELA) if run.compiled is not None else {},
+        training_machine() if run.stages.get(emitted.name) else "",
     )  # fmt: skip
     beside = {VELA_FILE: run.compiled.file} if run.compiled is not None else {}
     named = {one.emitted.name: one.emitted.file for one in all_judged}
@@ -176,9 +178,9 @@ def pinned(environment: Environment) -> dict[str, str]:
 def open_file(file: bytes, profile: Profile) -> Runner:
     """Load a result in its runtime."""
     if profile.runtime == "litert":
-        from compress import tflite
+        from compress import interpreter
 
-        return tflite.session(file)
+        return interpreter.session(file)
     return ort.session(file)
 
 

@@ -166,7 +166,7 @@ def _progress(report: Report) -> str:
     ]  # fmt: skip
     return _section(
         "What the time bought",
-        f'<p class="soft">The best so far. The last gain came after {duration(60 * last.minutes)} of '
+        f'<p class="soft">Each candidate when it was found. The last one came after {duration(60 * last.minutes)} of '
         f"{duration(report.seconds)}: {escape(last.what)}.</p>",
         charts.progress(trail, report.seconds / 60, budget),
         _folded(
@@ -291,7 +291,8 @@ def _origin(recipe: Recipe | None, lineage: Lineage | None) -> str:
         made += [(f"<code>{digest[:16]}…</code>", escape(name)) for name, digest in lineage.parents.items()]
         tools = ", ".join(f"{escape(name)} {escape(version)}" for name, version in lineage.tools.items())
         parts.append(_folded("From what it was made", _rows(("sha256", "of"), made, "words"), open_=False))
-        parts.append(f'<p class="soft below">Made with {tools}.</p>')
+        trained = f", trained on {escape(lineage.trained_on)}" if lineage.trained_on else ""
+        parts.append(f'<p class="soft below">Made with {tools}{trained}.</p>')
     return _section("Do it again", *parts)
 
 

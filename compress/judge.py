@@ -5,7 +5,7 @@ import itertools
 import platform
 from collections.abc import Sequence
 
-from compress import Goal, measure, model
+from compress import Goal, ladder, measure, model
 from compress.data import Part, Splits
 from compress.emit import emit, node_name
 from compress.graph import Array
@@ -70,11 +70,11 @@ def write(name: str, state: State, profile: Profile, splits: Splits, original: O
     audit: ort.Audit | None = None
     runner: Runner
     if profile.runtime == "litert":
-        from compress import tflite
+        from compress import interpreter, tflite
 
         file = tflite.lower(quantized, whole=profile.whole_numbers)
-        runner = tflite.session(file)
-        tflite.check_same(runner, ort.session(written), splits.calibrate.x)
+        runner = interpreter.session(file)
+        interpreter.check_same(runner, ort.session(written), splits.calibrate.x)
     else:
         file = written
         runner = ort.session(file)
@@ -83,6 +83,16 @@ def write(name: str, state: State, profile: Profile, splits: Splits, original: O
             check_audit(audit, state.scheme)
     answers = measure.answers(runner, splits.select.x)
     return Emitted(name, state, file, runner, audit, measure.points(metric, splits.select, original.select, answers))
+
+
+def rank(emitted: Emitted, max_drop: float, *, trained: bool) -> tuple[bool, float]:
+    """Return how a candidate stands on select, the lower the better. Pure.
+
+    Within the budget fewer bytes are better, over it less loss. A trained one seems there to lose up to `ladder.HOPEFUL` times
+    what it does.
+    """
+    lost = emitted.drop_select / ladder.HOPEFUL if trained else emitted.drop_select
+    return (False, float(len(emitted.file))) if lost <= max_drop else (True, lost)
 
 
 def look(emitted: Emitted, report: Part, original: Original) -> Judged:

@@ -24,8 +24,9 @@ from compress.scheme import HEAVY, Layer
 from compress.shrinking import SAMPLES, Goal, Shrink, choose
 from compress.shrinking import lift as put_back
 from compress.stage import Stage, read, write
+from compress.student import Spread, Student, spreads
 from compress.to_torch import Twin
-from compress.train import Checkpoint, Settings, Spread, Student, Trained, fit, half_precision, spreads, training_device
+from compress.train import Checkpoint, Settings, Trained, fit, half_precision, training_device
 from compress.views import Views, movable, moved
 from compress.weights import encode
 from skills.wire import decode_json, encode_json

@@ -24,6 +24,7 @@ class Lineage:
     device: str
     splits: Mapping[str, int]  # split -> how many samples
     rows: Mapping[str, str] = dataclasses.field(default_factory=dict)  # split -> sha256, see `Splits.hashes`
+    trained_on: str = ""  # what training computed on, and in which numbers; empty where nothing was trained
     format: Literal["lineage/v1"] = "lineage/v1"
 
 
@@ -34,6 +35,7 @@ def lineage(
     seed: int,
     device: str,
     converters: Mapping[str, str] | None = None,
+    trained_on: str = "",
 ) -> Lineage:
     """Return the lineage of the model with this hash; `splits` is None where there was no data.
 
@@ -41,7 +43,7 @@ def lineage(
     """
     counts = {} if splits is None else {name: len(part) for name, part in splits.parts().items()}
     rows = {} if splits is None else splits.hashes()
-    return Lineage(model_sha256, parents, tools() | dict(converters or {}), seed, device, counts, rows)
+    return Lineage(model_sha256, parents, tools() | dict(converters or {}), seed, device, counts, rows, trained_on)
 
 
 def parents(data: Data, **files: str | None) -> dict[str, str]:

@@ -24,7 +24,7 @@ WIDEST = 1e6  # per cent: what a relative change is cut at
 
 
 class Runner(Protocol):
-    """A loaded model of any runtime: onnxruntime's `Session`, or LiteRT's from `compress/tflite.py`."""
+    """A loaded model of any runtime: onnxruntime's `Session`, or LiteRT's from `compress/interpreter.py`."""
 
     @property
     def inputs(self) -> tuple[Port, ...]: ...

@@ -70,7 +70,7 @@ class Point:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Moment:
-    """What was the best so far, so many minutes after the start."""
+    """What was found so many minutes after the start."""
 
     minutes: float
     ratio_file: float

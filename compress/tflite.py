@@ -3,8 +3,8 @@
 The contract with whoever runs it: the file's one input and one output have the names, the float32 type and the NCHW
 shapes of the ONNX model, with a batch of exactly 1. It quantizes and transposes inside, so control code calls
 `model(x=array)` alike on both runtimes; the runtime's door runs a batch row by row and stacks the answers, as
-`Session.run` below does. A signature `serving_default` maps the same names. With `whole` the ends are the int8 codes
-themselves, NHWC, for targets that compute nothing else; `Session` turns those into what the others take and give.
+`interpreter.Session` does. A signature `serving_default` maps the same names. With `whole` the ends are the int8 codes
+themselves, NHWC, for targets that compute nothing else; `interpreter.Session` turns those into what the others take and give.
 
 Only what our own emitter writes is understood: Conv (plain and depthwise), Relu and Clip behind it, MaxPool,
 AveragePool, GlobalAveragePool, Gemm, Add, Softmax, Flatten, Reshape to two dimensions. Any other operator is an error that
@@ -12,122 +12,16 @@ names it.
 """
 
 import dataclasses
-import time
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from compress import graph
+from compress.flatbuffer import CHANNELS_LAST, Flatbuffer, Quantized
 from compress.graph import Array
-from compress.measure import Runner, answers
-from compress.quiet import muted
-from skills.errors import FormatError, MissingExtra, SkerryError
-from skills.ort import Port
+from skills.errors import FormatError, MissingExtra
 
-CHANNELS_LAST = "skerry, int8 in NHWC"  # the description of a file whose input lies otherwise than the ONNX model's
 ADVICE = "give a profile of another runtime"
-LEAST_AGREEMENT = 0.95  # share of equal top answers between LiteRT and onnxruntime on the same codes
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Quantized:
-    """A tensor with codes: its scale, zero point (as int8) and shape in NCHW, batch 1."""
-
-    index: int
-    scale: float
-    zero: int
-    shape: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Session:
-    """A loaded `.tflite` with the shape of onnxruntime's `Session`: batches are run row by row."""
-
-    raw: Any
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
-    load_ms: float
-    moved: bool = False  # its codes lie NHWC where the ONNX model has NCHW
-
-    def run(self, feeds: Mapping[str, Array], names: Sequence[str] | None = None) -> dict[str, Array]:
-        """Run each row of the one input and return the output by name."""
-        (source,), (port,) = self.inputs, self.outputs
-        (into,), (out,) = self.raw.get_input_details(), self.raw.get_output_details()
-        rows = []
-        for row in feeds[source.name]:
-            self.raw.set_tensor(into["index"], _coded(row[None], into, moved=self.moved))
-            self.raw.invoke()
-            rows.append(_decoded(self.raw.get_tensor(out["index"]), out)[0])
-        del names
-        return {port.name: np.stack(rows)}
-
-
-def session(file: bytes, threads: int = 1) -> Session:
-    """Load a `.tflite` in LiteRT.
-
-    Raises:
-        MissingExtra: ai-edge-litert is not installed.
-        FormatError: LiteRT cannot load it.
-    """
-    try:
-        from ai_edge_litert import schema_py_generated as schema
-        from ai_edge_litert.interpreter import Interpreter
-    except ImportError:
-        raise MissingExtra("LiteRT is not installed: pip install 'skerry[tflite]'") from None
-    start = time.perf_counter()
-    try:
-        with muted():  # LiteRT greets
-            raw = Interpreter(model_content=file, num_threads=threads)
-            raw.allocate_tensors()
-    except (ValueError, RuntimeError) as error:
-        raise FormatError(f"LiteRT cannot load the model: {str(error).splitlines()[0]}") from error
-    load_ms = (time.perf_counter() - start) * 1e3
-    moved = schema.Model.GetRootAs(file, 0).Description() == CHANNELS_LAST.encode()
-    inputs, outputs = _ports(raw.get_input_details(), moved=moved), _ports(raw.get_output_details(), moved=True)
-    return Session(raw, inputs, outputs, load_ms, moved)
-
-
-def _ports(details: Sequence[Mapping[str, Any]], *, moved: bool) -> tuple[Port, ...]:
-    # The first size is reported as free, since `run` takes any number of rows.
-    found = []
-    for item in details:
-        dtype, sizes = np.dtype(item["dtype"]).name, [int(size) for size in item["shape"][1:]]
-        if dtype == "int8":
-            dtype, sizes = "float32", [*sizes[-1:], *sizes[:-1]] if moved else sizes
-        found.append(Port(str(item["name"]), dtype, (-1, *sizes)))
-    return tuple(found)
-
-
-def _coded(values: Array, end: Mapping[str, Any], *, moved: bool) -> Array:
-    """Return what a model is fed."""
-    if end["dtype"] is not np.int8:
-        return values
-    scale, zero = end["quantization"]
-    codes = np.clip(np.rint(values / np.float32(scale)) + zero, -128, 127).astype(np.int8)
-    return np.ascontiguousarray(np.moveaxis(codes, 1, -1)) if moved and codes.ndim > 2 else codes
-
-
-def _decoded(values: Array, end: Mapping[str, Any]) -> Array:
-    if end["dtype"] is not np.int8:
-        return values
-    scale, zero = end["quantization"]
-    floats = (values.astype(np.float32) - zero) * np.float32(scale)
-    return np.moveaxis(floats, -1, 1) if floats.ndim > 2 else floats
-
-
-def check_same(lowered: Runner, original: Runner, x: Array) -> None:
-    """Hold the lowered model against the graph it came from.
-
-    Raises:
-        SkerryError: they give other answers than rounding explains.
-    """
-    got, want = answers(lowered, x), answers(original, x)
-    same = float((got.argmax(axis=-1) == want.argmax(axis=-1)).mean())
-    if same < LEAST_AGREEMENT:
-        raise SkerryError(
-            f"the .tflite agrees with the ONNX graph in {same:.1%} of {len(x)} cases, at least {LEAST_AGREEMENT:.0%} is expected"
-        )
 
 
 def lower(model: Any, *, whole: bool = False) -> bytes:
@@ -164,12 +58,7 @@ class _Lowering:
         self.makers, self.readers = graph.producers(model), graph.consumers(model)
         self.sizes = graph.shapes(model)
         self.codes: dict[str, Quantized] = {}  # dequantized tensor of the ONNX graph -> codes here
-        self.model = schema.ModelT()
-        self.model.version, self.model.description = 3, "skerry"
-        self.model.buffers, self.model.operatorCodes = [schema.BufferT()], []
-        self.body = schema.SubGraphT()
-        self.body.name, self.body.tensors, self.body.operators = "main", [], []
-        self.kinds: dict[int, int] = {}
+        self.out = Flatbuffer(schema)
 
     # --- the walk
 
@@ -178,17 +67,13 @@ class _Lowering:
         shape = self._shape(source.name)
         self.turn = self._turn(source.name)
         first = self._read_codes(source.name, shape) if self.whole else self._read_input(source.name, shape)
-        self.body.inputs = [first]
         for node in self.source.graph.node:
             self._node(node)
         (end,) = self.source.graph.output
         if end.name not in self.codes:
             raise FormatError(f"the output '{end.name}' is not quantized: this graph was not written for LiteRT")
         last = self.codes[end.name].index if self.whole else self._write_output(end.name)
-        self.body.outputs = [last]
-        self.model.subgraphs = [self.body]
-        self.model.signatureDefs = [self._signature(source.name, first, end.name, last)]
-        return self.model
+        return self.out.finish(source.name, first, end.name, last)
 
     def _turn(self, name: str) -> Any:
         """Return the node that turns the input, which lies NHWC in the ONNX model, to NCHW; None where there is none."""
@@ -212,30 +97,30 @@ class _Lowering:
                 f"the input '{name}' is rounded in {len(parameters)} ways: a file in whole numbers takes one"
             )
         ((scale, zero),) = parameters
-        made = self._codes_tensor(name, shape, scale, zero, nhwc=self.turn is None)
+        made = self.out.codes(name, shape, scale, zero, nhwc=self.turn is None)
         if self.turn is not None:
             made = dataclasses.replace(made, shape=_channels_first(shape))
         elif len(shape) > 2:
-            self.model.description = CHANNELS_LAST
+            self.out.model.description = CHANNELS_LAST
         self.codes.update((self._dequantized(node), made) for node in readers)
         return made.index
 
     def _write_output(self, name: str) -> int:
-        codes = self._to_nchw(self.codes[name])
-        last = self._tensor(name, codes.shape, self.s.TensorType.FLOAT32)
-        self._op("DEQUANTIZE", 2, [codes.index], [last], "DequantizeOptions", self.s.DequantizeOptionsT())
+        codes = self.out.to_nchw(self.codes[name])
+        last = self.out.tensor(name, codes.shape, self.s.TensorType.FLOAT32)
+        self.out.op("DEQUANTIZE", 2, [codes.index], [last], "DequantizeOptions", self.s.DequantizeOptionsT())
         return last
 
     def _read_input(self, name: str, shape: tuple[int, ...]) -> int:
-        index = self._tensor(name, shape, self.s.TensorType.FLOAT32)
+        index = self.out.tensor(name, shape, self.s.TensorType.FLOAT32)
         for quantize in self._rounding(name):
             scale, zero = self._parameters(quantize)
             # QUANTIZE first, then TRANSPOSE on bytes: a quarter of the traffic.
-            flat = self._codes_tensor(name + "_q", shape, scale, zero)
-            self._op("QUANTIZE", 1, [index], [flat.index], "QuantizeOptions", self.s.QuantizeOptionsT())
+            flat = self.out.codes(name + "_q", shape, scale, zero)
+            self.out.op("QUANTIZE", 1, [index], [flat.index], "QuantizeOptions", self.s.QuantizeOptionsT())
             turned = self.turn is not None  # then it lies as LiteRT wants it
             self.codes[self._dequantized(quantize)] = (
-                dataclasses.replace(flat, shape=_channels_first(shape)) if turned else self._to_nhwc(flat)
+                dataclasses.replace(flat, shape=_channels_first(shape)) if turned else self.out.to_nhwc(flat)
             )
         return index
 
@@ -315,9 +200,9 @@ class _Lowering:
         options.strideH, options.strideW = steps
         options.dilationHFactor, options.dilationWFactor = spread
         inputs = [source.index, *self._weight_tensors(node, weight, scales, axis, source.scale)]
-        made = self._codes_tensor(result, self._shape(node.output[0]), scale, zero, nhwc=True)
+        made = self.out.codes(result, self._shape(node.output[0]), scale, zero, nhwc=True)
         name = "DEPTHWISE_CONV_2D" if depthwise else "CONV_2D"
-        self._op(name, 3, inputs, [made.index], "DepthwiseConv2DOptions" if depthwise else "Conv2DOptions", options)
+        self.out.op(name, 3, inputs, [made.index], "DepthwiseConv2DOptions" if depthwise else "Conv2DOptions", options)
         self.codes[result] = made
 
     def _padded(
@@ -335,24 +220,26 @@ class _Lowering:
             return source, self.s.Padding.SAME
         n, c, high, wide = source.shape
         shape = (n, c, high + pads[0] + pads[2], wide + pads[1] + pads[3])
-        padded = self._codes_tensor(f"pad{len(self.body.tensors)}", shape, source.scale, source.zero, nhwc=True)
+        padded = self.out.codes(f"pad{self.out.count}", shape, source.scale, source.zero, nhwc=True)
         around = np.array([[0, 0], [pads[0], pads[2]], [pads[1], pads[3]], [0, 0]], np.int32)
-        amounts = self._tensor(f"pads{len(self.body.tensors)}", around.shape, self.s.TensorType.INT32, around)
-        self._op("PAD", 2, [source.index, amounts], [padded.index], "PadOptions", self.s.PadOptionsT())
+        amounts = self.out.tensor(f"pads{self.out.count}", around.shape, self.s.TensorType.INT32, around)
+        self.out.op("PAD", 2, [source.index, amounts], [padded.index], "PadOptions", self.s.PadOptionsT())
         return padded, self.s.Padding.VALID
 
     def _gemm(self, node: Any, scale: float, zero: int, result: str) -> None:
         source = self._input(node)
         codes, scales = self._weights(node)
         inputs = [source.index, *self._weight_tensors(node, codes, scales, 0, source.scale)]
-        made = self._codes_tensor(result, (1, codes.shape[0]), scale, zero)
-        self._op("FULLY_CONNECTED", 5, inputs, [made.index], "FullyConnectedOptions", self.s.FullyConnectedOptionsT())
+        made = self.out.codes(result, (1, codes.shape[0]), scale, zero)
+        self.out.op(
+            "FULLY_CONNECTED", 5, inputs, [made.index], "FullyConnectedOptions", self.s.FullyConnectedOptionsT()
+        )
         self.codes[result] = made
 
     def _add(self, node: Any, scale: float, zero: int, result: str) -> None:
         first, second = self._input(node, 0), self._input(node, 1)
-        made = self._codes_tensor(result, first.shape, scale, zero, nhwc=True)
-        self._op("ADD", 2, [first.index, second.index], [made.index], "AddOptions", self.s.AddOptionsT())
+        made = self.out.codes(result, first.shape, scale, zero, nhwc=True)
+        self.out.op("ADD", 2, [first.index, second.index], [made.index], "AddOptions", self.s.AddOptionsT())
         self.codes[result] = made
 
     def _pool(self, node: Any, scale: float, zero: int, result: str) -> None:
@@ -367,18 +254,18 @@ class _Lowering:
         options.padding = self.s.Padding.VALID
         options.filterHeight, options.filterWidth = kernel
         options.strideH, options.strideW = facts.get("strides", [1, 1])
-        made = self._codes_tensor(result, self._shape(node.output[0]), scale, zero, nhwc=True)
+        made = self.out.codes(result, self._shape(node.output[0]), scale, zero, nhwc=True)
         name = "MAX_POOL_2D" if node.op_type == "MaxPool" else "AVERAGE_POOL_2D"
-        self._op(name, 2, [source.index], [made.index], "Pool2DOptions", options)
+        self.out.op(name, 2, [source.index], [made.index], "Pool2DOptions", options)
         self.codes[result] = made
 
     def _global_pool(self, node: Any, scale: float, zero: int, result: str) -> None:
         source = self._input(node)
         options = self.s.ReducerOptionsT()
         options.keepDims = True
-        axes = self._tensor(f"axes{len(self.body.tensors)}", (2,), self.s.TensorType.INT32, np.array([1, 2], np.int32))
-        made = self._codes_tensor(result, (*source.shape[:2], 1, 1), scale, zero, nhwc=True)
-        self._op("MEAN", 2, [source.index, axes], [made.index], "ReducerOptions", options)
+        axes = self.out.tensor(f"axes{self.out.count}", (2,), self.s.TensorType.INT32, np.array([1, 2], np.int32))
+        made = self.out.codes(result, (*source.shape[:2], 1, 1), scale, zero, nhwc=True)
+        self.out.op("MEAN", 2, [source.index, axes], [made.index], "ReducerOptions", options)
         self.codes[result] = made
 
     def _softmax(self, node: Any, scale: float, zero: int, result: str) -> None:
@@ -387,21 +274,21 @@ class _Lowering:
             raise FormatError(f"LiteRT takes Softmax over the last of two axes here, found {list(source.shape)}")
         options = self.s.SoftmaxOptionsT()
         options.beta = 1.0
-        made = self._codes_tensor(result, source.shape, scale, zero)
-        self._op("SOFTMAX", 2, [source.index], [made.index], "SoftmaxOptions", options)
+        made = self.out.codes(result, source.shape, scale, zero)
+        self.out.op("SOFTMAX", 2, [source.index], [made.index], "SoftmaxOptions", options)
         self.codes[result] = made
 
     def _flatten(self, node: Any, scale: float, zero: int, result: str) -> None:
-        source = self._to_nchw(self._input(node))
+        source = self.out.to_nchw(self._input(node))
         count = int(np.prod(source.shape))
         shape = self._shape(node.output[0])
         if len(shape) != 2 or (shape[1] > 0 and shape[1] != count):
             raise FormatError(f"LiteRT takes {node.op_type} to [N, {count}] here, found {list(shape)}")
-        made = self._codes_tensor(result, (1, count), scale, zero)
+        made = self.out.codes(result, (1, count), scale, zero)
         options = self.s.ReshapeOptionsT()
         options.newShape = [-1, count]
-        to = self._tensor(f"to{len(self.body.tensors)}", (2,), self.s.TensorType.INT32, np.array([-1, count], np.int32))
-        self._op("RESHAPE", 1, [source.index, to], [made.index], "ReshapeOptions", options)
+        to = self.out.tensor(f"to{self.out.count}", (2,), self.s.TensorType.INT32, np.array([-1, count], np.int32))
+        self.out.op("RESHAPE", 1, [source.index, to], [made.index], "ReshapeOptions", options)
         self.codes[result] = made
 
     # --- weights
@@ -414,88 +301,21 @@ class _Lowering:
 
     def _weight_tensors(self, node: Any, weight: Array, scales: Array, axis: int, input_scale: float) -> list[int]:
         channels = weight.shape[axis]
-        at = len(self.body.tensors)
-        index = self._tensor(f"w{at}", weight.shape, self.s.TensorType.INT8, weight, scales, np.zeros(channels), axis)
+        at = self.out.count
+        index = self.out.tensor(
+            f"w{at}", weight.shape, self.s.TensorType.INT8, weight, scales, np.zeros(channels), axis
+        )
         bias = np.zeros(channels, np.int32)  # XNNPACK wants one even where the model has none
         if len(node.input) > 2 and node.input[2]:
             bias = self._value(self.makers[node.input[2]].input[0]).reshape(-1)
         joint = scales.astype(np.float32) * np.float32(input_scale)
-        return [index, self._tensor(f"b{at}", (channels,), self.s.TensorType.INT32, bias, joint, np.zeros(channels))]
+        return [index, self.out.tensor(f"b{at}", (channels,), self.s.TensorType.INT32, bias, joint, np.zeros(channels))]
 
     def _value(self, name: str) -> Array:
         return graph.array(self.values[name])
-
-    # --- layout
-
-    def _to_nhwc(self, codes: Quantized) -> Quantized:
-        return self._transposed(codes, (0, 2, 3, 1), nhwc=True) if len(codes.shape) == 4 else codes
-
-    def _to_nchw(self, codes: Quantized) -> Quantized:
-        """Return the codes in the order that ONNX would have them; free where there is one pixel."""
-        if len(codes.shape) != 4 or codes.shape[2:] == (1, 1):
-            return codes
-        return self._transposed(codes, (0, 3, 1, 2), nhwc=False)
-
-    def _transposed(self, codes: Quantized, order: tuple[int, ...], *, nhwc: bool) -> Quantized:
-        at = len(self.body.tensors)
-        made = self._codes_tensor(f"t{at}", codes.shape, codes.scale, codes.zero, nhwc=nhwc)
-        how = self._tensor(f"order{at}", (4,), self.s.TensorType.INT32, np.array(order, np.int32))
-        self._op("TRANSPOSE", 2, [codes.index, how], [made.index], "TransposeOptions", self.s.TransposeOptionsT())
-        return made
 
     def _shape(self, name: str) -> tuple[int, ...]:
         shape = self.sizes.get(name)
         if shape is None or any(size == -1 for size in shape[1:]):
             raise FormatError(f"the tensor '{name}' has no fixed size: LiteRT needs all but the batch to be known")
         return (1, *shape[1:])
-
-    # --- the flatbuffer
-
-    def _codes_tensor(
-        self, name: str, shape: tuple[int, ...], scale: float, zero: int, *, nhwc: bool = False
-    ) -> Quantized:
-        stored = (shape[0], *shape[2:], shape[1]) if nhwc and len(shape) == 4 else shape
-        index = self._tensor(name, stored, self.s.TensorType.INT8, None, np.array([scale]), np.array([zero]))
-        return Quantized(index, scale, zero, shape)
-
-    def _tensor(
-        self, name: str, shape: Sequence[int], kind: int, data: Array | None = None, scale: Array | None = None,
-        zero: Array | None = None, axis: int = 0,
-    ) -> int:  # fmt: skip
-        tensor = self.s.TensorT()
-        tensor.name, tensor.shape, tensor.type, tensor.buffer = name, list(shape), kind, 0
-        if data is not None:
-            buffer = self.s.BufferT()
-            buffer.data = np.frombuffer(np.ascontiguousarray(data).tobytes(), np.uint8)
-            tensor.buffer = len(self.model.buffers)
-            self.model.buffers.append(buffer)
-        if scale is not None and zero is not None:
-            quantization = self.s.QuantizationParametersT()
-            quantization.scale, quantization.zeroPoint = scale.astype(np.float32), zero.astype(np.int64)
-            quantization.quantizedDimension = axis
-            tensor.quantization = quantization
-        self.body.tensors.append(tensor)
-        return len(self.body.tensors) - 1
-
-    def _op(
-        self, kind: str, version: int, inputs: list[int], outputs: list[int], options_kind: str, options: Any
-    ) -> None:
-        builtin = getattr(self.s.BuiltinOperator, kind)
-        if builtin not in self.kinds:
-            code = self.s.OperatorCodeT()
-            code.builtinCode, code.deprecatedBuiltinCode, code.version = builtin, min(builtin, 127), version
-            self.kinds[builtin] = len(self.model.operatorCodes)
-            self.model.operatorCodes.append(code)
-        operator = self.s.OperatorT()
-        operator.opcodeIndex, operator.inputs, operator.outputs = self.kinds[builtin], inputs, outputs
-        operator.builtinOptionsType = getattr(self.s.BuiltinOptions, options_kind)
-        operator.builtinOptions = options
-        self.body.operators.append(operator)
-
-    def _signature(self, input_name: str, first: int, output_name: str, last: int) -> Any:
-        signature = self.s.SignatureDefT()
-        signature.signatureKey, signature.subgraphIndex = "serving_default", 0
-        signature.inputs, signature.outputs = [self.s.TensorMapT()], [self.s.TensorMapT()]
-        signature.inputs[0].name, signature.inputs[0].tensorIndex = input_name, first
-        signature.outputs[0].name, signature.outputs[0].tensorIndex = output_name, last
-        return signature

@@ -7,9 +7,9 @@ what the first refuses before it has written anything; from then on the second o
 import dataclasses
 from collections.abc import Callable
 
-from compress import judge, measure, tflite
+from compress import interpreter, judge, measure, tflite
 from compress.converters import litert
-from compress.converters.environment import Say
+from compress.converters.environment import Say, installed
 from compress.converters.litert import Converted
 from compress.judge import Emitted, Original
 from compress.pipeline import Bench, State
@@ -102,7 +102,7 @@ class Writer:
             notes=(*state.notes, note(self._refusal, way, found), *larger(len(file), len(self._original.stripped))),
             choices={**state.choices, CHOICE: way},
         )
-        runner = tflite.session(file)
+        runner = interpreter.session(file)
         answers = measure.answers(runner, bench.splits.select.x)
         drop = measure.points(bench.metric, bench.splits.select, self._original.select, answers)
         return Emitted(name if way == STATIC else f"{name}, float activations", state, file, runner, None, drop)
@@ -111,6 +111,13 @@ class Writer:
 def may_ask(profile: Profile) -> bool:
     """Return whether the second writer makes files for this target: LiteRT with float ends. Pure."""
     return profile.runtime == "litert" and not profile.whole_numbers
+
+
+def announced(profile: Profile) -> str:
+    """Return what to say at the start of a run: that the second writer may have to be installed. Empty where it is or is none."""
+    if not may_ask(profile) or installed(litert.LITERT):
+        return ""
+    return f" (litert-torch, {litert.LITERT.megabytes} MB, is installed only if Skerry's own writer refuses the model)"
 
 
 def failure(refusal: str, error: SkerryError) -> SkerryError:

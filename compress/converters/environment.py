@@ -66,6 +66,14 @@ def folder(environment: Environment) -> Path:
     return cache(os.environ) / folder_name(environment.name, environment.requirements(), python, platform.machine())
 
 
+def installed(environment: Environment) -> bool:
+    """Say whether the environment is there."""
+    try:
+        return (folder(environment) / "bin" / "python").exists()
+    except NotFound:  # there is no place for one
+        return False
+
+
 def ready(environment: Environment, say: Say) -> Path:
     """Return the environment's interpreter, made first if it is not there; `say` is told what is going on.
 

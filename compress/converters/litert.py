@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from compress import tflite
+from compress import interpreter
 from compress.converters.environment import Environment, Say, call, ready
 from compress.graph import Array
 from compress.measure import Runner, answers
@@ -92,7 +92,7 @@ def convert(model: Any, x: Array, say: Say, *, static: bool) -> Converted:
             raise FormatError(broke or "litert-torch left no file behind")
         made = {name: path.read_bytes() for name, path in files.items() if path.is_file()}
         said: dict[str, Any] = {"left": [], "refused": broke} if broke else json.loads((work / "said.json").read_text())
-    check_same(tflite.session(made["float"]), ort.session(model.SerializeToString()), x[:CHECKED])
+    check_same(interpreter.session(made["float"]), ort.session(model.SerializeToString()), x[:CHECKED])
     return offered(made, said["left"], said["refused"])
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compress import compress, tflite
+from compress import compress, interpreter
 from skills import ort
 
 pytestmark = [
@@ -38,7 +38,7 @@ def test_the_npu_runs_every_operator_and_the_plain_file_lies_beside(
     assert npu.share == 1.0
     assert npu.cycles > 0
     assert 0 < npu.sram_kib < 2048
-    got = tflite.session((tmp_path / "out" / "model.tflite").read_bytes()).run({"x": net.x})["logits"]
+    got = interpreter.session((tmp_path / "out" / "model.tflite").read_bytes()).run({"x": net.x})["logits"]
     want = ort.session(net.model.SerializeToString()).run({"x": net.x})["logits"]
     assert (got.argmax(1) == want.argmax(1)).mean() > 0.97
     assert np.corrcoef(got.ravel(), want.ravel())[0, 1] > 0.97

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from onnx import helper, numpy_helper
 
-from compress import compress, profiles, tflite
+from compress import compress, interpreter, profiles, tflite
 from compress.converters import litert
 from compress.converters.litert import Converted
 from compress.emit import emit
@@ -39,7 +39,7 @@ def test_the_tflite_answers_as_the_original(kind: str, small_net: Build, tmp_pat
     file = (tmp_path / "out" / "model.tflite").read_bytes()
     assert file[4:8] == b"TFL3"
     assert len(file) == report.result.bytes_file
-    got = tflite.session(file).run({"x": net.x})["logits"]
+    got = interpreter.session(file).run({"x": net.x})["logits"]
     want = ort.session(net.model.SerializeToString()).run({"x": net.x})["logits"]
     assert (got.argmax(1) == want.argmax(1)).mean() > 0.97
     assert np.corrcoef(got.ravel(), want.ravel())[0, 1] > 0.97
@@ -49,7 +49,7 @@ def test_names_types_and_shapes_are_those_of_the_onnx(small_net: Build, tmp_path
     net = small_net("plain")
     (tmp_path / "m.onnx").write_bytes(net.model.SerializeToString())
     compress(tmp_path / "m.onnx", net.data, tmp_path / "out", device="arm64-litert", max_drop=3.0)
-    session = tflite.session((tmp_path / "out" / "model.tflite").read_bytes())
+    session = interpreter.session((tmp_path / "out" / "model.tflite").read_bytes())
     assert session.inputs == (ort.Port("x", "float32", (-1, 1, 12, 12)),)
     assert session.outputs == (ort.Port("logits", "float32", (-1, 4)),)
     assert session.raw.get_signature_list() == {"serving_default": {"inputs": ["x"], "outputs": ["logits"]}}
@@ -136,14 +136,14 @@ def test_what_is_refused_goes_to_the_second_writer(
 
 def test_a_file_that_is_no_tflite_is_one_sentence() -> None:
     with pytest.raises(FormatError, match="LiteRT cannot load the model"):
-        tflite.session(b"nonsense" * 10)
+        interpreter.session(b"nonsense" * 10)
 
 
 @pytest.mark.parametrize("kind", ["plain", "residual", "depthwise"])
 def test_a_file_in_whole_numbers_answers_as_the_graph_it_came_from(kind: str, small_net: Build) -> None:
     net = small_net(kind)
     coded = quantized(net.model, net.x[:200])
-    session = tflite.session(tflite.lower(coded, whole=True))
+    session = interpreter.session(tflite.lower(coded, whole=True))
     ends = [*session.raw.get_input_details(), *session.raw.get_output_details()]
     assert [end["dtype"] for end in ends] == [np.int8, np.int8]
     assert session.inputs == (ort.Port("x", "float32", (-1, 1, 12, 12)),)
@@ -168,7 +168,7 @@ def test_an_input_that_lies_channels_last_is_not_turned_in_the_file(whole: bool)
     model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     x = chance.standard_normal((100, 9, 7, 3)).astype(np.float32)
     coded = quantized(model, x)
-    session = tflite.session(tflite.lower(coded, whole=whole))
+    session = interpreter.session(tflite.lower(coded, whole=whole))
     assert session.inputs == (ort.Port("x", "float32", (-1, 9, 7, 3)),)
     assert "TRANSPOSE" not in {op["op_name"] for op in session.raw._get_ops_details()}
     got, want = session.run({"x": x})["y"], ort.session(coded.SerializeToString()).run({"x": x})["y"]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compress import compress, tflite
+from compress import compress, interpreter
 from compress.converters import litert
 from compress.passes.canonicalise import canonicalise
 from skills import ort
@@ -41,7 +41,7 @@ def test_what_our_writer_refuses_is_written_and_answers_as_the_original(
     assert report.verdict != "not_reached"
     (said,) = [note for note in report.details.notes if "litert-torch" in note]
     assert refused in said
-    session = tflite.session((tmp_path / "out" / "model.tflite").read_bytes())
+    session = interpreter.session((tmp_path / "out" / "model.tflite").read_bytes())
     assert [port.name for port in (*session.inputs, *session.outputs)] == ["x", "logits"]
     got = session.run({"x": net.x})["logits"]
     want = ort.session(net.model.SerializeToString()).run({"x": net.x})["logits"]
@@ -59,7 +59,7 @@ def test_layers_of_the_same_shape_keep_their_own_weights(kind: str, small_net: B
     want = ort.session(model.SerializeToString()).run({"x": net.x})["logits"]
     for file in (found.weights, found.static):
         assert file is not None
-        got = tflite.session(file).run({"x": net.x})["logits"]
+        got = interpreter.session(file).run({"x": net.x})["logits"]
         assert ((got - want) ** 2).mean() < 0.05 * want.var()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from compress import channels, ladder, profiles
+from compress.candidates import PLACING
 from compress.data import Data
 from compress.emit import emit
 from compress.judge import check_audit
@@ -16,7 +17,6 @@ from compress.measure import answers
 from compress.metrics import choose
 from compress.passes.canonicalise import canonicalise
 from compress.pipeline import Bench, State, apply
-from compress.run import PLACING
 from compress.splits import Splits, split
 from skills import ort
 

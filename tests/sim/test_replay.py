@@ -1,6 +1,7 @@
 """A recipe done again: the same bytes for the same inputs, said plainly for others, one sentence where it does not fit."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from compress.recipe import Recipe, read_recipe
 from compress.replay import differences
 from compress.run import run
 from compress.stage import read, write
+from compress.train import training_machine
 from skills.errors import FormatError
 
 Build = Callable[[str], Any]
@@ -35,11 +37,16 @@ def first(net: Any, data: Any, folder: Path, max_drop: float) -> tuple[Path, byt
     return path, (folder / "first" / "model.onnx").read_bytes(), read_recipe(path)
 
 
+def trained_on(folder: Path) -> str:
+    return str(json.loads((folder / "lineage.json").read_text())["trained_on"])
+
+
 @pytest.mark.parametrize("kind", ["residual", "transformer"])
 def test_a_recipe_gives_the_same_bytes_again(kind: str, small_net: Build, tmp_path: Path) -> None:
     net = small_net(kind)
     path, bytes_before, recipe = first(net, net.data, tmp_path, 3.0)
     assert recipe.passes[0] == CANONICALISE.name
+    assert trained_on(tmp_path / "first") == "", "nothing was trained"
     stages: set[str] = set()
     report = run(
         tmp_path / "model.onnx", net.data, tmp_path / "second", recipe=path,
@@ -62,6 +69,7 @@ def test_a_recipe_with_training_gives_the_same_bytes_again(
     path, bytes_before, recipe = first(net, with_training(net), tmp_path, 90.0)
     assert [row.stage for row in recipe.training] == ["rung 1", "rung 2"]
     assert "train" in recipe.passes
+    assert trained_on(tmp_path / "first") == training_machine()
     monkeypatch.setattr(
         "compress.ladder.steps", lambda *_, **__: pytest.fail("a recipe's steps are not counted out again")
     )

@@ -22,10 +22,11 @@ from compress.passes.place import PLACE
 from compress.passes.ranges import RANGES
 from compress.passes.weight_only import in_blocks
 from compress.pipeline import Bench, Pass, State, apply
-from compress.run import ENDING_S, PASSES, _Work, run
+from compress.run import PASSES, run
 from compress.scheme import Scheme
 from compress.splits import split
 from compress.weights import Blocks
+from compress.work import ENDING_S, Work
 from skills import ort
 
 Build = Callable[[str], Any]
@@ -142,11 +143,11 @@ def test_passes_that_were_done_for_another_metric_are_done_again(
 
 
 def test_what_was_kept_for_other_inputs_is_not_used(small_net: Build, tmp_path: Path) -> None:
-    first = _Work(tmp_path / "out", 0.0, 100.0, lambda *_: None)
+    first = Work(tmp_path / "out", 0.0, 100.0, lambda *_: None)
     first.open("one", resume=False)
     first.put("key", b"value")
     for about, resume, found in (("one", True, b"value"), ("two", True, None), ("one", False, None)):
-        later = _Work(tmp_path / "out", 0.0, 100.0, lambda *_: None)
+        later = Work(tmp_path / "out", 0.0, 100.0, lambda *_: None)
         later.open(about, resume=resume)
         assert later.get("key") == found
 
@@ -155,14 +156,14 @@ def test_the_time_that_an_interrupted_run_took_counts_against_the_budget(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [1000.0]
-    monkeypatch.setattr("compress.run.time.monotonic", lambda: now[0])
-    first = _Work(tmp_path / "out", 1000.0, 100.0, lambda *_: None)
+    monkeypatch.setattr("compress.work.time.monotonic", lambda: now[0])
+    first = Work(tmp_path / "out", 1000.0, 100.0, lambda *_: None)
     first.open("this", resume=False)
     assert first.left() == 100.0 - ENDING_S
     now[0] += 30.0
     first.say("working", 0.5)  # from time to time it is written down
     now[0] = 5.0  # another day
-    second = _Work(tmp_path / "out", 5.0, 100.0, lambda *_: None)
+    second = Work(tmp_path / "out", 5.0, 100.0, lambda *_: None)
     second.open("this", resume=True)
     assert second.left() == pytest.approx(70.0 - ENDING_S)
     assert second.spent() == pytest.approx(0.3)

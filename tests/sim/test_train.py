@@ -13,8 +13,10 @@ from compress import graph, train
 from compress.learn import heavy, with_biases
 from compress.measure import answers
 from compress.passes.canonicalise import canonicalise
-from compress.train import Checkpoint, Settings, Student, Trained, _Round, fit, rate, spreads
+from compress.student import Student, _Round, spreads
+from compress.train import Checkpoint, Settings, Trained, fit, rate
 from compress.views import Views
+from compress.weights import limits
 from skills import ort
 
 Build = Callable[[str], Any]
@@ -87,7 +89,7 @@ def test_codes_times_scales_are_the_weights_that_the_student_was_trained_with(
         assert (values[layer.weight] == trained.codes[layer.node].restore()).all()
     restored = answers(ort.session(trained.model.SerializeToString()), lesson.x)
     assert closeness(restored, got) < 5e-3  # scales are stored in 16 bits
-    low, high = train.limits(bits)
+    low, high = limits(bits)
     for codes in trained.codes.values():
         assert codes.bits == bits
         assert low <= codes.values.min() <= codes.values.max() <= high
@@ -139,6 +141,19 @@ def test_training_ends_when_its_time_is_up_and_can_be_done_again_without_a_clock
     again = lesson.trained(Settings(12, batch=32, threads=1, stop=3))
     assert again.steps == 3
     assert weights(again) == weights(ended)
+
+
+@pytest.mark.parametrize(
+    ("card", "native", "said"),
+    [("", False, "cpu, float32"), ("", True, "cpu, bfloat16"), ("NVIDIA H200", False, "cuda (NVIDIA H200), bfloat16")],
+)
+def test_what_training_computes_on_is_told_with_its_numbers(
+    card: str, native: bool, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(card))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: card)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    assert train.training_machine() == said
 
 
 def test_the_rate_rises_first_and_then_falls_to_nothing() -> None:

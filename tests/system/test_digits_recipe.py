@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import skills
-from compress import tflite
+from compress import interpreter
 from skills import ort
 from skills.manifest import load_skill
 
@@ -88,7 +88,7 @@ def test_a_wrong_calibration_loads_and_runs_and_fails_the_probe(
 def answers(folder: Path, file: str, arrays: str, name: str) -> tuple[Any, Any]:
     held = np.load(folder / arrays)
     model = (folder / "models" / file).read_bytes()
-    session: Any = tflite.session(model) if file.endswith(".tflite") else ort.session(model)
+    session: Any = interpreter.session(model) if file.endswith(".tflite") else ort.session(model)
     code = load_code(DIGITS / "classify.py")
     return held, code.classify({"image": held[name]}, lambda x: session.run({"x": x}))
 

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress.data import Data, load
+from compress.data import Data, Splits, load
+from compress.meeting import few_classes
 from compress.splits import MAX_CALIBRATE, MAX_SELECT, split
 from skills.errors import FormatError
 
@@ -100,3 +101,30 @@ def test_a_group_in_training_and_in_the_report_is_refused() -> None:
     x, groups = np.zeros((4, 1), np.float32), np.array(["anna", "anna", "ben", "cem"])
     with pytest.raises(FormatError, match=r"1 groups are in both groups and groups_train \(cem\)"):
         load({"x": x, "groups": groups, "x_train": x, "groups_train": np.array(["cem", "dora", "eve", "eve"])})
+
+
+def sorted_by_class(train: np.ndarray, report: np.ndarray) -> Splits:
+    """Return the parts of a file whose rows lie class after class and of which these labels are x_train and x."""
+    return split(Data(report[:, None] * np.float32(1), report, train[:, None] * np.float32(1), train), 0)
+
+
+@pytest.mark.parametrize(("trained", "said"), [(4, True), (5, False), (10, False)])
+def test_a_select_part_with_fewer_than_half_of_the_classes_is_said_with_what_to_do(trained: int, said: bool) -> None:
+    splits = sorted_by_class(np.repeat(np.arange(trained), 50), np.repeat(np.arange(10), 10))
+    found = few_classes("top1", splits)
+    assert bool(found) is said
+    if said:
+        assert "holds 4 of the 10 classes" in found[0]
+        assert "shuffle the file before x_train is cut out of it, or give an x_train of all classes" in found[0]
+
+
+def test_classes_are_counted_only_where_there_are_some() -> None:
+    splits = sorted_by_class(np.repeat(np.arange(4), 50), np.repeat(np.arange(10), 10))
+    assert few_classes("mse", splits) == ()
+    assert few_classes("top1", split(Data(np.zeros((40, 1), np.float32)), 0)) == ()
+
+
+def test_of_few_samples_with_many_classes_more_are_asked_for() -> None:
+    labels = np.arange(100) // 2
+    (said,) = few_classes("top1", split(Data(labels[:, None] * np.float32(1), labels), 0))
+    assert "give more samples of each class" in said

@@ -37,6 +37,11 @@ def test_which_rows_went_where_is_written_down() -> None:
     assert lineage("1" * 64, {}, None, 0, "x86-vnni").rows == {}
 
 
+def test_what_training_computed_on_is_written_down_where_there_was_some() -> None:
+    assert lineage("1" * 64, {}, None, 0, "x86-vnni", trained_on="cpu, float32").trained_on == "cpu, float32"
+    assert lineage("1" * 64, {}, None, 0, "x86-vnni").trained_on == ""
+
+
 def test_a_converter_in_an_environment_of_its_own_is_among_the_tools() -> None:
     versions = pinned(VELA)
     assert versions["ethos-u-vela"].count(".") == 2

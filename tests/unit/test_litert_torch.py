@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compress import judge, measure, profiles, tflite, writers
-from compress.converters import litert
+from compress import interpreter, judge, measure, profiles, writers
+from compress.converters import environment, litert
 from compress.converters.litert import Converted
 from compress.converters.scripts import run_litert
 from compress.pipeline import State
@@ -47,6 +47,34 @@ class Answers:
 )
 def test_only_litert_with_float_ends_has_a_second_writer(device: str, *, second: bool) -> None:
     assert writers.may_ask(profiles.find(device)) is second
+
+
+@pytest.mark.parametrize(
+    ("device", "there", "said"),
+    [
+        ("arm64-litert", False, True),
+        ("arm64-litert", True, False),
+        ("ethos-u55", False, False),
+        ("x86-vnni", False, False),
+    ],
+)
+def test_a_run_says_at_its_start_what_may_have_to_be_installed(
+    device: str, there: bool, said: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if there:
+        interpreter = environment.folder(litert.LITERT) / "bin" / "python"
+        interpreter.parent.mkdir(parents=True)
+        interpreter.touch()
+    assert (
+        "2200 MB, is installed only if Skerry's own writer refuses" in writers.announced(profiles.find(device))
+    ) is said
+
+
+def test_a_machine_without_a_home_is_no_reason_to_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    assert writers.announced(profiles.find("arm64-litert"))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +165,7 @@ def told(monkeypatch: pytest.MonkeyPatch, script: Callable[[Path], None]) -> lis
     monkeypatch.setattr(litert, "export", lambda *_args: order.append("export"))
     monkeypatch.setattr(litert, "ready", lambda *_args: order.append("ready"))
     monkeypatch.setattr(litert, "call", call)
-    monkeypatch.setattr(tflite, "session", lambda _file: Answers(1.0))
+    monkeypatch.setattr(interpreter, "session", lambda _file: Answers(1.0))
     monkeypatch.setattr(litert.ort, "session", lambda _file: Answers(1.0))
     return order
 
@@ -239,7 +267,7 @@ class Bench:
         by_file = {b"weights": drops[0], b"static": drops[1]}
         monkeypatch.setattr(judge, "write", self.write)
         monkeypatch.setattr(litert, "convert", self.convert)
-        monkeypatch.setattr(tflite, "session", lambda file: file)
+        monkeypatch.setattr(interpreter, "session", lambda file: file)
         monkeypatch.setattr(measure, "answers", lambda runner, _x: runner)
         monkeypatch.setattr(measure, "points", lambda _metric, _part, _original, answers: by_file[answers])
 

@@ -1,0 +1,227 @@
+"""Every file that a run offers: searched for, with training where there are inputs to train on, or made again by a recipe."""
+
+import dataclasses
+import functools
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from compress import ladder, learn, replay
+from compress.emit import widths
+from compress.judge import Emitted, Original
+from compress.passes.canonicalise import canonicalise
+from compress.passes.guard import GUARD
+from compress.passes.place import PLACE
+from compress.passes.ranges import RANGES
+from compress.pipeline import CHECK_SAMPLES, Bench, Pass, State, apply
+from compress.recipe import Recipe
+from compress.stage import Stage
+from compress.work import ENDING_S, TRAINED_UP_TO, Work
+from compress.writers import Writer
+from skills.errors import FormatError, SkerryError
+from skills.units import duration
+
+PLACING: tuple[Pass, ...] = (RANGES, PLACE, GUARD)  # again for each network that training made
+
+
+def searched(
+    passes: Sequence[Pass],
+    learns: bool,
+    bench: Bench,
+    original: Original,
+    work: Work,
+    stages: dict[str, tuple[Stage, ...]],
+    writer: Writer,
+) -> tuple[tuple[Sequence[Emitted], ...], Emitted | None]:
+    """Return two families of candidates, what needs no training and what was trained, and the plain int8 form if known.
+
+    How each trained one came about is put into `stages`.
+    """
+    state, plain = _calibrated(passes, State(_parse(original.stripped)), bench, original, work, learns)
+    candidates = writer.family("calibrated", state)
+    if writer.second:  # it rounds by itself: what the other schemes plan would be the same file
+        plain, state = None, dataclasses.replace(state, bolder=())
+    if plain is not None:
+        candidates.insert(0, writer.write("plain int8", plain))
+    for one in candidates[:-1]:
+        work.offer(one, original, bench.max_drop)
+    work.found(candidates[-1], original, bench.max_drop)
+    if state.cut_short:
+        work.left_out.append(
+            "The time ended before the search for stored bits did: with more, the file may become smaller."
+        )
+    for at, scheme in enumerate(state.bolder):
+        candidates.append(writer.write(f"bolder {at + 1}", dataclasses.replace(state, scheme=scheme)))
+        work.offer(candidates[-1], original, bench.max_drop)
+    trained = _learned(state, bench, original, work, stages, writer) if learns else []
+    return (candidates, trained), candidates[0] if plain is not None else None
+
+
+def _learned(
+    state: State, bench: Bench, original: Original, work: Work, stages: dict[str, tuple[Stage, ...]], writer: Writer
+) -> list[Emitted]:
+    """Return the file of each rung that was climbed; of a rung trained again, the better one on select."""
+    trained: list[Emitted] = []
+    begun = False
+    lost: list[float] = []  # on select, by each training of the present rung
+
+    def onward() -> ladder.Onward:
+        step = ladder.onward(lost, max(bench.max_drop, 1.0))
+        if step == "smaller":
+            lost.clear()
+        return step
+
+    for reached in _climb(state, bench, original, work, onward=onward):
+        begun = True
+        name = f"trained {len(reached.stages)}"
+        try:
+            emitted = _trained(name, reached, state, bench, work, writer)
+        except SkerryError as error:  # not to be had on this runtime; the others are
+            work.left_out.append(f"'{name}' was left out: {error}.")
+            continue
+        stages[emitted.name] = reached.stages
+        work.found(emitted, original, bench.max_drop, trained=True)
+        if lost and trained:  # the same rung trained again: the better of the two is enough
+            emitted = min(emitted, trained.pop(), key=lambda one: one.drop_select)
+        trained.append(emitted)
+        lost.append(emitted.drop_select)
+    if not begun:
+        work.left_out.append(_not_begun(len(bench.splits.train or ()), work, original))
+    return trained
+
+
+def replayed(
+    recipe: Recipe,
+    known: Sequence[Pass],
+    bench: Bench,
+    original: Original,
+    work: Work,
+    stages: dict[str, tuple[Stage, ...]],
+    writer: Writer,
+) -> Emitted:
+    """Return what a recipe says, made again without a search.
+
+    Raises:
+        FormatError: the recipe is for another model, or trains and there is no training data.
+    """
+    model = _parse(original.stripped)
+    replay.check(recipe, canonicalise(model), [step.name for step in known])
+    if recipe.training and bench.splits.train is None:
+        raise FormatError("the recipe trains the model, and the data has no x_train to train it on")
+    bench = dataclasses.replace(bench, say=lambda share, _best: work.say("following the recipe", 0.3 * share))
+    steps = replay.before_training(recipe, known)
+    state = apply(steps, State(model), lambda _step: bench, original.calibrate[:CHECK_SAMPLES])
+    work.before_placing = state.notes
+    if not recipe.training:
+        return writer.write("calibrated", state)
+    *_, last = _climb(state, bench, original, work, replay.stages(recipe))
+    emitted = _trained(f"trained {len(last.stages)}", last, state, bench, work, writer)
+    stages[emitted.name] = last.stages
+    return emitted
+
+
+def _calibrated(
+    passes: Sequence[Pass], state: State, bench: Bench, original: Original, work: Work, learns: bool
+) -> tuple[State, State | None]:
+    """Do all that needs no training; return where it ended, and the plain 8-bit form if it went on from one."""
+    upto = 0.3 if learns else TRAINED_UP_TO
+
+    def at(step: Pass) -> Bench:
+        place = list(passes).index(step)
+        return dataclasses.replace(
+            bench,
+            say=lambda share, best: work.say(
+                f"{step.title}{': ' + best if best else ''}", upto * (place + share) / len(passes)
+            ),
+            left=lambda: work.left(work.calibrated),
+        )
+
+    first = [step for step in passes if step.name not in ("bias", "bits", "weight-only")]
+    rest = [step for step in passes if step not in first]
+    reference = original.calibrate[:CHECK_SAMPLES]
+
+    def after(steps: Sequence[Pass], state: State) -> State:
+        for step in steps:
+            make = functools.partial(apply, [step], state, at, reference)
+            if step.name == PLACE.name:
+                work.before_placing = state.notes
+            state = work.passed(list(passes).index(step), bench.profile, make)
+        return state
+
+    plain = after(first, state)
+    if not rest or plain.scheme is None or not plain.scheme.layers:
+        return plain, None
+    return after(rest, plain), plain
+
+
+def _climb(
+    state: State,
+    bench: Bench,
+    original: Original,
+    work: Work,
+    planned: Sequence[Stage] | None = None,
+    onward: Callable[[], ladder.Onward] = lambda: "smaller",
+) -> Iterable[learn.Reached]:
+    """Train one network after the other."""
+    train = bench.splits.train
+    if train is None:
+        return ()
+    labels = train.y if original.metric.name in ("top1", "macro_f1") and train.y is not None else None
+
+    def say(stage: str, _share: float) -> None:
+        work.say(f"training: {stage}", min(TRAINED_UP_TO, 0.3 + 0.6 * work.spent()))
+
+    lesson = learn.Lesson(
+        bench.splits.calibrate, train, original.session, original.teacher, labels, bench.goal,  # type: ignore[arg-type]
+        widths(state.model, bench.profile), bench.seed, len(os.sched_getaffinity(0)), work.left, work.get, work.put, say,
+        bench.profile.channel_multiple, bench.profile.channel_block, onward,
+    )  # fmt: skip
+    return learn.climb(state.model, lesson, planned)
+
+
+def _trained(name: str, reached: learn.Reached, before: State, bench: Bench, work: Work, writer: Writer) -> Emitted:
+    """Place a trained network on its runtime and write it with the codes that it was trained to."""
+    passes = (*itertools.takewhile(lambda name: name != PLACE.name, before.passes), replay.TRAIN)
+    model = canonicalise(reached.trained.model)  # where a branch was removed, two activations follow each other
+    state = apply(
+        PLACING, State(model, notes=work.before_placing, harm=reached.harm, passes=passes), lambda _step: bench
+    )
+    scheme = state.planned()
+    known = {layer.node for layer in scheme.layers}
+    scheme = scheme.with_bits({node: width for node, width in reached.bits.items() if node in known})
+    scheme = scheme.with_codes({node: codes for node, codes in reached.trained.codes.items() if node in known})
+    work.say("measuring what was trained", work.shown)
+    stage = reached.stages[-1]
+    note = (
+        f"Trained {len(reached.stages)} times, the last for {stage.settings.steps} steps of {stage.settings.batch} inputs; "
+        f"{len(stage.shrink.without)} residual branches and channels of {len(stage.shrink.keep)} groups were removed."
+    )
+    if reached.bits:
+        how = (
+            "is that of the smaller network before it was trained"
+            if reached.harm
+            else "was not measured: a recipe says the widths"
+        )
+        note += f" The sensitivity of its layers {how}."
+    state = dataclasses.replace(state, scheme=scheme, notes=(*state.notes, note))
+    return writer.write(name, state)
+
+
+def _not_begun(inputs: int, work: Work, original: Original) -> str:
+    """Return why not even one rung was climbed."""
+    if inputs < ladder.batch(inputs):
+        return f"Nothing was trained: {inputs} inputs are left for training, one step takes {ladder.batch(inputs)}."
+    gone = duration(time.monotonic() - work.began)
+    teacher = ", and the teacher was not used" if original.teacher_sha256 else ""
+    return (
+        f"The time ended before training began: {gone} of {duration(work.budget)} had gone by, "
+        f"{duration(ENDING_S)} are kept for judging and timing, and the rest was too short. Nothing was trained{teacher}."
+    )
+
+
+def _parse(stripped: bytes) -> Any:
+    import onnx
+
+    return onnx.load_model_from_string(stripped)
