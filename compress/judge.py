@@ -17,6 +17,8 @@ from skills import ort
 from skills.errors import SkerryError
 from skills.profile import Profile
 
+NEAR = 1.5  # times the budget: what lost no more, and may have lost less than the budget by its interval, ends no walk
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Original:
@@ -102,14 +104,19 @@ def look(emitted: Emitted, report: Part, original: Original) -> Judged:
 
 
 def finalists(families: Sequence[Sequence[Judged]], max_drop: float) -> list[Judged]:
-    """Return the last candidate of each family before any went over the budget, if the first was within it. Pure.
+    """Return the last candidate of each family within the budget, before the first that went clearly over it. Pure.
 
-    Each family is ordered from the safest to the boldest before the report part is looked at.
+    Each family is ordered from the safest to the boldest before the report part is looked at. One that is over by less than
+    half of the budget, and may be within by its interval, ends nothing; but nothing behind it is `proven`.
     """
+
+    def near(one: Judged) -> bool:
+        return one.drop.points <= NEAR * max_drop and one.drop.lo <= max_drop
+
     found = []
     for family in families:
-        within = list(itertools.takewhile(lambda one: one.drop.points <= max_drop, family))
-        found += within[-1:]
+        asked = itertools.takewhile(near, family)
+        found += [one for one in asked if one.drop.points <= max_drop][-1:]
     return found
 
 
