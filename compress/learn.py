@@ -34,6 +34,7 @@ from skills.wire import decode_json, encode_json
 VIEWS = 4
 UNTIMED_STEPS = 2
 TIMED_STEPS = 4
+AGAIN_RATE = 0.3  # of the learning rate, where a rung is trained again
 LEAST_WEIGHTS = 256  # a layer with fewer stays in 8 bits: narrower ones would save nothing
 
 
@@ -138,7 +139,7 @@ def climb(model: Any, lesson: Lesson, planned: Sequence[Stage] | None = None) ->
         if known is not None:
             settings = known.settings
         else:
-            settings = _settings(student, views, lesson, at)
+            settings = _settings(student, views, lesson, at, again=step == "again")
             if settings.steps == 0:
                 return  # `ladder.batch` of inputs are too few for one step, or the time is too short
         plan = encode_json(write(at, Stage(shrink, bits, settings, views.count)))
@@ -223,10 +224,12 @@ def _widths(small: Any, lesson: Lesson, rung: Rung, x: Array, wanted: Array) -> 
     return {node: width for node, width in chosen.items() if width < 8}, harm
 
 
-def _settings(student: Student, views: Views, lesson: Lesson, at: int) -> Settings:
+def _settings(student: Student, views: Views, lesson: Lesson, at: int, *, again: bool) -> Settings:
     """Return the settings of training number `at`, its steps counted out from how long a few of them take."""
     batch = ladder.batch(len(views.x))
     settings = Settings(TIMED_STEPS, batch=batch, threads=lesson.threads, seed=lesson.seed)
+    if again:  # at the full rate it first forgets what it had learnt, and ends no better
+        settings = dataclasses.replace(settings, rate=settings.rate * AGAIN_RATE)
     if len(views.x) < batch:
         return dataclasses.replace(settings, steps=0)
     rows = np.arange(min(batch, len(views.x)))
