@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 LONGEST_S = 0.05  # what takes longer stays in segments: so long at most late work holds up what is in time
 SIZES = 2.0  # times the plan's own bytes that its joined graphs may take together, the shallowest cuts first
+MOST_BYTES = 1 << 28  # nothing larger is done in that time
 LEAST_ROUNDS, MOST_ROUNDS = 5, 15
 GAINED = 0.98  # of the segments' time that a joined graph may take: less is noise
 TOLERANCE = 1e-4  # other fusions round otherwise
@@ -45,12 +46,18 @@ def joined(
     until = clock() + budget_s
     for after in sorted({cut.after for cut in plan.cuts if cut.after < len(plan.segments) - 1}):
         size = sum(segment.bytes for segment in plan.segments[after:])
-        if size > room or clock() > until:
+        if size > min(room, MOST_BYTES):
+            continue
+        if clock() > until:
             break
         try:
             values = example(plan, chain, after, np.random.default_rng(0))
+            began = clock()
+            right = chain.run(values, after)
+            if clock() - began > 2 * LONGEST_S:
+                continue  # not even loaded: it may be very large
             whole = join(after)
-            if _pays(chain, whole, after, values, until, clock):
+            if _equal(right, whole.run(values)) and _pays(chain, whole, after, values, until, clock):
                 found[after] = whole
                 room -= size
         except FormatError:
@@ -61,8 +68,6 @@ def joined(
 def _pays(
     chain: "Chain", whole: "Chain", after: int, values: "Arrays", until: float, clock: Callable[[], float]
 ) -> bool:
-    if not _equal(chain.run(values, after), whole.run(values)):
-        return False
     apart, together = [], []
     for at in range(MOST_ROUNDS):
         if at >= LEAST_ROUNDS and clock() > until:
@@ -73,8 +78,6 @@ def _pays(
         whole.run(values)
         apart.append(between - began)
         together.append(clock() - between)
-        if at == 0 and together[0] > 4 * LONGEST_S:
-            return False
     one, all_of_it = (sorted(taken) for taken in (together, apart))
     middle = len(one) // 2
     return (
