@@ -12,7 +12,8 @@ DIR holds ca.pem, cert.pem and key.pem. Workers connect to the Unix socket and s
                  with `reply` where the one tensor is a frame in the coding that was asked for
                  estimate {mbit, rtt_ms, up, cold, queue_ms}: at once, and whenever it has changed
 While anybody used it in the last five seconds it keeps the connection warm with tiny calls on the same channel: TCP starts
-slowly again after half a second of silence, which costs more than a plan gains.
+slowly again after half a second of silence, which costs more than a plan gains. While every request stays local it goes on more
+rarely, to notice when the way to the tail is another one.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from skills.files import read_bytes
 from skills.split import CALL_BYTES, Estimate
 
 KEEP_WARM_S = 0.15
+KEEP_LOOKING_S = 0.5  # between two calls while every request stays local: is the way there another one now?
 IDLE_AFTER_S = 5.0
 PING_DEADLINE_S = 1.0
 MAX_IN_FLIGHT = 32
@@ -61,7 +63,7 @@ class Link:
         self._estimator, self._breaker = Estimator(), Breaker()
         self._writers: set[asyncio.StreamWriter] = set()
         self._calls: dict[tuple[int, int], asyncio.Task[None]] = {}
-        self._last_use_s = float("-inf")
+        self._last_use_s = self._last_look_s = float("-inf")
         self._used = asyncio.Event()
         self._told: tuple[object, ...] = ()
         self._connected_once = False
@@ -139,6 +141,8 @@ class Link:
     def _handle(self, writer: asyncio.StreamWriter, header: Mapping[str, Any], body: memoryview) -> None:
         op, number = header.get("op"), header.get("id")
         if op == "look":
+            self._last_look_s = self._clock()
+            self._used.set()
             self._start_probe()
             return
         self._use()
@@ -257,9 +261,11 @@ class Link:
             now = self._clock()
             if self._breaker.probe_at_s is not None:
                 await asyncio.sleep(max(0.0, self._breaker.probe_at_s - now))
-            elif now - self._last_use_s > IDLE_AFTER_S:
+            elif now - max(self._last_use_s, self._last_look_s) > IDLE_AFTER_S:
                 self._used.clear()
                 await self._used.wait()
+            elif now - self._last_use_s > IDLE_AFTER_S:
+                await asyncio.sleep(KEEP_LOOKING_S)
             else:
                 await asyncio.sleep(KEEP_WARM_S if self._connected_once else 0)
             probe_at = self._breaker.probe_at_s

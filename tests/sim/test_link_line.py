@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import pytest
 
-from edge_agent.link import IDLE_AFTER_S, KEEP_WARM_S, Link
+from edge_agent.link import IDLE_AFTER_S, KEEP_LOOKING_S, KEEP_WARM_S, Link
 from skills import oip
 from skills.wire import unpack_frame
 
@@ -156,6 +156,25 @@ def test_a_used_connection_is_kept_warm_on_its_own_channel_and_an_unused_one_is_
         assert (await world.ask())["ok"]
         await asyncio.sleep(1)
         assert len(world.tail.pings) > quiet
+
+    simulated(story)
+
+
+def test_while_every_request_stays_local_the_way_is_looked_at_more_rarely_and_not_at_all_without_requests(
+    simulated: Any,
+) -> None:
+    async def story(world: World) -> None:
+        await asyncio.sleep(IDLE_AFTER_S + 1)
+        quiet = len(world.tail.pings)
+        for _ in range(10):
+            world.say(op="look")
+            await asyncio.sleep(1)
+        looked = len(world.tail.pings)
+        assert looked - quiet == pytest.approx(10 / KEEP_LOOKING_S, rel=0.2)
+        await asyncio.sleep(IDLE_AFTER_S + 1)
+        quiet = len(world.tail.pings)
+        await asyncio.sleep(60)
+        assert len(world.tail.pings) == quiet
 
     simulated(story)
 
