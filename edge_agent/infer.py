@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 WAIT_S = 0.25  # how long an answer may stay away before the device goes on by itself
 MARGIN_S = 0.005
+MARGIN_SHARE = 0.15  # of the rest's time: what has not run for a while is slower at first
 MAX_REASON = 200  # characters of a sentence that names what a tail sent
 REFUSED_S = 60.0  # a tail that does not know the plan is not asked again for this long
 LEAST_PART = 0.2  # of the whole model's time that a part must take to say how fast the device is
@@ -324,7 +325,7 @@ class SplitModel:
         if answered:  # the small model's answer is there: nothing needs to run here after the wait
             return max(0.0, min(self._wait_s, spare))
         if self._rest_s(choice, usual=True) <= deadline_s:
-            return max(0.0, min(self._wait_s, spare - self._rest_s(choice)))
+            return max(0.0, min(self._wait_s, spare - self._rest_s(choice) * (1 + MARGIN_SHARE)))
         predicted_s = max(0.0, choice.ms - choice.cut.device_ms.p50 * self._alpha) / 1e3
         return min(self._wait_s, deadline_s, PATIENCE * predicted_s)
 
