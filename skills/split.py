@@ -8,8 +8,6 @@ from skills.coding import Coding
 from skills.network import slow_start_ms
 from skills.split_plan import Cut, Plan
 
-# What the tail and the device's side still import from here; each lives in the module above that it comes from.
-
 CALL_BYTES = 600  # headers and parameters of one call and its answer, on the wire
 CODED_REPLY_BYTES = 42  # what names a reply's coding, in the call and in its answer
 

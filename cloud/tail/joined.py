@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from cloud.tail.pace import example
+from cloud.tail.pace import alike, example
 from skills.errors import FormatError
 from skills.split_plan import Plan
 
@@ -57,7 +57,7 @@ def joined(
             if clock() - began > 2 * LONGEST_S:
                 continue  # not even loaded: it may be very large
             whole = join(after)
-            if _equal(right, whole.run(values)) and _pays(chain, whole, after, values, until, clock):
+            if alike(whole.run(values), right, TOLERANCE) and _pays(chain, whole, after, values, until, clock):
                 found[after] = whole
                 room -= size
         except FormatError:
@@ -83,21 +83,3 @@ def _pays(
     return (
         one[middle] <= LONGEST_S and one[middle] <= GAINED * all_of_it[middle] and one[0] <= GAINED * all_of_it[0]
     )  # both, as one of them alone finds gains on a busy machine that are none
-
-
-def _equal(one: "Arrays", other: "Arrays") -> bool:
-    import numpy as np
-
-    if one.keys() != other.keys():
-        return False
-    for name, array in one.items():
-        if array.shape != other[name].shape:
-            return False
-        if array.dtype.kind != "f":
-            if not np.array_equal(array, other[name]):
-                return False
-            continue
-        reach = TOLERANCE * max(1.0, float(np.abs(array).max(initial=0.0)))
-        if not np.allclose(array, other[name], rtol=TOLERANCE, atol=reach, equal_nan=True):
-            return False
-    return True
