@@ -17,6 +17,7 @@ from skills import ort
 from skills.errors import SkerryError
 from skills.profile import Profile
 
+ROUNDING = 1e-9  # points: what sums of floats may be apart
 NEAR = 1.5  # times the budget: what lost no more, and may have lost less than the budget by its interval, ends no walk
 
 
@@ -54,11 +55,12 @@ class Emitted:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Judged:
-    """A file with its answers on the report part."""
+    """A file with its answers on the report part. `pooled` is the drop, in points, on report and select together."""
 
     emitted: Emitted
     answers: Array
     drop: Drop
+    pooled: float
 
 
 def write(name: str, state: State, profile: Profile, splits: Splits, original: Original, metric: Metric) -> Emitted:
@@ -97,17 +99,20 @@ def rank(emitted: Emitted, max_drop: float, *, trained: bool) -> tuple[bool, flo
     return (False, float(len(emitted.file))) if lost <= max_drop else (True, lost)
 
 
-def look(emitted: Emitted, report: Part, original: Original) -> Judged:
-    """Let a file answer the report part."""
+def look(emitted: Emitted, report: Part, original: Original, selected: int = 0) -> Judged:
+    """Let a file answer the report part; `selected` is how many inputs of the select part say the same thing, if any do."""
     answers = measure.answers(emitted.runner, report.x)
-    return Judged(emitted, answers, measure.drop(original.metric, report, original.report, answers))
+    drop = measure.drop(original.metric, report, original.report, answers)
+    pooled = (drop.points * len(report) + emitted.drop_select * selected) / (len(report) + selected)
+    return Judged(emitted, answers, drop, pooled)
 
 
 def finalists(families: Sequence[Sequence[Judged]], max_drop: float) -> list[Judged]:
     """Return the last candidate of each family within the budget, before the first that went clearly over it. Pure.
 
     Each family is ordered from the safest to the boldest before the report part is looked at. One that is over by less than
-    half of the budget, and may be within by its interval, ends nothing; but nothing behind it is `proven`.
+    half of the budget, and may be within by its interval, ends nothing; but nothing behind it is `proven`. Within is what is
+    so on the report part and on report and select together: a small report part alone flatters the boldest.
     """
 
     def near(one: Judged) -> bool:
@@ -116,8 +121,13 @@ def finalists(families: Sequence[Sequence[Judged]], max_drop: float) -> list[Jud
     found = []
     for family in families:
         asked = itertools.takewhile(near, family)
-        found += [one for one in asked if one.drop.points <= max_drop][-1:]
+        found += [one for one in asked if one.drop.points <= max_drop and not doubted(one, max_drop)][-1:]
     return found
+
+
+def doubted(one: Judged, max_drop: float) -> bool:
+    """Return whether a file is within the budget on the report part and over it on report and select together. Pure."""
+    return one.drop.points <= max_drop < one.pooled - ROUNDING
 
 
 def result(

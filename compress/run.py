@@ -30,6 +30,7 @@ from compress.meeting import meet, untaught, whole_numbers
 from compress.passes.bias import BIAS
 from compress.passes.bits import BITS
 from compress.passes.canonicalise import CANONICALISE
+from compress.passes.crop import CROP
 from compress.passes.equalize import EQUALIZE
 from compress.passes.guard import GUARD
 from compress.passes.place import PLACE, PLACE_FLOAT
@@ -47,8 +48,13 @@ from skills.files import sha256_file, sha256_hex
 from skills.profile import Profile
 from skills.wire import encode_json
 
-PASSES: tuple[Pass, ...] = (CANONICALISE, RANGES, EQUALIZE, PLACE, GUARD, BIAS, BITS, WEIGHT_ONLY)
-WEIGHTS_ONLY: tuple[Pass, ...] = (CANONICALISE, RANGES, PLACE_FLOAT)  # without data no range of an activation is known
+PASSES: tuple[Pass, ...] = (CANONICALISE, CROP, RANGES, EQUALIZE, PLACE, GUARD, BIAS, BITS, WEIGHT_ONLY)
+WEIGHTS_ONLY: tuple[Pass, ...] = (
+    CANONICALISE,
+    CROP,
+    RANGES,
+    PLACE_FLOAT,
+)  # without data no range of an activation is known
 CALIBRATED_SHARE = 0.35  # of the time that what needs no training may take where training follows, or
 CALIBRATED_S = 60.0  # so long, if that is more: without it there is no result to fall back to
 
@@ -126,9 +132,12 @@ def run(
         written, plain = searched(passes, learns, bench, original, work, stages, writer)
     warnings = (*warnings, *work.left_out)
     work.say("looking at the report part", TRAINED_UP_TO + 0.02)
-    families = [[look(one, splits.report, original) for one in family] for family in written]
+    # Select says what report does where neither was trained on and both have labels.
+    selected = len(splits.select) if splits.train is None and shown is original.metric and not samples.synthetic else 0
+    families = [[look(one, splits.report, original, selected) for one in family] for family in written]
     judged = [one for family in families for one in family]
     chosen = result(families, max_drop, goal, _milliseconds(judge.finalists(families, max_drop), goal, profile, splits))
+    warnings = (*warnings, *_doubted(judged, chosen, max_drop))
     compiled = None
     if profile.accelerator is not None:
         compiled = vela.compile_for(profile, chosen.emitted.file, lambda what: work.say(what, TRAINED_UP_TO + 0.03))
@@ -154,6 +163,20 @@ def _milliseconds(finalists: Sequence[judge.Judged], goal: Goal, profile: Profil
     runners = {str(at): one.emitted.runner for at, one in enumerate(finalists)}
     sample = splits.report.x[: max(1, finalists[0].emitted.runner.inputs[0].shape[0])]
     return [timing.p50_ms for timing in measure.race(runners, sample, TIMING_ROUNDS).values()]
+
+
+def _doubted(judged: Sequence[judge.Judged], chosen: judge.Judged, max_drop: float) -> tuple[str, ...]:
+    """Return why files that look better on the report part alone were not taken."""
+    smaller = [
+        one for one in judged
+        if judge.doubted(one, max_drop) and len(one.emitted.file) < len(chosen.emitted.file)
+    ]  # fmt: skip
+    if not smaller:
+        return ()
+    few = "1 smaller file is" if len(smaller) == 1 else f"{len(smaller)} smaller files are"
+    return (
+        f"{few} within the budget on the report part but not on report and select together, and not taken for that.",
+    )
 
 
 def _check_arguments(max_drop: float, goal: str, seed: int, budget: float) -> None:

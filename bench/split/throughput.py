@@ -38,7 +38,7 @@ def measure(planned: Planned, model: Path, kinds: tuple[str, ...], seconds: floa
                 found["bare"].append(_bare(whole, sample, seconds))
                 for kind in kinds:
                     for clients in CLIENTS:
-                        with wire.Script([], "load.py", *arguments[kind]) as load:
+                        with wire.Script([], "load.py", *arguments[kind], core=None) as load:
                             found.setdefault(f"{kind} {clients}", []).append(load.ask(f"{clients} {seconds:g}"))
     return found
 

@@ -231,10 +231,11 @@ def running(command: Sequence[str], until: Path, core: int | None) -> Iterator[N
 class Script:
     """One of this folder's scripts on a side of the link: a line in, a line of JSON out."""
 
-    def __init__(self, prefix: Sequence[str], name: str, *arguments: str, core: int = 0) -> None:
+    def __init__(self, prefix: Sequence[str], name: str, *arguments: str, core: int | None = 0) -> None:
         command = [*prefix, sys.executable, "-P", str(HERE / name), *arguments]
         self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        pin_to_core(self._child.pid, core)
+        if core is not None:
+            pin_to_core(self._child.pid, core)
 
     def read(self) -> dict[str, Any]:
         """Return its next line.

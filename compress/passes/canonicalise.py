@@ -181,7 +181,7 @@ def _mean_to_pool(model: Any) -> None:
     graph.replace(model.graph.node, kept)
 
 
-def _whole_pool(model: Any) -> None:
+def whole_pool(model: Any) -> None:
     """AveragePool over the whole picture is GlobalAveragePool, which has an int8 kernel in more cases."""
     sizes = graph.shapes(model)
     for node in model.graph.node:
@@ -251,7 +251,7 @@ def _name_nodes(model: Any) -> None:
 
 
 REWRITINGS: tuple[Callable[[Any], None], ...] = (
-    fold_constants, _remove_nothing, _fold_batch_norm, _pad_in_conv, _mean_to_pool, _whole_pool, _matmul_to_gemm,
+    fold_constants, _remove_nothing, _fold_batch_norm, _pad_in_conv, _mean_to_pool, whole_pool, _matmul_to_gemm,
     _fold_batch_norm, _plain_gemm,
 )  # fmt: skip
 

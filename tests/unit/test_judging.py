@@ -1,5 +1,6 @@
 """Which of several candidates is the result, and which are shown beside it."""
 
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,9 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.conclude import front
-from compress.judge import Emitted, Judged, result, verdict, walked
+from compress.data import Part
+from compress.judge import Emitted, Judged, doubted, look, result, verdict, walked
 from compress.measure import Drop
+from compress.metrics import Metric
 from compress.pipeline import State
+from skills.ort import Port
 
 NOTHING: Any = None
 BUDGET = 1.0
@@ -19,9 +23,10 @@ DROPS = st.lists(st.floats(-5, 5), max_size=5)
 CANDIDATES = st.lists(st.tuples(st.floats(-5, 5), st.integers(1, 9)), max_size=5)
 
 
-def judged(points: float, size: int = 1, doubt: float = 1.0) -> Judged:
+def judged(points: float, size: int = 1, doubt: float = 1.0, pooled: float | None = None) -> Judged:
     emitted = Emitted("one", State(None), bytes(size), NOTHING, None, 0.0)
-    return Judged(emitted, np.zeros(1), Drop(points, points - doubt, points + doubt, 10))
+    together = points if pooled is None else pooled
+    return Judged(emitted, np.zeros(1), Drop(points, points - doubt, points + doubt, 10), together)
 
 
 def last_before_the_first_clearly_over(family: Sequence[Judged]) -> Judged | None:
@@ -81,6 +86,34 @@ def test_proof_stops_at_the_first_candidate_that_is_not_proven(rows: list[list[t
 def test_what_follows_a_clear_failure_never_counts(drops: list[float], lucky: float) -> None:
     family = [judged(points) for points in (*drops, BUDGET + 0.6, lucky)]
     assert result([family], BUDGET) is not family[-1] or lucky <= min(drops)
+
+
+@pytest.mark.parametrize(("pooled", "wins"), [(BUDGET, 2), (BUDGET + 0.1, 1)])
+def test_what_only_the_report_part_flatters_is_passed_over_for_the_next_safer_one(pooled: float, wins: int) -> None:
+    family = [judged(0.0, 9), judged(0.2, 8, pooled=0.4), judged(0.3, 7, pooled=pooled)]
+    assert result([family], BUDGET) is family[wins]
+    assert [doubted(one, BUDGET) for one in family] == [False, False, wins == 1]
+
+
+@pytest.mark.parametrize(("selected", "pooled"), [(0, 10.0), (10, 30.0), (30, 40.0)])
+def test_select_counts_by_its_inputs_where_it_is_asked(selected: int, pooled: float) -> None:
+    y = np.arange(10) % 2
+    right = np.eye(2, dtype=np.float32)[y]
+    given_x = right.copy()
+    given_x[0] = given_x[0, ::-1]  # the file passes its input on, so it is wrong once
+
+    class Passing:
+        inputs = outputs = (Port("x", "float32", (-1, 2)),)
+
+        def run(self, feed: Any, _names: Any) -> Any:
+            return feed
+
+    metric = Metric("top1", lambda out, part, _: ((out.argmax(axis=1) == part.y).astype(np.float64),))
+    original: Any = types.SimpleNamespace(metric=metric, report=right)
+    runner: Any = Passing()
+    emitted = Emitted("one", State(None), b"", runner, None, 50.0)
+    found = look(emitted, Part(given_x, y, np.arange(10), "x"), original, selected)
+    assert (found.drop.points, found.pooled) == pytest.approx((10.0, pooled))
 
 
 @pytest.mark.parametrize(("doubt", "wins"), [(0.8, 2), (0.05, 0)])
