@@ -43,12 +43,10 @@ def large(model: Any, scheme: Scheme, size: int) -> list[Layer]:
 def in_blocks(state: State, bench: Bench, blocks: dict[str, Blocks]) -> Scheme:
     """Return the scheme with these layers in blocks, computing in float, and all others as they were."""
     old = state.planned()
-    ways = {(layer.depthwise, layer.compute) for layer in old.layers}
+    stay_float = {layer.node for layer in old.layers if layer.compute == "float"} | blocks.keys()
     scheme = place(
-        state.model, state.seen(), bench.profile,
-        depthwise="int8" if (True, "int8") in ways else "float", others="int8" if (False, "int8") in ways else "float",
-        stay_float=frozenset(blocks),
-    )  # fmt: skip
+        state.model, state.seen(), bench.profile, depthwise="int8", others="int8", stay_float=frozenset(stay_float)
+    )
     scheme = scheme.with_bits({layer.node: 4 if layer.node in blocks else layer.bits for layer in old.layers})
     biases = {node: bias for node, bias in old.biases.items() if node not in blocks}
     return dataclasses.replace(scheme, codes=old.codes, biases=biases, blocks=blocks)

@@ -73,7 +73,12 @@ def test_a_pooling_that_leaves_out_the_last_row_saves_it_in_every_layer_up_to_th
     model = net(25, Step("Conv", 3, 1, 1, 1), Step("Relu"), Step("Conv"), Step("Relu"), Step("AveragePool", 24, 24))
     less = crop(model)
     assert {node: count * 25 // 24 for node, count in channels.macs(less).items()} == channels.macs(model)
-    assert next(graph.attributes(node).get("pads") for node in less.graph.node if node.op_type == "Conv") == [1, 0, 0, 0]
+    assert next(graph.attributes(node).get("pads") for node in less.graph.node if node.op_type == "Conv") == [
+        1,
+        0,
+        0,
+        0,
+    ]
     np.testing.assert_allclose(answers(less, 25), answers(model, 25), rtol=1e-5, atol=1e-5)
 
 
