@@ -63,7 +63,7 @@ def main() -> None:
     os.environ["GRPC_VERBOSITY"] = "NONE"  # an outage is what is measured, not news
     wanted = given.row or (QUICK_ROWS if given.quick else ROWS)
     work = given.work.resolve() / ("quick" if given.quick else "full")
-    with wire.wire(given.wire, Link(20, 30)) as on:
+    with wire.wire(given.wire, Link(20, 30)) as on, wire.on_core(0):
         found = _Run(on, work, quick=given.quick).rows(wanted, start)
     text = table.page(found)
     (work / "table.md").write_text(text)
@@ -84,7 +84,6 @@ class _Run:
         self._code = digest([*measured, Path(__file__).resolve().parent], ONLY_SHOWS)
         self._store = Store(work / "cells", say, {"code": self._code, "versions": ort.versions()})
         self._plans: dict[str, nets.Planned] = {}
-        wire.pin_to_core(0, 0)
 
     def rows(self, wanted: Sequence[str], start: float) -> table.Found:
         """Measure the wanted rows, or take them from earlier."""

@@ -70,7 +70,8 @@ def dads(plan: Plan, link: Link) -> Arm:
 def auto_split(plan: Plan, link: Link) -> Arm:
     """Return what Auto-Split (Banitalebi-Dehkordi et al., KDD 2021) would do with 4-bit activations and the raw input.
 
-    Only cuts with fewer bytes than the raw input count; no entropy coding, no round trip.
+    Only cuts with fewer bytes than the raw input count; no entropy coding, no round trip. Its 8-bit weights, which would speed
+    up the device's part, are not modelled: every planner here gets the same network.
     """
     return _least(plan, link, "int4", 4)
 

@@ -21,9 +21,8 @@ def main() -> None:
     for line in sys.stdin:
         model, size = line.split()
         array = np.zeros((1, 1, int(size) // 4), np.float32)
-        request = oip.to_request(model, oip.Call({"x": array}))
         start = time.perf_counter()
-        stub.ModelInfer(request, timeout=60)
+        stub.ModelInfer(oip.to_request(model, oip.Call({"x": array})), timeout=60)
         print(json.dumps({"ms": (time.perf_counter() - start) * 1e3}), flush=True)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import wire
 from arms import Arm, arms
 from device import Device
@@ -22,7 +23,9 @@ from figures import share_at
 from nets import Planned
 
 from cloud.tail.store import install
-from edge_agent.infer import SplitModel
+from edge_agent.infer import Ran, SplitModel
+from edge_agent.tail_client import LinkClient
+from skills import codec, ort
 from skills.errors import Unreachable
 from skills.network import Link
 from skills.split import Choice
@@ -34,6 +37,7 @@ DEADLINE = 1.1
 FIRST = 40  # answers of the control before the trace begins: without them there is no deadline
 RACE_ROUNDS = 5
 RACED = 5
+REPLY_STEPS = 0.02  # of the answer's range: a coded reply rounds to a 255th, and sums differ between kernels
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,8 +55,18 @@ def phases(seconds: float) -> tuple[Phase, ...]:
     return (*first, Phase(None, OUTAGE_S), Phase(Link(20, 5), seconds))
 
 
+class Sending(LinkClient):
+    """The product's way to the tail, which also says when a request left."""
+
+    sent_s = 0.0
+
+    def send(self, *given: Any, **more: Any) -> int:
+        self.sent_s = time.monotonic()
+        return super().send(*given, **more)
+
+
 class Watched(SplitModel):
-    """The product's model, which also says how long each decision took: a switch can hold up a request nowhere else."""
+    """The product's model, which also says how long each decision took."""
 
     choice_us = 0.0
 
@@ -61,6 +75,36 @@ class Watched(SplitModel):
         found = super()._choose(now_s)
         self.choice_us = (time.perf_counter() - start) * 1e6
         return found
+
+
+class Answers:
+    """What each way of answering comes to, computed without a link."""
+
+    def __init__(self, planned: Planned) -> None:
+        plan = self._plan = planned.plan
+        self._chain = ort.chain(
+            [planned.folder / one.file for one in plan.segments], [live.name for live in plan.outputs]
+        )
+        self._known: dict[tuple[int, str, str], Mapping[str, Any]] = {}
+
+    def fits(self, at: int, sample: Mapping[str, Any], ran: Ran, found: Mapping[str, Any]) -> bool:
+        """Return whether an answer is what this way of answering gives, within what a coded reply may be off."""
+        remote = ran.where in ("cloud", "split")
+        key = (at, ran.cut if remote else "local", ran.coding if remote else "")
+        if key not in self._known:
+            self._known[key] = self._computed(sample, *key[1:])
+        return all(
+            name in found and bool(np.abs(found[name] - values).max() <= REPLY_STEPS * np.ptp(values))
+            for name, values in self._known[key].items()
+        )
+
+    def _computed(self, sample: Mapping[str, Any], cut_name: str, coding: str) -> Mapping[str, Any]:
+        cut, last = self._plan.cut(cut_name), len(self._plan.segments)
+        if not coding:
+            return self._chain.run(sample, 0, last)
+        values = self._chain.run(sample, 0, cut.after) if cut.after else sample
+        how = next(one for one in cut.codings if one.name == coding)
+        return self._chain.run(codec.decode(how, cut.tensors, codec.encode(how, cut.tensors, values)), cut.after, last)
 
 
 def measure(planned: Planned, on: wire.Wire, phase_s: float, least: int, least_in_outage: int) -> dict[str, Any]:
@@ -75,7 +119,8 @@ def measure(planned: Planned, on: wire.Wire, phase_s: float, least: int, least_i
             stack.enter_context(wire.running_link(on, folder / name, target))
         oracle = Device(planned.folder, folder / "oracle")
         stack.callback(oracle.close)
-        ours = Watched(planned.folder, link=folder / "ours", wait_s=WAIT_S)
+        tail, answers = Sending(folder / "ours"), Answers(planned)
+        ours = Watched(planned.folder, link=tail, wait_s=WAIT_S)
         stack.callback(ours.close)
         control = SplitModel(planned.folder)
         ours.timer = control.timer = Dilated(planned.plan.slowdown)
@@ -95,7 +140,7 @@ def measure(planned: Planned, on: wire.Wire, phase_s: float, least: int, least_i
                 else:
                     on.cut(phase.seconds)
                 arm = best[str(phase.link)] if phase.link is not None else Arm("local", None)
-                _phase(phase, planned, (ours, control, oracle), arm, locals_ms, rows)
+                _phase(phase, planned, (ours, control, oracle), (tail, answers), arm, locals_ms, rows)
             outages += sum(row["phase"] == "outage" for row in rows[before:])
     return {"rows": rows, "best": {link: arm.name for link, arm in best.items()}, "net": planned.net.name,
             "slowdown": planned.plan.slowdown, "wire": on.kind}  # fmt: skip
@@ -120,21 +165,26 @@ def _phase(
     phase: Phase,
     planned: Planned,
     devices: tuple[Watched, SplitModel, Device],
+    beside: tuple[Sending, Answers],
     best: Arm,
     locals_ms: list[float],
     rows: list[dict[str, Any]],
 ) -> None:
     ours, control, oracle = devices
+    tail, answers = beside
     until, at = time.monotonic() + phase.seconds, 0
     while time.monotonic() < until:
-        sample = planned.samples[at % len(planned.samples)]
+        which = at % len(planned.samples)
+        sample = planned.samples[which]
         deadline_s = DEADLINE * share_at(locals_ms, 0.99) / 1e3
         row: dict[str, Any] = {"phase": str(phase.link) if phase.link is not None else "outage", "at": at}
         for name in itertools.islice(itertools.cycle(("ours", "control", "oracle")), at % 3, at % 3 + 3):
             if name == "ours":
-                answer = _answered(ours, sample, deadline_s)
-                row |= {"ours": ours.last.ms, "where": ours.last.where, "cut": ours.last.cut, "coding": ours.last.coding,
-                        "answered": answer, "choice_us": ours.choice_us}  # fmt: skip
+                start = time.monotonic()
+                answer, ran = ours.answer(sample, deadline_s), ours.last
+                here_ms = ran.ms if ran.where == "local" else (tail.sent_s - start) * 1e3
+                row |= {"ours": ran.ms, "where": ran.where, "cut": ran.cut, "coding": ran.coding, "choice_us": ours.choice_us,
+                        "here_ms": here_ms, "answered": answers.fits(which, sample, ran, answer)}  # fmt: skip
             elif name == "control":
                 control.answer(sample)
                 locals_ms.append(control.last.ms)
@@ -144,13 +194,6 @@ def _phase(
                     row["oracle"] = oracle.run(best, sample).ms
         rows.append(row)
         at += 1
-
-
-def _answered(model: SplitModel, sample: Mapping[str, Any], deadline_s: float) -> bool:
-    import numpy as np
-
-    found = model.answer(sample, deadline_s)
-    return all(live.name in found and bool(np.isfinite(found[live.name]).all()) for live in model.plan.outputs)
 
 
 def judge(found: Mapping[str, Any]) -> dict[str, float]:
@@ -165,9 +208,7 @@ def judge(found: Mapping[str, Any]) -> dict[str, float]:
         # Means on both sides, or a hiccup of the machine would count against one of them only.
         ideal += len(some) * min(local, statistics.fmean(pinned) if pinned else local)
     outage = [row for row in rows if row["phase"] == "outage"]
-    switched = [
-        row for last, row in itertools.pairwise(rows) if (last["cut"], last["coding"]) != (row["cut"], row["coding"])
-    ]
+    switched, stayed = _held_up(rows)
 
     def missed(some: Sequence[Mapping[str, Any]], name: str) -> float:
         return 100.0 * sum(float(row[name]) > limit for row in some) / max(len(some), 1)
@@ -177,7 +218,26 @@ def judge(found: Mapping[str, Any]) -> dict[str, float]:
         "share": ideal / sum(row["ours"] for row in rows), "limit_ms": limit,
         "missed": missed(rows, "ours"), "missed_control": missed(rows, "control"),
         "missed_outage": missed(outage, "ours"), "missed_outage_control": missed(outage, "control"),
-        "switches": len(switched), "continued": sum(row["where"] == "continued" for row in rows),
+        "switches": len(switched), "held_up_p99_ms": share_at(switched, 0.99) if switched else 0.0,
+        "usual_p99_ms": share_at(stayed, 0.99) if stayed else 0.0, "continued": sum(row["where"] == "continued" for row in rows),
         "choice_p99_ms": share_at([row["choice_us"] for row in rows], 0.99) / 1e3,
-        "switch_p99_ms": share_at([row["choice_us"] for row in switched], 0.99) / 1e3 if switched else 0.0,
     }  # fmt: skip
+
+
+def _held_up(rows: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
+    """Return how much longer the device itself took than it usually does for the same cut and coding, in ms.
+
+    Until the request left, or until the answer where all was computed here: for requests behind a switch, and for the others.
+    """
+    kinds: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
+    for last, row in itertools.pairwise(rows):
+        kind = (row["cut"], row["coding"])
+        switched, stayed = kinds.setdefault(kind, ([], []))
+        (stayed if (last["cut"], last["coding"]) == kind else switched).append(row["here_ms"])
+    found: tuple[list[float], list[float]] = ([], [])
+    for both in kinds.values():
+        if both[1]:
+            usual = statistics.median(both[1])
+            for into, values in zip(found, both, strict=True):
+                into.extend(value - usual for value in values)
+    return found

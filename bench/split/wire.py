@@ -21,6 +21,7 @@ KINDS = {
     "user": "two network namespaces of a user (unshare -Urn) and a TUN device",
     "proxy": "a TCP proxy: **warm link only**, so there are no cold and no trace figures",
 }
+CORES = tuple(sorted(os.sched_getaffinity(0)))  # asked before anything is pinned
 START_S = 30.0
 SETTLE_S = 0.3
 SMALL_BYTES = 60  # a packet with next to nothing in it takes its time on a slow link, both ways
@@ -149,7 +150,8 @@ def wire(wanted: str, first: Link) -> Iterator[Wire]:
         if wanted not in (kind, "auto"):
             continue
         command = ["unshare", flags, sys.executable, "-P", str(HERE / "shaper.py"), "--link", str(first)]
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        with on_core(0):
+            child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         try:
             try:
                 made = Namespaces(child, kind)
@@ -157,7 +159,6 @@ def wire(wanted: str, first: Link) -> Iterator[Wire]:
                 if wanted == kind:
                     raise
                 continue
-            pin_to_core(child.pid, 0)
             yield made
             return
         finally:
@@ -180,12 +181,18 @@ def end(child: "subprocess.Popen[bytes]") -> None:
         child.wait()
 
 
-def pin_to_core(pid: int, core: int) -> None:
-    """Keep a process on one core where there are two: device, link and shaper on the first, the tail on the second."""
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) > 1:
-        with contextlib.suppress(OSError):
-            os.sched_setaffinity(pid, {cores[core]})
+@contextlib.contextmanager
+def on_core(core: int | None) -> Iterator[None]:
+    """Start what is started in this block on one core where there are two, or on any (None).
+
+    Device, link and shaper have the first, the tail the second. A child inherits what its parent may use when it starts.
+    """
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, CORES if core is None else {CORES[min(core, len(CORES) - 1)]})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, own)
 
 
 @contextlib.contextmanager
@@ -214,9 +221,8 @@ def running(command: Sequence[str], until: Path, core: int | None) -> Iterator[N
     Raises:
         Unreachable: it did not come up.
     """
-    child = subprocess.Popen(list(command), stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    if core is not None:
-        pin_to_core(child.pid, core)
+    with on_core(core):
+        child = subprocess.Popen(list(command), stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
     try:
         stop = time.monotonic() + START_S
         while not until.exists():
@@ -233,9 +239,8 @@ class Script:
 
     def __init__(self, prefix: Sequence[str], name: str, *arguments: str, core: int | None = 0) -> None:
         command = [*prefix, sys.executable, "-P", str(HERE / name), *arguments]
-        self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        if core is not None:
-            pin_to_core(self._child.pid, core)
+        with on_core(core):
+            self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def read(self) -> dict[str, Any]:
         """Return its next line.
