@@ -25,6 +25,9 @@ MAX_MESSAGE_BYTES = 16 << 20
 MAX_JSON_BYTES = 4 << 20
 MAX_TENSORS = 64
 MAX_DIMS = 8
+MAX_PARAMETERS = 64
+MAX_NAME = 512
+OBJECT_BYTES = 64  # that an element of BYTES takes in an array, beside its own
 MAX_VALUES = 1 << 40
 BINARY_HEADER = "Inference-Header-Content-Length"
 DTYPES = {
@@ -377,12 +380,42 @@ def from_request(request: "oip_pb2.ModelInferRequest") -> Call:
     """Read a gRPC request.
 
     Raises:
-        FormatError: tensors that do not fit their types and shapes.
+        FormatError: tensors that do not fit their types and shapes, or more of something than may be.
     """
+    said = parameters(request)
+    if len(request.outputs) > MAX_TENSORS:
+        raise FormatError(f"a request asks for {len(request.outputs)} outputs, allowed are {MAX_TENSORS}")
     arrays = _arrays(request.inputs, request.raw_input_contents)
-    return Call(
-        arrays, request.id, _get_parameters(request.parameters), tuple(output.name for output in request.outputs)
-    )
+    return Call(arrays, request.id, said, tuple(output.name for output in request.outputs))
+
+
+def parameters(message: "oip_pb2.ModelInferRequest | oip_pb2.ModelInferResponse") -> dict[str, Parameter]:
+    """Return what a message says beside its tensors, which are not looked at.
+
+    Raises:
+        FormatError: it says more than may be.
+    """
+    if len(message.parameters) > MAX_PARAMETERS:
+        raise FormatError(f"a message has {len(message.parameters)} parameters, allowed are {MAX_PARAMETERS}")
+    found: dict[str, Parameter] = {}
+    for key, value in message.parameters.items():
+        kind = value.WhichOneof("parameter_choice")
+        if kind is not None:
+            found[key] = getattr(value, kind)
+    return found
+
+
+def unpacked_bytes(request: "oip_pb2.ModelInferRequest") -> int:
+    """Return how much memory `from_request` takes at most beside the message itself, of which nothing is unpacked for it."""
+    total, raw = 0, len(request.raw_input_contents) > 0
+    for tensor in request.inputs[:MAX_TENSORS]:
+        kind = tensor.datatype
+        if kind in CONTENTS and not raw:
+            size = OBJECT_BYTES if kind == "BYTES" else 8
+            total += size * len(getattr(tensor.contents, CONTENTS[kind]))
+        elif kind == "BYTES":  # each element has its length before it
+            total += OBJECT_BYTES * max(0, min(math.prod(tensor.shape[:MAX_DIMS]), request.ByteSize() // 4))
+    return total
 
 
 def to_response(answer: Answer) -> "oip_pb2.ModelInferResponse":
@@ -403,9 +436,7 @@ def from_response(response: "oip_pb2.ModelInferResponse") -> Answer:
         FormatError: tensors that do not fit their types and shapes.
     """
     arrays = _arrays(response.outputs, response.raw_output_contents)
-    return Answer(
-        arrays, response.model_name, response.model_version, response.id, _get_parameters(response.parameters)
-    )
+    return Answer(arrays, response.model_name, response.model_version, response.id, parameters(response))
 
 
 def _arrays(tensors: Any, raw: Any) -> "dict[str, Array]":
@@ -417,23 +448,21 @@ def _arrays(tensors: Any, raw: Any) -> "dict[str, Array]":
         raise FormatError(f"a message has {len(raw)} raw contents for {len(tensors)} tensors")
     arrays: dict[str, Array] = {}
     for at, tensor in enumerate(tensors):
-        kind, shape = _datatype(tensor.name, tensor.datatype), _shape(tensor.name, list(tensor.shape))
+        if len(tensor.name) > MAX_NAME or len(tensor.datatype) > MAX_NAME:
+            raise FormatError(f"a tensor's name or type has more than {MAX_NAME} characters")
+        kind, shape = _datatype(tensor.name, tensor.datatype), _shape(tensor.name, tensor.shape[: MAX_DIMS + 1])
         if raw:
             arrays[tensor.name] = from_raw(tensor.name, kind, shape, raw[at])
             continue
         if kind not in CONTENTS:
             raise FormatError(f"the tensor {tensor.name!r} is {kind}, which travels raw only")
-        values = list(getattr(tensor.contents, CONTENTS[kind]))
-        if len(values) != math.prod(shape):
-            raise FormatError(
-                f"the tensor {tensor.name!r} has {len(values)} values, its shape needs {math.prod(shape)}"
-            )
+        values, count = getattr(tensor.contents, CONTENTS[kind]), math.prod(shape)
+        if len(values) != count:
+            raise FormatError(f"the tensor {tensor.name!r} has {len(values)} values, its shape needs {count}")
         try:
-            array = np.empty(len(values), object) if kind == "BYTES" else np.array(values, DTYPES[kind])
+            array = np.fromiter(values, DTYPES[kind], count)
         except (OverflowError, ValueError) as error:
             raise FormatError(f"the tensor {tensor.name!r} has a value that {kind} does not hold: {error}") from None
-        if kind == "BYTES":
-            array[:] = values
         arrays[tensor.name] = array.reshape(shape)
     return arrays
 
@@ -446,12 +475,3 @@ def _put_parameters(target: Any, parameters: Mapping[str, Parameter]) -> None:
             target[key].int64_param = value
         else:
             target[key].string_param = str(value)  # the common InferParameter has no floating point
-
-
-def _get_parameters(parameters: Any) -> dict[str, Parameter]:
-    found: dict[str, Parameter] = {}
-    for key, value in parameters.items():
-        kind = value.WhichOneof("parameter_choice")
-        if kind is not None:
-            found[key] = getattr(value, kind)
-    return found

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 BLOCK = 512
 ORDERS = (0, 1, 2)
 MAX_WIDTH = 20  # residuals of order 2 of 16-bit samples have at most 19 bits
+MAX_FOLDED = 1 << MAX_WIDTH
+SPARE = 0.7  # of a block's mean, rounded up to a power of two, is what its remainders count to
+UNARY_BITS = 1 + 1 / SPARE  # a sample on average at most: a block's quotients add up to at most 1 / SPARE each
+STEP = 1 << 14  # how many remainders are unpacked at a time: a bit takes a byte meanwhile
+PEAK_BYTES = 24  # for each sample, that `decode` takes at most on its way, and 1 MiB
 
 
 def encode(samples: "NDArray[Any]") -> bytes:
@@ -37,7 +42,7 @@ def encode(samples: "NDArray[Any]") -> bytes:
     folded = np.where(residuals < 0, -2 * residuals - 1, 2 * residuals)
     padded = _blocks(folded)
     means = padded.sum(2) / np.maximum(_lengths(rows.shape[1]), 1)
-    widths = np.clip(np.ceil(np.log2(np.maximum(means * 0.7, 0.5))), 0, MAX_WIDTH).astype(np.uint8)
+    widths = np.clip(np.ceil(np.log2(np.maximum(means * SPARE, 0.5))), 0, MAX_WIDTH).astype(np.uint8)
     each = np.repeat(widths, BLOCK, 1)[:, : rows.shape[1]].ravel().astype(np.int64)
     values = folded.ravel()
     quotients = values >> each
@@ -58,15 +63,15 @@ def encode(samples: "NDArray[Any]") -> bytes:
     )
 
 
-def decode(body: bytes | memoryview, rows: int, time: int) -> "Samples":
-    """Return the samples, shape (rows, time).
+def decode(body: bytes | memoryview, rows: int, time: int) -> "NDArray[np.uint16]":
+    """Return the samples, shape (rows, time); takes at most `PEAK_BYTES` for each and 1 MiB, whatever the bytes are.
 
     Raises:
         FormatError: bytes that `encode` does not give for such a shape.
     """
     import numpy as np
 
-    blocks = -(-time // BLOCK)
+    count, blocks = rows * time, -(-time // BLOCK)
     head = rows * (3 + blocks)
     if len(body) < head + 4:
         raise FormatError("Rice-coded samples are cut short")
@@ -78,29 +83,43 @@ def decode(body: bytes | memoryview, rows: int, time: int) -> "Samples":
     length = struct.unpack_from(">I", body, head)[0]
     if length > len(body) - head - 4:
         raise FormatError("Rice-coded samples are cut short")
-    stops = np.flatnonzero(np.unpackbits(np.frombuffer(body, np.uint8, length, head + 4)))
-    if len(stops) != rows * time:
-        raise FormatError(f"Rice-coded samples are {len(stops)}, the plan says {rows * time}")
-    each = np.repeat(widths, BLOCK, 1)[:, :time].ravel().astype(np.int64)
-    rest = bytes(body[head + 4 + length :])
-    if len(rest) != (int(each.sum()) + 7) // 8:
+    if length > UNARY_BITS * count / 8 + 1:
+        raise FormatError(f"Rice-coded samples have {length} bytes of unary codes, too many for {count} samples")
+    each = np.repeat(widths, BLOCK, 1)[:, :time].ravel()
+    rest = memoryview(body)[head + 4 + length :]
+    if len(rest) != (int(each.sum(dtype=np.int64)) + 7) // 8:
         raise FormatError("Rice-coded samples are cut short, or something stands behind them")
-    quotients = np.diff(stops, prepend=-1) - 1
-    if quotients.max(initial=0) > 1 << 20:
+    folded = _read_unary(np.frombuffer(body, np.uint8, length, head + 4), count)
+    if (folded > MAX_FOLDED >> each.astype(np.int32)).any():
         raise FormatError("Rice-coded samples are out of range")
-    folded = (quotients << each) | _read_fixed(rest, each)
-    if folded.max(initial=0) > 1 << 20:
+    folded <<= each
+    _add_fixed(folded, rest, each)
+    if folded.max(initial=0) > MAX_FOLDED:
         raise FormatError("Rice-coded samples are out of range")
-    residuals = np.where(folded & 1, -(folded + 1) // 2, folded // 2).reshape(rows, time)
-    samples = np.empty_like(residuals)
-    for at, order in enumerate(orders):
-        row = residuals[at]
+    samples = np.empty((rows, time), np.uint16)
+    for at, (order, row) in enumerate(zip(orders, folded.reshape(rows, time), strict=True)):
+        values = -(row & 1)
+        values ^= row >> 1
         for _ in range(int(order)):
-            row = np.cumsum(row)
-        samples[at] = row + int(first[at])
-    if samples.min(initial=0) < 0 or samples.max(initial=0) > 65_535:
-        raise FormatError("Rice-coded samples are out of range")
+            values = np.cumsum(values)
+        values += int(first[at])
+        if values.min(initial=0) < 0 or values.max(initial=0) > 65_535:
+            raise FormatError("Rice-coded samples are out of range")
+        samples[at] = values
     return samples
+
+
+def _read_unary(packed: "NDArray[np.uint8]", count: int) -> "NDArray[np.int32]":
+    """Return how many zeros stand before each of the `count` ones."""
+    import numpy as np
+
+    bits = np.unpackbits(packed)
+    ones = int(np.count_nonzero(bits))
+    if ones != count:
+        raise FormatError(f"Rice-coded samples are {ones}, the plan says {count}")
+    stops = np.flatnonzero(bits).astype(np.int32)
+    stops[1:] -= stops[:-1] + 1
+    return stops
 
 
 def _differences(rows: "Samples", order: int) -> "Samples":
@@ -140,13 +159,17 @@ def _fixed_bits(values: "Samples", widths: "Samples") -> bytes:
     return np.packbits(bits).tobytes()
 
 
-def _read_fixed(data: bytes, widths: "Samples") -> "Samples":
+def _add_fixed(values: "NDArray[np.int32]", data: memoryview, widths: "NDArray[np.uint8]") -> None:
+    """Fill in the lowest bits of each value, as many as it is wide."""
     import numpy as np
 
-    bits = np.unpackbits(np.frombuffer(data, np.uint8))
-    starts = np.cumsum(widths) - widths
-    values = np.zeros(len(widths), np.int64)
-    for bit in range(int(widths.max(initial=0))):
-        has = widths > bit
-        values[has] |= bits[starts[has] + widths[has] - 1 - bit].astype(np.int64) << bit
-    return values
+    begin = 0
+    for at in range(0, len(values), STEP):
+        some, into = widths[at : at + STEP].astype(np.int64), values[at : at + STEP]
+        ends = begin + np.cumsum(some)
+        bits = np.unpackbits(np.frombuffer(data[begin // 8 : -(-int(ends[-1]) // 8)], np.uint8))
+        lowest = ends - 1 - begin // 8 * 8
+        for bit in range(int(some.max())):
+            has = some > bit
+            into[has] |= bits[lowest[has] - bit].astype(np.int32) << bit
+        begin = int(ends[-1])

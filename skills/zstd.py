@@ -18,11 +18,11 @@ def decompress(data: bytes | memoryview, max_bytes: int) -> bytes:
     """Return the content of one zstd frame, of at most `max_bytes`; nothing beyond the limit is ever produced.
 
     Raises:
-        FormatError: not one whole frame, or its content is larger.
+        FormatError: not one whole frame, its content is larger, or it asks for a window of more than 8 MiB.
     """
     zstd = _module()
     try:
-        decompressor = zstd.ZstdDecompressor()
+        decompressor = zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: WINDOW_LOG})
         content = decompressor.decompress(bytes(data), max_bytes + 1)
     except zstd.ZstdError as error:
         raise FormatError(f"compressed data is damaged: {error}") from None

@@ -266,6 +266,10 @@ def stages(
         ),
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="The skill's input may not leave the device.")] = False,
+    min_cut: Annotated[
+        str | None,
+        typer.Option("--min-cut", metavar="CUT", help="With --private: what leaves from there on (c1, …) may be seen."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", metavar="FOLDER", help="Where split.yaml with the placement goes.")
     ] = None,
@@ -277,6 +281,7 @@ def stages(
     """
     from cloud.cli import findings
     from cloud.split import LINKS
+    from cloud.split.check import unaudited
     from cloud.split.stages import plan_stages
     from skills.network import parse_link
 
@@ -284,7 +289,7 @@ def stages(
     factor, _ = device_limits(device, slowdown)
     with screen.progress("placing") as step:
         plan = plan_stages(
-            folder, data, slowdown=factor, links=links, private=private, out=out,
+            folder, data, slowdown=factor, links=links, private=private, min_cut=min_cut, out=out,
             progress=lambda stage, done, of: step(stage, done / of if of else 0.0),
         )  # fmt: skip
     facts = {
@@ -293,8 +298,11 @@ def stages(
             {"link": str(one.link), "cut": one.cut, "coding": one.coding, "ms": one.ms, "text": one.text}
             for one in plan.verdicts
         ],
+        "remarks": list(unaudited(plan)),
     }
     screen.result(facts, lambda: findings.split_table(plan, links))
+    for remark in unaudited(plan):
+        screen.say(remark)
     screen.say(", ".join(f"{one.name}: {one.place}" for one in plan.stages) + f" on {plan.network}")
 
 

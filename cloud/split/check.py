@@ -273,8 +273,15 @@ def _as_made(plan: Plan, report: Path) -> Iterator[str]:
         )
 
 
-def _unaudited(plan: Plan) -> Iterator[str]:
+def unaudited(plan: Plan) -> Iterator[str]:
     """A missing audit says nothing about what can be rebuilt; only a person's own word then lets a cut be used."""
+    kept = [cut.name for cut in plan.cuts if plan.stages and plan.private and cut.leak and not cut.leak.inputs]
+    if kept:
+        yield (
+            f"messages between stages are never audited, so {', '.join(kept)} {'does' if len(kept) == 1 else 'do'} not count "
+            "as private and all stages stay on the device: skerry split stages --private --min-cut CUT declares that what "
+            "leaves from there on may be seen"
+        )
     names = [cut.name for cut in _never_audited(plan)]
     if not names:
         return
@@ -288,7 +295,7 @@ def _unaudited(plan: Plan) -> Iterator[str]:
 
 
 def _remarks(plan: Plan) -> Iterator[str]:
-    yield from _unaudited(plan)
+    yield from unaudited(plan)
     on_network, slo_ms = judge(plan, plan.network), plan.policy.slo_ms
     if slo_ms is not None and on_network.ms > slo_ms:
         what = (

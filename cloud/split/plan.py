@@ -19,7 +19,7 @@ from cloud.split.report import render_html, report_json
 from cloud.split.segment import Pieces, write_segments
 from cloud.split.shortlist import Candidate, candidate, shortlist
 from cloud.split.task import Gate, Progress, Task, Timed
-from cloud.split.verdict import LINKS, ever_best, judge, options
+from cloud.split.verdict import LINKS, judge, options, worth_cutting
 from skills import ort
 from skills.coding import Coding, Image
 from skills.errors import FormatError, MissingExtra, UsageError
@@ -111,7 +111,7 @@ def split(
     timer: Timer = Dilated(slowdown) if slowdown > 1 and device is None else Local()
     slowest = min(link.mbit for link in (*links, *LINKS, network))
     task = Task(raw, beside, graph, flow, types, samples, more, labels, image, timer, max_drop, slowest, progress)
-    cuts = shortlist(flow, most_cuts, min_cut)
+    cuts = shortlist(flow, most_cuts, min_cut, deep=private and audit)
     progress("reading the graph", 1, 1)
     with storage_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -120,19 +120,25 @@ def split(
         first = task.time(cuts, work / "first", "timing all candidates", SHORT_ROUNDS)
         gate = task.code(cuts, first)
         codings = gate.codings
+        figures = None
         if device is not None:
-            first, codings, _ = task.there(device, first, codings, work / "first", SHORT_ROUNDS)
+            first, codings, figures = task.there(device, first, codings, work / "first", SHORT_ROUNDS)
+        made, leaks = _cuts(cuts, first, codings), dict[str, Any]()
+        if memory_mb is not None:
+            made = _weighed(made, first.pieces, work / "first", figures)
+        if private and audit:
+            made, leaks["privacy_audit"] = audited(task, made, first)
         # Every boundary costs a little speed, so only the cuts that some link could want are cut for good.
-        least = flow.ancestors(min_cut) if min_cut is not None else None
-        wanted = ever_best(
-            _cuts(cuts, first, codings), {f"c{at}" for at, cut in enumerate(cuts, 1) if cut.prefix == least},
-            gate.reply_bytes, gate.replies,
+        wanted = worth_cutting(
+            made, reply_bytes=gate.reply_bytes, replies=gate.replies, private=private, memory_mb=memory_mb,
+            least=_least(cuts, flow, min_cut),
         )  # fmt: skip
+        audits = {cut.tensors: cut.leak for cut in made}
         kept = tuple(cut for at, cut in enumerate(cuts, 1) if f"c{at}" in wanted)
         codings = [codings[0], *(one for at, one in enumerate(codings[1:], 1) if f"c{at}" in wanted)]
         timed = task.time(kept, work, "timing heads and tails", rounds)
         used = {coding.reply for one in codings for coding in one}
-        replies, figures = tuple(one for one in gate.replies if one.name in used), None
+        replies = tuple(one for one in gate.replies if one.name in used)
         if device is not None:
             timed, codings, figures = task.there(device, timed, codings, work, rounds)
             slowdown = measured_slowdown(timed.costs, figures)
@@ -145,10 +151,10 @@ def split(
             whole=round(gate.whole, 6), shared=timed.pieces.shared, policy=policy, memory_mb=memory_mb,
             device=device.name if device is not None else "",
         )  # fmt: skip
-        plan = _weighed(plan, work, figures)
-        leaks: dict[str, Any] = {}
-        if private and audit:
-            plan, leaks["privacy_audit"] = audited(task, plan, timed)
+        final = _weighed(plan.cuts, timed.pieces, work, figures)
+        plan = dataclasses.replace(
+            plan, cuts=tuple(dataclasses.replace(cut, leak=audits.get(cut.tensors)) for cut in final)
+        )
         plan = dataclasses.replace(plan, verdicts=tuple(judge(plan, link) for link in links))
         details = (
             _details(timed, kept, gate, rounds)
@@ -158,7 +164,8 @@ def split(
                 "model": model.name if isinstance(model, Path) else "",
                 "considered": [
                     {"tensors": list(cut.tensors), "work_before": round(cut.share, 4), "kept": cut in kept}
-                    for cut in cuts
+                    | ({"leak": dataclasses.asdict(one.leak)} if one.leak else {})
+                    for cut, one in zip(cuts, made[1:], strict=False)
                 ],
             }
         )
@@ -201,14 +208,13 @@ def _policy(objective: str, slo_ms: float | None) -> Policy:
     return Policy(minimize="bytes" if objective == "bytes" else "latency", slo_ms=slo_ms)
 
 
-def _weighed(plan: Plan, folder: Path, figures: Figures | None) -> Plan:
-    """Return the plan with the memory that each cut takes on the device, as the device found or as it is found here."""
-    found = measured_mb([folder / one.file for one in plan.segments]) if figures is None else figures.memory_mb
+def _weighed(cuts: tuple[Cut, ...], pieces: Pieces, folder: Path, figures: Figures | None) -> tuple[Cut, ...]:
+    """Return the cuts with the memory that each takes on the device, as the device found or as it is found here."""
+    found = measured_mb([folder / one.file for one in pieces.segments]) if figures is None else figures.memory_mb
     weights = (0.0, *found)
-    cuts = tuple(
-        dataclasses.replace(cut, memory_mb=weights[cut.after]) if cut.after < len(weights) else cut for cut in plan.cuts
+    return tuple(
+        dataclasses.replace(cut, memory_mb=weights[cut.after]) if cut.after < len(weights) else cut for cut in cuts
     )
-    return dataclasses.replace(plan, cuts=cuts)
 
 
 def default_cut(plan: Plan) -> Cut | None:

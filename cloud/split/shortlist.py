@@ -33,10 +33,11 @@ class Candidate:
     raw: bool
 
 
-def shortlist(flow: Flow, most: int = 8, keep: str | None = None) -> tuple[Candidate, ...]:
+def shortlist(flow: Flow, most: int = 8, keep: str | None = None, *, deep: bool = False) -> tuple[Candidate, ...]:
     """Return at most `most` nested cuts in order of depth, each smaller on the wire than all before it.
 
-    `keep` names a tensor whose cut is kept whatever it costs (a declared minimum cut).
+    `keep` names a tensor whose cut is kept whatever it costs (a declared minimum cut). With `deep` a cut may be larger than
+    those before it, and the deepest one is always there: it may be the only one that keeps the input private.
     """
     found: dict[frozenset[int], None] = dict.fromkeys(single_tensor_cuts(flow))
     total = sum(op.cost for op in flow.ops) or 1.0
@@ -58,7 +59,7 @@ def shortlist(flow: Flow, most: int = 8, keep: str | None = None) -> tuple[Candi
     fit = [
         cut for cut in every if len(cut.tensors) <= MAX_TENSORS and all(name in flow.elements for name in cut.tensors)
     ]
-    return _nested(fit, most, kept)
+    return _nested(fit, most, kept, deep=deep)
 
 
 def candidate(flow: Flow, prefix: frozenset[int]) -> Candidate:
@@ -85,18 +86,22 @@ def single_tensor_cuts(flow: Flow) -> Iterator[frozenset[int]]:
                     yield prefix
 
 
-def _nested(cuts: Sequence[Candidate], most: int, kept: frozenset[int] | None) -> tuple[Candidate, ...]:
+def _nested(
+    cuts: Sequence[Candidate], most: int, kept: frozenset[int] | None, *, deep: bool = False
+) -> tuple[Candidate, ...]:
     """Keep what no earlier cut dominates, then a chain by inclusion, then the ones that save most bytes per step."""
     chain: list[Candidate] = []
     for cut in sorted(cuts, key=lambda cut: (cut.share, len(cut.prefix), cut.elements)):
         fits = not cut.raw and all(other.prefix < cut.prefix for other in chain)
-        if fits and (cut.prefix == kept or all(cut.elements < other.elements for other in chain)):
+        if fits and (deep or cut.prefix == kept or all(cut.elements < other.elements for other in chain)):
             chain.append(cut)
         elif cut.prefix == kept:
             chain = [other for other in chain if other.prefix < cut.prefix] + [cut]
     while len(chain) > most:
         gains = [
-            (chain[at - 1].elements if at else INFINITE) / max(cut.elements, 1) if cut.prefix != kept else INFINITE
+            INFINITE
+            if cut.prefix == kept or (deep and at == len(chain) - 1)
+            else (chain[at - 1].elements if at else INFINITE) / max(cut.elements, 1)
             for at, cut in enumerate(chain)
         ]
         del chain[gains.index(min(gains))]
@@ -109,9 +114,8 @@ def minimum_cut(
     tail_cost: Callable[[int], float],
     transfer_cost: Callable[[str], float],
     glued: frozenset[str] = frozenset(),
-    remote_cost: float = 0.0,
 ) -> frozenset[int]:
-    """Return the ops on the device that make work + transfers (+ `remote_cost`, if anything is remote) least.
+    """Return the ops on the device that make work + transfers least.
 
     `device_cost` and `tail_cost` take an op's place, `transfer_cost` a tensor; no cut crosses a tensor in `glued`.
     """
@@ -125,10 +129,6 @@ def minimum_cut(
     for at in range(len(flow.ops)):
         edge(DEVICE, at, tail_cost(at))
         edge(at, TAIL, device_cost(at))
-        if remote_cost:
-            edge("remote", at, INFINITE)
-    if remote_cost:
-        edge(DEVICE, "remote", remote_cost)
     for name, readers in flow.consumers().items():
         source: Node = producer.get(name, DEVICE)
         edge(source, ("tensor", name), transfer_cost(name))

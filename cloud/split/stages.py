@@ -23,7 +23,7 @@ from skills.files import sha256_file, write_atomic
 from skills.manifest import Skill, Tensor, Variant, load_skill
 from skills.network import ASSUMED, Link
 from skills.split import Estimate, choose_cut
-from skills.split_plan import Cut, Plan, Segment, StageAt, StagePart
+from skills.split_plan import Cut, Leak, Plan, Segment, StageAt, StagePart
 from skills.stages import RUNTIME, StageChain, load_stage
 from skills.timer import Dilated, Local, Timer
 
@@ -43,6 +43,7 @@ def plan_stages(
     links: Sequence[Link] = LINKS,
     network: Link = ASSUMED,
     private: bool = False,
+    min_cut: str | None = None,
     max_drop: float = 1.0,
     rounds: int = 20,
     out: Path | None = None,
@@ -50,17 +51,22 @@ def plan_stages(
 ) -> Plan:
     """Return the plan of a skill's stages, its cuts between them; with `out` also write it there.
 
-    `data` holds the skill's inputs by name; without it its probe's are taken.
+    `data` holds the skill's inputs by name; without it its probe's are taken. Nobody audits what a message gives away of the
+    input, so with `private` none leaves, but those behind `min_cut` (c1: the first stage's): that is its writer's own word.
 
     Raises:
         NotFound, FormatError: the skill or the data is missing or not what it should be.
-        UsageError: the skill has one stage only, or the slowdown is out of range.
+        UsageError: the skill has one stage only, the slowdown is out of range, or there is no cut `min_cut`.
     """
     if not 1 <= slowdown <= 1000:
         raise UsageError(f"the slowdown is {slowdown:g}: it says how many times slower the device is, from 1 to 1000")
     skill = load_skill(read_text(folder / "skill.yaml", "the skill"), str(folder / "skill.yaml"))
     if len(skill.stages) < 2:
         raise UsageError(f"{skill.name} has one stage: there is nothing to place; skerry split cuts its model")
+    names = ["input", *(f"c{after}" for after in range(1, len(skill.stages)))]
+    if min_cut is not None and (not private or min_cut not in names[1:]):
+        raise UsageError(f"the minimum cut is {min_cut!r}: with --private, one of {', '.join(names[1:])}")
+    unaudited = Leak("inconclusive", "explained variance", 0.0, flat=False) if private and min_cut is None else None
     samples = _samples(skill, folder, data)
     chain = StageChain(
         tuple(_stage(skill, folder, at) for at in range(len(skill.stages))), tuple(s.name for s in skill.stages)
@@ -82,10 +88,12 @@ def plan_stages(
             coding, answers = measure_coding(one, live[after], messages[after], _rest(chain, after), device)
             marks = [score.mark(*pair, None) for pair in zip(answers, truths, strict=True)]
             judged.append(gated(coding, reference, marks, max_drop))
-        name = f"c{after}" if after else "input"
         cuts.append(
-            Cut(name, after, costs[after].device, costs[after].tail, live[after], tuple(judged), raw=after == 0)
-        )
+            Cut(
+                names[after], after, costs[after].device, costs[after].tail, live[after], tuple(judged), raw=after == 0,
+                leak=unaudited if after else None,
+            )
+        )  # fmt: skip
     last = len(skill.stages)
     cuts.append(Cut("local", last, costs[last].device, costs[last].tail))
     segments = tuple(
@@ -97,7 +105,7 @@ def plan_stages(
     )  # fmt: skip
     plan = Plan(
         sha256_file(folder / "skill.yaml"), live[0], live[-1], segments, tuple(cuts), network, float(slowdown), private,
-        None, float(max_drop), score.metric, len(samples),
+        min_cut, float(max_drop), score.metric, len(samples),
         reply_bytes=sum(int(array.nbytes) for array in truths[0].values()), whole=1.0,
     )  # fmt: skip
     placed = choose_cut(plan, Estimate(network.mbit, network.rtt_ms)).cut

@@ -41,6 +41,30 @@ def ever_best(
     return frozenset(found)
 
 
+def worth_cutting(
+    cuts: Sequence[Cut],
+    *,
+    reply_bytes: int = 0,
+    replies: Sequence[Coding] = (),
+    private: bool = False,
+    memory_mb: float | None = None,
+    least: str | None = None,
+) -> frozenset[str]:
+    """Return the true cuts that a plan is to have: the best ones of those that the device may use, and `least`.
+
+    Where it may use none, the best of all: they show what is refused, and why.
+    """
+    after = next((cut.after for cut in cuts if cut.name == least), 0)
+    usable = [
+        cut
+        for cut in cuts
+        if (memory_mb is None or cut.memory_mb <= memory_mb) and (not private or keeps_private(cut, after))
+    ]
+    keep = frozenset({least} if least is not None and least != "local" else ())
+    found = ever_best(usable, frozenset(), reply_bytes, replies)
+    return (found or ever_best(cuts, frozenset(), reply_bytes, replies)) | keep
+
+
 def options(plan: Plan, link: Link, *, every: bool = False) -> tuple[Choice, ...]:
     """Return the options of a link, fastest first; `every` adds those that accuracy or privacy refuses."""
     estimate = Estimate(link.mbit, link.rtt_ms)

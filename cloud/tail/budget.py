@@ -41,3 +41,20 @@ class ByteBudget:
         """Count `size` bytes as held no more."""
         with self._lock:
             self._held -= size
+
+
+class Held:
+    """What one request holds of a budget, given back as one."""
+
+    def __init__(self, budget: ByteBudget) -> None:
+        self._budget, self._size = budget, 0
+
+    def take(self, size: int) -> None:
+        """Count `size` bytes more; raises OverBudget as `ByteBudget.take`."""
+        self._budget.take(size)
+        self._size += size
+
+    def give(self) -> None:
+        """Count none of them any more."""
+        self._budget.give(self._size)
+        self._size = 0

@@ -3,9 +3,12 @@
 Labels are bounded: plans and cuts are named only once they are loaded, and forgotten with their plan.
 """
 
+import contextlib
 import http.server
+import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,8 @@ from skills.errors import FormatError, MissingExtra, Unreachable, UsageError
 
 BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 BATCH_BUCKETS = (1, 2, 4, 8, 16)
-ASK_TIMEOUT_S = 5.0
+ASK_TIMEOUT_S = 5.0  # for a whole exchange, handshake and answer included
+MAX_CONNECTIONS = 16  # at once: Prometheus, a load balancer and a person need three
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -130,14 +134,54 @@ class Listener:
 
 
 class _Server(http.server.ThreadingHTTPServer):
+    """A thread for each connection, of which there are few, and none for long."""
+
     daemon_threads = True
     context: ssl.SSLContext | None = None
 
     def __init__(self, address: tuple[str, int], handler: Any, *, ipv6: bool) -> None:
-        import socket
-
         self.address_family = socket.AF_INET6 if ipv6 else socket.AF_INET
+        self._lock = threading.Lock()
+        self._open: dict[
+            int, tuple[socket.socket, float]
+        ] = {}  # by request: a second handle on it, and until when it may last
         super().__init__(address, handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        handle = request.dup()  # TLS takes the first one over; with this one the connection is ended whoever has it
+        with self._lock:
+            room = len(self._open) < MAX_CONNECTIONS
+            if room:
+                self._open[id(request)] = handle, time.monotonic() + ASK_TIMEOUT_S
+        if not room:
+            handle.close()
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:
+            self._forget(request)
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._forget(request)
+
+    def service_actions(self) -> None:
+        """End what takes too long; the library asks for this several times a second."""
+        now = time.monotonic()
+        with self._lock:
+            for handle, until in self._open.values():
+                if now > until:
+                    with contextlib.suppress(OSError):  # it has just ended by itself
+                        handle.shutdown(socket.SHUT_RDWR)
+
+    def _forget(self, request: Any) -> None:
+        with self._lock:
+            handle, _ = self._open.pop(id(request))
+            handle.close()
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         # In the connection's own thread, handshake too: one who says nothing holds up nobody.

@@ -73,9 +73,12 @@ def measure(
     pace: Pace,
     budget_s: float,
     clock: Callable[[], float] = time.perf_counter,
-    joined: "Mapping[int, Chain] | None" = None,
+    run: "Callable[[int, Arrays], Arrays] | None" = None,
 ) -> None:
-    """Find the batch size of every cut in about `budget_s`, and how fast each segment is, or what is joined behind a cut."""
+    """Find the batch size of every cut in about `budget_s`, and how fast each segment is.
+
+    `run` runs all behind so many segments as it is done for requests; without it, one segment after the other.
+    """
     import numpy as np
 
     cuts = {cut.after: cut for cut in plan.cuts if cut.after < len(plan.segments)}
@@ -86,9 +89,8 @@ def measure(
         try:
             items = [example(plan, chain, after, np.random.default_rng(seed)) for seed in range(max(BATCHES))]
             _time_segments(chain, pace, items[0], after, clock)
-            whole = (joined or {}).get(after)
-            run = whole.run if whole is not None else functools.partial(chain.run, start=after)
-            found[after] = _batching(plan, cut, run, items, share, clock)
+            rest = functools.partial(chain.run, start=after) if run is None else functools.partial(run, after)
+            found[after] = _batching(plan, cut, rest, items, share, clock)
         except FormatError as error:
             found[after] = Batching(why=f"not measured: {error}")
     pace.batching = found

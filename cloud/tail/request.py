@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cloud.tail.store import Loaded, Store
-from skills import codec, oip
+from skills import codec, oip, rice
 from skills.coding import Coding
 from skills.errors import FormatError, NotFound
 from skills.split_plan import Cut
@@ -25,10 +25,10 @@ class Frame:
     reply: str = ""
 
 
-def named(model: str, call: oip.Call) -> tuple[str, str]:
+def named(model: str, parameters: Mapping[str, oip.Parameter]) -> tuple[str, str]:
     """Return the plan and the cut that a request is about, as it says it."""
-    plan = call.parameters.get("split.plan")
-    return plain_name(model) if plan is None else (str(plan), str(call.parameters.get("split.cut")))
+    plan = parameters.get("split.plan")
+    return plain_name(model) if plan is None else (str(plan), str(parameters.get("split.cut")))
 
 
 def plain_name(model: str) -> tuple[str, str]:
@@ -44,7 +44,7 @@ def read(store: Store, model: str, call: oip.Call) -> Frame:
         FormatError: it does not fit the plan, or a compact one is about a plan that is not here.
         NotFound: a plain one is about a plan that is not here.
     """
-    plan, cut_name = named(model, call)
+    plan, cut_name = named(model, call.parameters)
     if "split.plan" not in call.parameters:
         loaded, cut = plain_model(store, model)
         values = _checked(loaded, cut, call)
@@ -63,6 +63,8 @@ def read(store: Store, model: str, call: oip.Call) -> Frame:
     data = frame.data
     # What says that it is larger than may be is refused by `decode`, for what it is.
     size = min(codec.decoded_bytes(cut.tensors, data), codec.MAX_DECODED_BYTES)
+    if coding.kind == "rice":
+        size = size // min(codec.itemsize(live) for live in cut.tensors) * rice.PEAK_BYTES
     reply = str(call.parameters.get("split.reply", ""))
     return Frame(loaded, cut, size, lambda: codec.decode(coding, cut.tensors, data), reply)
 

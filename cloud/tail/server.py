@@ -10,18 +10,19 @@ answer's trailing metadata say where the time went.
 import concurrent.futures
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import skills
-from cloud.tail.budget import ByteBudget, OverBudget
+from cloud.tail.budget import ByteBudget, Held, OverBudget
 from cloud.tail.engine import MAX_WAITING, Draining, Engine, QueueFull, Result
 from cloud.tail.guard import CodeRule, Guard, NotPermitted
 from cloud.tail.metrics import Listener, Metrics
 from cloud.tail.request import named, plain_model, plain_name, read, wanted, written
-from cloud.tail.store import Store
+from cloud.tail.store import Loading, Store
 from cloud.tail.warmer import MEASURE_S, Warmer
+from edge_agent.link import PROBE
 from skills import oip, ort, zstd
 from skills.errors import (
     DeadlineExceeded,
@@ -52,7 +53,8 @@ def make_service(
 ) -> Any:
     """Return the servicer.
 
-    `allow` is asked with (device from its certificate, plan, cut or None) before anything is looked up or decoded.
+    `allow` is asked with (device from its certificate, plan, cut or None) before anything is looked up or decoded, and
+    `budget` has what decoding takes before it begins.
     """
     grpc, pb, pb_grpc = _grpc(), oip.messages(), oip.service()
 
@@ -64,7 +66,8 @@ def make_service(
             return pb.ServerReadyResponse(ready=ready())
 
         def ModelReady(self, request: Any, context: Any) -> Any:  # noqa: N802
-            # Loads the plan: who asks is about to use it, and the first request should not wait for that.
+            # Loads the plan: who asks is about to use it, and the first request should not wait for that. While somebody
+            # else loads it, it is not ready.
             with _Refusals(grpc, context):
                 plan = request.name.partition(".")[0]
                 allow(_device(context), plan, None)
@@ -90,26 +93,30 @@ def make_service(
                 return answer
 
         def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
-            with _Refusals(grpc, context, metrics):
+            with _Refusals(grpc, context, metrics) as refusals:
                 arrived = time.monotonic()
-                call = oip.from_request(request)
-                deadline = arrived + _seconds_left(call, context)
-                plan, cut_name = named(request.model_name, call)
+                said = oip.parameters(request)
+                deadline = arrived + _seconds_left(said, context)
+                plan, cut_name = named(request.model_name, said)
+                # A device asks for a plan of that name to learn how wide its link is: nobody should be woken for it.
+                refusals.counted = plan != PROBE["plan"]
                 allow(_device(context), plan, cut_name)
-                frame = read(store, request.model_name, call)
-                size = request.ByteSize() + frame.decoded_bytes
-                budget.take(size)
+                held = Held(budget)
                 try:
+                    held.take(request.ByteSize() + oip.unpacked_bytes(request))
+                    call = oip.from_request(request)
+                    frame = read(store, request.model_name, call)
+                    held.take(frame.decoded_bytes)
                     values = frame.decode()
                     decoded = time.monotonic()
                     waiting = engine.submit(
                         frame.loaded, frame.cut.after, values, deadline, context.is_active, here=True
                     )
                 except BaseException:
-                    budget.give(size)
+                    held.give()
                     raise
                 # Held until the engine lets go of it, which may be after this call has given up waiting.
-                waiting.add_done_callback(lambda _: budget.give(size))
+                waiting.add_done_callback(lambda _: held.give())
                 result = _wait(waiting, deadline)
                 queue_s, compute_s, computed = result.queue_ms / 1e3, result.compute_ms / 1e3, time.monotonic()
                 outputs, said = written(frame, wanted(result.outputs, call.outputs))
@@ -234,9 +241,10 @@ class _Refusals:
 
     def __init__(self, grpc: Any, context: Any, metrics: Metrics | None = None) -> None:
         codes = grpc.StatusCode
-        self._context, self._metrics = context, metrics
+        self._context, self._metrics, self.counted = context, metrics, True
         self._codes = (
             (NotPermitted, codes.PERMISSION_DENIED, "permission"), (Draining, codes.UNAVAILABLE, "draining"),
+            (Loading, codes.UNAVAILABLE, "loading"),
             (DeadlineExceeded, codes.DEADLINE_EXCEEDED, "late"), (QueueFull, codes.RESOURCE_EXHAUSTED, "queue"),
             (OverBudget, codes.RESOURCE_EXHAUSTED, "bytes"), (Refused, codes.RESOURCE_EXHAUSTED, "refused"),
             (NotFound, codes.NOT_FOUND, "plan"), (FormatError, codes.INVALID_ARGUMENT, "invalid"),
@@ -244,13 +252,13 @@ class _Refusals:
             (SkerryError, codes.INTERNAL, "internal"),
         )  # fmt: skip
 
-    def __enter__(self) -> None:
-        pass
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         for known, code, reason in self._codes:
             if isinstance(error, known):
-                if self._metrics is not None:
+                if self._metrics is not None and self.counted:
                     self._metrics.refused(reason)
                 self._context.abort(code, str(error)[:1000])
 
@@ -283,8 +291,8 @@ def _device(context: Any) -> str:
     return bytes(names[0]).decode("utf-8", "replace") if names else ""
 
 
-def _seconds_left(call: oip.Call, context: Any) -> float:
-    said = call.parameters.get("split.deadline_us")
+def _seconds_left(parameters: Mapping[str, oip.Parameter], context: Any) -> float:
+    said = parameters.get("split.deadline_us")
     if said is not None and (type(said) is not int or said <= 0):
         raise FormatError(f"split.deadline_us is {said!r}, expected microseconds above nought")
     left = context.time_remaining()

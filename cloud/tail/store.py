@@ -1,5 +1,6 @@
 """The split plans that a tail serves: DIR/<plan hash>/split.yaml and segments, checked and loaded when first asked for."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import re
@@ -12,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 from cloud.split.segment import join
 from cloud.tail import pace
 from cloud.tail.guard import NotPermitted
-from cloud.tail.joined import joined
+from cloud.tail.joined import Joined, joined, through
 from cloud.tail.layout import lay_out
 from cloud.tail.pace import Batching, Pace
 from cloud.tail.stage_host import StageHost
 from skills import ort
 from skills.bundle import MAX_PART_BYTES
-from skills.errors import FormatError, NotFound, TrustError
+from skills.errors import FormatError, NotFound, TrustError, Unreachable
 from skills.files import read_bytes, sha256_file
 from skills.split_plan import MAX_PLAN_BYTES, Plan, load_plan, plan_hash
 from skills.stages import check_stages
@@ -29,6 +30,12 @@ if TYPE_CHECKING:
     Arrays = Mapping[str, NDArray[Any]]
 
 MAX_LOADED = 16  # plans held in memory; the one used longest ago makes room
+WAIT_S = 0.2  # for somebody else's loading: whoever waits for longer keeps a thread from those who ask for other plans
+MEASURE_WAIT_S = 60.0  # the same on a thread that answers nobody
+
+
+class Loading(Unreachable):
+    """Somebody else is loading the plan: ask again in a moment."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -42,7 +49,7 @@ class Loaded:
     plan: Plan
     chain: ort.Chain | StageHost
     pace: Pace
-    joined: dict[int, ort.Chain] = dataclasses.field(default_factory=dict)
+    joined: dict[int, Joined] = dataclasses.field(default_factory=dict)
 
     def run(self, values: "Arrays", segment: int, until_s: float) -> "tuple[Arrays, int]":
         """Run one segment, or all from it on where they are joined; return what lives on and which segment is next.
@@ -55,8 +62,8 @@ class Loaded:
         if isinstance(self.chain, StageHost):
             return self.chain.run(values, segment, segment + 1, until_s=until_s), segment + 1
         whole = self.joined.get(segment)
-        if whole is not None:
-            return whole.run(values), len(self.plan.segments)
+        if whole is not None and whole.soon(values):
+            return whole.chain.run(values), len(self.plan.segments)
         return self.chain.run(values, segment, segment + 1), segment + 1
 
 
@@ -69,7 +76,7 @@ class Store:
     def __init__(self, folder: Path, threads: int = 1, may_run: Callable[[str], None] | None = None) -> None:
         self._folder, self._threads, self._may_run = folder, threads, may_run or _never
         self._lock = threading.Lock()
-        self._loading: dict[str, threading.Lock] = {}  # one plan's loading holds up no other plan
+        self._loading: dict[str, concurrent.futures.Future[Loaded]] = {}  # by whoever asked first
         self._loaded: dict[str, Loaded] = {}
 
     def names(self) -> tuple[str, ...]:
@@ -90,49 +97,70 @@ class Store:
         """Load a plan if it is not, and measure its batch sizes if they are not.
 
         Raises:
-            NotFound, TrustError, FormatError: as `get`.
+            NotFound, TrustError, NotPermitted, FormatError, Loading: as `get`.
         """
-        found = self.get(name)
+        found = self.get(name, MEASURE_WAIT_S)
         if isinstance(found.chain, StageHost):
             why = Batching(why="the stages of a skill are asked one by one")
             found.pace.batching = {cut.after: why for cut in found.plan.cuts if cut.after < len(found.plan.segments)}
         elif not found.pace.batching:
             join = partial(self._join, found.plan, self._folder / name)
             found.joined.update(joined(found.plan, found.chain, join, budget_s))
-            pace.measure(found.plan, found.chain, found.pace, budget_s, joined=found.joined)
+            chain, whole = found.chain, found.joined
+            pace.measure(
+                found.plan, chain, found.pace, budget_s,
+                run=lambda after, values: through(chain, whole.get(after), after, values),
+            )  # fmt: skip
         return found
+
+    def paces(self) -> dict[str, Pace]:
+        """Return what is known of the speed of each plan in memory."""
+        with self._lock:
+            return {name: found.pace for name, found in self._loaded.items()}
 
     def forget(self, name: str) -> None:
         """Let go of a plan; requests that run keep what they hold of it."""
         with self._lock:
             self._loaded.pop(name, None)
 
-    def get(self, name: str) -> Loaded:
-        """Return the plan of that hash, loading and warming it the first time.
+    def get(self, name: str, wait_s: float = WAIT_S) -> Loaded:
+        """Return the plan of that hash, loading and warming it the first time; who asks meanwhile waits up to `wait_s`.
 
         Raises:
             NotFound: no such plan lies here.
             TrustError: its folder's name is not its hash, or a segment's hash is not the plan's.
             NotPermitted: it is code, which this tail may not run.
             FormatError: split.yaml or a segment is not what it should be.
+            Loading: somebody else is loading it still.
         """
         found = self._held(name)
         if found is not None:
             return found
         if not is_hash(name) or not (self._folder / name / "split.yaml").is_file():
             raise NotFound(f"no plan {name[:32]!r} lies here: publish its skill to this controller again")
+        mine: concurrent.futures.Future[Loaded] = concurrent.futures.Future()
         with self._lock:
-            loading = self._loading.setdefault(name, threading.Lock())
+            if name in self._loaded:
+                return self._loaded[name]
+            theirs = self._loading.setdefault(name, mine)
+        if theirs is not mine:
+            try:
+                return theirs.result(wait_s)
+            except concurrent.futures.TimeoutError:
+                raise Loading(f"the plan {name} is being loaded: ask again, or answer on the device") from None
         try:
-            with loading:
-                found = self._held(name) or self._load(name)
-        finally:
+            found = self._load(name)
+        except BaseException as error:
             with self._lock:
-                self._loading.pop(name, None)
+                del self._loading[name]
+            mine.set_exception(error)
+            raise
         with self._lock:
+            del self._loading[name]
             self._loaded[name] = found
             while len(self._loaded) > MAX_LOADED:
                 self._loaded.pop(next(iter(self._loaded)))
+        mine.set_result(found)
         return found
 
     def _join(self, plan: Plan, folder: Path, after: int) -> ort.Chain:

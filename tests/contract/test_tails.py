@@ -1,6 +1,7 @@
 """The fake tail and the real one (link process, gRPC, tail process) keep to the same contract."""
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,11 @@ import pytest
 from cloud.authority import Authority
 from cloud.split.measure import running_link, running_tail
 from cloud.tail.server import Server
-from cloud.tail.store import install
+from cloud.tail.store import Loaded, Store, install
 from edge_agent.links import LinkKeeper
 from edge_agent.tail_client import LinkClient, Tail
 from edge_agent.tail_fake import FakeClock, FakeTail
-from skills import codec, ort
+from skills import codec, oip, ort
 from skills.coding import Coding
 from skills.split_plan import Cut, Plan, load_plan, plan_hash
 
@@ -220,6 +221,7 @@ def test_a_tail_of_ones_own_vouched_for_by_another_ca_is_reached_with_the_device
     other = Authority(tmp_path / "other", ())
     # The server's own certificate is the other CA's; the devices that it lets in are those of the first.
     server = Server(tmp_path / "tails", "127.0.0.1:0", tls=(devices.ca_file, other.server.cert, other.server.key))
+    assert server.wait_warm(30)
     keeper = LinkKeeper(f"grpcs://127.0.0.1:{server.port}", identity, other.ca_file if own_ca else None)
 
     async def ask() -> None:
@@ -242,6 +244,41 @@ def test_a_tail_of_ones_own_vouched_for_by_another_ca_is_reached_with_the_device
     try:
         asyncio.run(ask())
     finally:
+        server.stop(0)
+
+
+def test_a_plan_that_loads_slowly_takes_the_tail_away_from_nobody(
+    planned_net: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import grpc
+
+    name, load = install(planned_net.folder, tmp_path / "tails"), Store._load
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(store: Store, plan: str) -> Loaded:
+        begun.set()
+        assert go_on.wait(60)
+        return load(store, plan)
+
+    monkeypatch.setattr(Store, "_load", slow)
+    server, pb = Server(tmp_path / "tails", "127.0.0.1:0"), oip.messages()
+    try:
+        assert begun.wait(20)
+        with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            stub = oip.service().GRPCInferenceServiceStub(channel)
+            asking = [stub.ModelReady.future(pb.ModelReadyRequest(name=name), timeout=30) for _ in range(90)]
+            request = oip.to_request(name, oip.Call({"x": planned_net.x[:1]}))
+            with pytest.raises(grpc.RpcError, match="is being loaded: ask again") as refused:
+                stub.ModelInfer(request, timeout=30)
+            assert refused.value.code() is grpc.StatusCode.UNAVAILABLE  # not now; the plan is not a wrong one
+            assert stub.ServerLive(pb.ServerLiveRequest(), timeout=30).live
+            assert not any(one.result().ready for one in asking)
+            go_on.set()
+            assert server.wait_warm(30)
+            assert stub.ModelReady(pb.ModelReadyRequest(name=name), timeout=30).ready
+            assert stub.ModelInfer(request, timeout=30).outputs[0].name == "logits"
+    finally:
+        go_on.set()
         server.stop(0)
 
 

@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cloud.split.check import unaudited
 from cloud.split.export import commented
 from cloud.split.stages import plan_stages
+from cloud.tail.guard import remote_cuts
 from skills.errors import FormatError, NotFound, UsageError
 from skills.network import Link
 from skills.split_plan import load_plan
@@ -62,10 +64,27 @@ def test_every_contiguous_placement_is_in_the_table_and_the_messages_have_types(
     assert load_plan((out / "split.yaml").read_text()) == load_plan(commented(plan))
 
 
-def test_private_stages_keep_the_input_here(skill: Path) -> None:
-    plan = plan_stages(skill, None, links=(Link(1000, 0.1),), rounds=1, private=True, slowdown=1000)
-    assert plan.verdicts[0].cut in ("c1", "local")
-    assert plan.stages[0].place == "device"
+def test_what_no_audit_looked_at_is_not_private_so_stages_stay_on_the_device_and_it_says_so(skill: Path) -> None:
+    # Its first stage returns nearly all of the picture.
+    plan = plan_stages(skill, None, links=(Link(1000, 0.1),), rounds=1, private=True, slowdown=1000, max_drop=50)
+    assert plan.verdicts[0].cut == "local"
+    assert "no split was shown to keep the input private" in plan.verdicts[0].text
+    assert [one.place for one in plan.stages] == ["device", "device"]
+    assert remote_cuts(plan) == frozenset()
+    (remark,) = unaudited(plan)
+    assert "c1 does not count as private" in remark
+
+
+def test_a_declared_minimum_cut_lets_the_messages_behind_it_leave(skill: Path) -> None:
+    plan = plan_stages(
+        skill, None, links=(Link(1000, 0.1),), rounds=1, private=True, min_cut="c1", slowdown=1000, max_drop=50
+    )
+    assert remote_cuts(plan) == {"c1"}
+    (remark,) = unaudited(plan)
+    assert "c1 was never audited" in remark
+    for private, cut in ((True, "input"), (True, "c2"), (False, "c1")):
+        with pytest.raises(UsageError, match="the minimum cut is"):
+            plan_stages(skill, None, rounds=1, private=private, min_cut=cut)
 
 
 @pytest.mark.parametrize(

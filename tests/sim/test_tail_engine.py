@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cloud.tail.engine import Draining, Engine, QueueFull
+from cloud.tail.joined import Joined
 from cloud.tail.metrics import Metrics
 from cloud.tail.pace import Batching, Pace
 from cloud.tail.store import Loaded
@@ -77,12 +78,12 @@ def busy(chain: Chain, ask: Callable[..., Any]) -> Any:
 
 
 def test_what_is_joined_behind_a_cut_runs_at_once_and_its_pace_is_known(chain: Chain, engine: Engine) -> None:
-    class Joined:
+    class Whole:
         def run(self, values: Any) -> Any:
             return {"x": values["x"] + 40}
 
     chain.gate.set()
-    loaded = Loaded("0" * 16, Planned(), chain, Pace(2), {0: Joined()})  # type: ignore[arg-type, dict-item]
+    loaded = Loaded("0" * 16, Planned(), chain, Pace(2), {0: Joined(Whole(), 1)})  # type: ignore[arg-type]
     answers = [
         engine.submit(loaded, after, {"x": np.zeros((1, 1))}, time.monotonic() + WAIT_S, lambda: True)
         for after in (0, 1)

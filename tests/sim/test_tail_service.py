@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cloud.tail import store as store_module
 from cloud.tail.budget import ByteBudget
 from cloud.tail.engine import Engine
 from cloud.tail.guard import Allowed, Guard, NotPermitted
@@ -19,6 +20,7 @@ from cloud.tail.metrics import Metrics
 from cloud.tail.server import make_service
 from cloud.tail.store import Store, install
 from cloud.tail.warmer import Warmer
+from edge_agent import link
 from skills import codec, oip
 from skills.files import write_atomic
 from skills.split_plan import load_plan, plan_hash
@@ -101,6 +103,36 @@ def test_a_request_beyond_the_byte_budget_is_refused_before_it_is_decoded(
                 service.ModelInfer(compact(), context)
         assert context.code is code
         assert bool(unpacked) is bool(decoded)
+
+
+def test_nothing_of_a_request_is_unpacked_before_it_is_allowed_and_counted(
+    engine: Engine, plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unpacked = []
+    from_request = oip.from_request
+    monkeypatch.setattr(oip, "from_request", lambda request: unpacked.append(1) or from_request(request))
+    request = oip.messages().ModelInferRequest(model_name=plan)
+    tensor = request.inputs.add(name="x", datatype="BYTES", shape=[100_000])
+    tensor.contents.bytes_contents.extend([b""] * 100_000)  # two bytes each on the wire
+
+    def nobody(device: str, name: str, cut: str | None) -> None:
+        raise NotPermitted("it is not assigned")
+
+    store = Store(tmp_path / "tails")
+    room = request.ByteSize() + 100_000 * 8
+    for allow, budget, sentence in (
+        (nobody, ByteBudget(), "it is not assigned"),
+        (anybody, ByteBudget(room), "try again later"),
+    ):
+        service = make_service(store, engine, lambda: True, allow, budget, Metrics())
+        with pytest.raises(Aborted, match=sentence):
+            service.ModelInfer(request, Context())
+        assert budget.held == 0
+    assert not unpacked
+    budget = ByteBudget()
+    with pytest.raises(Aborted, match="the tensor 'x' is BYTES"):
+        make_service(store, engine, lambda: True, anybody, budget, Metrics()).ModelInfer(request, Context())
+    assert (len(unpacked), budget.held) == (1, 0)
 
 
 def test_a_request_that_cannot_be_decoded_gives_its_bytes_back(
@@ -291,6 +323,18 @@ def test_every_answer_and_refusal_is_counted(serve: Callable[..., Any], compact:
     assert 'skerry_tail_refused_total{reason="plan"} 1.0' in text
 
 
+def test_what_a_device_asks_to_learn_its_links_width_is_refused_and_not_counted(
+    serve: Callable[..., Any], engine: Engine, tmp_path: Path
+) -> None:
+    request = link._request(link.PROBE, bytes(link.PROBE_BYTES), link.PROBE_DEADLINE_US)
+    code, _ = serve(request)
+    assert code == "INVALID_ARGUMENT"
+    assert b"refused_total{" not in serve.metrics.text()  # type: ignore[attr-defined]
+    request.parameters["split.plan"].string_param = "f" * 16
+    serve(request)
+    assert b'refused_total{reason="invalid"} 1.0' in serve.metrics.text()  # type: ignore[attr-defined]
+
+
 def test_only_the_monotonic_clock_is_read_so_that_a_clock_that_jumps_changes_nothing() -> None:
     import cloud.tail
     import edge_agent.link
@@ -351,3 +395,37 @@ def test_a_plan_that_does_not_load_is_tried_once_and_holds_up_no_other(
     assert [record.message.split()[1] for record in caplog.records if "unusable" in record.message] == [
         f"plan={'f' * 16}"
     ]
+
+
+def test_a_plan_that_had_to_make_room_is_measured_again_when_a_request_brings_it_back(
+    planned_net: Any, plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "MAX_LOADED", 1)
+    tails = tmp_path / "tails"
+    other = load_plan((planned_net.folder / "split.yaml").read_text())
+    other = dataclasses.replace(other, cuts=tuple(one for one in other.cuts if one.name != "c1"))
+    lay_out(other, encode_yaml(other), lambda file: (planned_net.folder / file).read_bytes(), tails)
+    warmth = Warmth(tails)
+    warmth.warmer.look()
+    (held,) = warmth.store.loaded()
+    warmth.warmer.look()
+    assert warmth.store.loaded() == (held,)  # the other one does not push it out again by itself
+    (gone,) = {plan, plan_hash(other)} - {held}
+    back = warmth.store.get(gone)
+    assert not back.pace.batching
+    warmth.warmer.look()
+    assert back.pace.batching
+    assert warmth.store.loaded() == (gone,)
+
+
+def test_a_plan_that_could_not_be_loaded_is_measured_once_a_request_has_loaded_it(plan: str, tmp_path: Path) -> None:
+    warmth, file = Warmth(tmp_path / "tails"), tmp_path / "tails" / plan / "split.yaml"
+    text = file.read_text()
+    file.write_text("nonsense: 1")
+    warmth.warmer.look()
+    file.write_text(text)
+    warmth.warmer.look()
+    assert warmth.store.loaded() == ()
+    loaded = warmth.store.get(plan)
+    warmth.warmer.look()
+    assert loaded.pace.batching

@@ -53,6 +53,7 @@ def test_only_an_enrolled_device_with_the_plan_assigned_is_served_and_changes_co
         return found
 
     try:
+        assert server.wait_warm(30)
         (one, serial), (two, _) = join("cam-1"), join("cam-2")
         assert answers(one) == [None] * 4
         assert answers(two) == [DENIED, DENIED, DENIED, None]

@@ -2,6 +2,7 @@
 
 import contextlib
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -151,6 +152,48 @@ def test_rice_codes_beat_plain_bytes_on_sound() -> None:
 def test_rice_codes_give_back_every_sample(rows: int, time: int, seed: int, spread: float) -> None:
     samples = np.clip(np.random.default_rng(seed).normal(30_000, spread, (rows, time)), 0, 65_535).astype(np.int64)
     assert np.array_equal(rice.decode(rice.encode(samples), rows, time), samples)
+
+
+def unary_bytes(body: bytes, rows: int, time: int) -> int:
+    return int.from_bytes(body[rows * (3 - -time // rice.BLOCK) :][:4], "big")
+
+
+@given(
+    rows=st.integers(1, 3),
+    data=st.lists(st.sampled_from([0, 0, 0, 1, 2, 3, 5, 46, 47, 32_768, 65_535]), min_size=1, max_size=700),
+    period=st.integers(1, 600),
+)
+def test_no_samples_need_more_unary_codes_than_a_frame_may_have(rows: int, data: list[int], period: int) -> None:
+    samples = np.array([(data * period)[: len(data) + period]] * rows, np.int64)
+    time = samples.shape[1]
+    body = rice.encode(samples)
+    assert unary_bytes(body, rows, time) <= rice.UNARY_BITS * samples.size / 8 + 1
+    assert np.array_equal(rice.decode(body, rows, time), samples)
+
+
+def test_the_most_unary_codes_that_a_frame_may_have_are_nearly_reached() -> None:
+    mean = 1 / rice.SPARE  # the last one whose remainders have no bits
+    steps = np.diff(np.floor(np.arange(rice.BLOCK) * mean), prepend=0).astype(np.int64)  # folded residuals, 1 or 2
+    samples = 30_000 + np.cumsum(np.where(steps % 2, -(steps + 1) // 2, steps // 2))[None]
+    assert unary_bytes(rice.encode(samples), 1, rice.BLOCK) > 0.97 * rice.UNARY_BITS * rice.BLOCK / 8
+
+
+HOSTILE_TIME = 1 << 16
+HEADS = [bytes([0, 0, order]) + bytes([width]) * (HOSTILE_TIME // rice.BLOCK) for order in (0, 2) for width in (0, 20)]
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("unary", [HOSTILE_TIME // 8, int(HOSTILE_TIME * rice.UNARY_BITS) // 8, 1 << 20])
+def test_hostile_rice_codes_take_no_more_memory_than_they_are_counted_for(head: bytes, unary: int) -> None:
+    fixed = bytes(HOSTILE_TIME * head[3] // 8)
+    body = head + unary.to_bytes(4, "big") + b"\xff" * unary + fixed
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(FormatError):
+            rice.decode(body, 1, HOSTILE_TIME)
+        assert tracemalloc.get_traced_memory()[1] <= rice.PEAK_BYTES * HOSTILE_TIME + (1 << 20)
+    finally:
+        tracemalloc.stop()
 
 
 @given(rows=st.integers(1, 3), time=st.integers(1, 600), data=st.binary(max_size=200))

@@ -1,6 +1,7 @@
 """The inference protocol: both forms read back what they wrote, and refuse what does not follow it."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -41,6 +42,55 @@ def test_a_rest_call_reads_back_with_its_id_parameters_and_outputs() -> None:
         ("label",),
         True,
     )
+
+
+def test_typed_contents_that_do_not_fit_their_shape_are_refused_before_they_are_unpacked() -> None:
+    for kind, add in (("INT64", {"int64_contents": [300] * 200_000}), ("BYTES", {"bytes_contents": [b""] * 200_000})):
+        request = oip.messages().ModelInferRequest()
+        tensor = request.inputs.add(name="x", datatype=kind, shape=[1])
+        for field, values in add.items():
+            getattr(tensor.contents, field).extend(values)
+        tracemalloc.start()
+        try:
+            with pytest.raises(FormatError, match="has 200000 values, its shape needs 1"):
+                oip.from_request(request)
+            assert tracemalloc.get_traced_memory()[1] < 100_000
+        finally:
+            tracemalloc.stop()
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("kind", ["INT8", "INT64", "FP64", "BYTES"])
+def test_a_request_takes_no_more_memory_than_is_foreseen(kind: str, raw: bool) -> None:
+    request, count = oip.messages().ModelInferRequest(), 50_000
+    tensor = request.inputs.add(name="x", datatype=kind, shape=[count])
+    values = np.array([b"abc"] * count, object) if kind == "BYTES" else np.full(count, 100).astype(oip.DTYPES[kind])
+    if raw:
+        request.raw_input_contents.append(oip.to_raw(values))
+    else:
+        getattr(tensor.contents, oip.CONTENTS[kind]).extend(values.tolist())
+    tracemalloc.start()
+    try:
+        array = oip.from_request(request).arrays["x"]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert array.tolist() == values.tolist()
+    assert peak <= request.ByteSize() + oip.unpacked_bytes(request) + 50_000
+
+
+def test_more_parameters_outputs_or_letters_than_may_be_are_refused() -> None:
+    for spoil in (
+        lambda request: [request.parameters[str(at)].SetInParent() for at in range(65)],
+        lambda request: [request.outputs.add() for _ in range(65)],
+        lambda request: setattr(request.inputs[0], "name", "x" * 513),
+        lambda request: request.inputs[0].shape.extend([1] * 9),
+    ):
+        request = oip.to_request("m", oip.Call({"x": np.zeros(1, np.float32)}))
+        oip.from_request(request)
+        spoil(request)
+        with pytest.raises(FormatError):
+            oip.from_request(request)
 
 
 @pytest.mark.parametrize("binary", [True, False])

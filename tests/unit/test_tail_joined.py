@@ -1,5 +1,6 @@
 """When a tail runs what is behind a cut as one graph: where that was measured to be faster, is soon done and answers alike."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 
 from cloud.tail.joined import joined
+from cloud.tail.pace import Pace
+from cloud.tail.store import Loaded
 from skills.coding import Live
 from skills.errors import FormatError
 from skills.split_plan import Cut, Millis, Plan, Segment
@@ -78,6 +81,47 @@ def test_what_cannot_be_joined_stays_in_segments_and_the_rest_is_tried(clock: Cl
         return Chain(clock, 0.001, after)
 
     assert sorted(found(clock, 0.010, join)) == [1, 2]
+
+
+def test_where_whole_numbers_cross_every_cut_the_answer_must_be_the_same_bit_for_bit_on_several_requests(
+    clock: Clock,
+) -> None:
+    def nearly(after: int) -> Chain:
+        return Chain(clock, 0.001, after, adds=1 + 1e-6)
+
+    class Once(Chain):
+        """Right on the first request, and a little off on all others."""
+
+        def run(self, values: Mapping[str, Any], start: int = 0, stop: int | None = None) -> dict[str, Any]:
+            result = super().run(values, start, stop)
+            self.adds = 1 + 1e-6
+            return result
+
+    floats = plan()
+    codes = dataclasses.replace(
+        floats,
+        cuts=tuple(
+            dataclasses.replace(cut, tensors=tuple(dataclasses.replace(one, dtype="UINT8") for one in cut.tensors))
+            if cut.after
+            else cut
+            for cut in floats.cuts
+        ),
+    )
+    chain = Chain(clock, 0.010)
+    for asked, join, expected in (
+        (floats, nearly, [0, 1]), (codes, nearly, []), (codes, lambda after: Once(clock, 0.001, after), []),
+        (codes, lambda after: Chain(clock, 0.001, after), [0, 1]),
+    ):  # fmt: skip
+        assert sorted(joined(asked, chain, join, 10.0, clock)) == expected  # type: ignore[arg-type]
+
+
+def test_a_request_larger_than_what_is_soon_done_as_one_graph_runs_in_segments(clock: Clock) -> None:
+    chain = Chain(clock, 0.010)
+    made = found(clock, 0.010, lambda after: Chain(clock, 0.009, after))  # five rows take 45 ms
+    loaded = Loaded("0" * 16, plan(), chain, Pace(4), made)  # type: ignore[arg-type]
+    for rows, reached in ((1, 4), (5, 4), (6, 1), (100, 1)):
+        values, after = loaded.run({"x": np.zeros((rows, 4), np.float32)}, 0, 1.0)
+        assert (list(values), after) == ([NAMES[reached]], reached)
 
 
 def test_measuring_ends_when_its_time_is_over(clock: Clock) -> None:

@@ -1,5 +1,8 @@
 """What the tail says to Prometheus: readable by its parser, bounded, and not for everybody."""
 
+import contextlib
+import select
+import socket
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -9,6 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cloud.authority import Authority
+from cloud.tail import metrics as metrics_module
 from cloud.tail.metrics import Listener, Metrics
 from skills.errors import FormatError, Unreachable, UsageError
 
@@ -72,6 +76,7 @@ def listening() -> Iterator[tuple[Callable[[str], tuple[int, bytes]], dict[str, 
             with error:
                 return error.code, error.read()
 
+    get.port = listener.port  # type: ignore[attr-defined]
     yield get, state
     listener.close()
 
@@ -84,6 +89,48 @@ def test_the_listener_tells_alive_from_ready(listening) -> None:
     assert get("/ready") == (200, b"ready\n")
     assert b"# TYPE skerry_tail_requests_total counter" in get("/metrics")[1]
     assert get("/../etc/passwd")[0] == 404
+
+
+def closed(line: socket.socket, wait_s: float) -> bool:
+    """Say whether the other side ends the connection in time."""
+    readable, _, _ = select.select([line], [], [], wait_s)
+    try:
+        return bool(readable) and line.recv(1) == b""
+    except ConnectionError:
+        return True
+
+
+def test_one_who_asks_a_letter_at_a_time_is_not_listened_to_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_module, "ASK_TIMEOUT_S", 0.5)
+    listener = Listener("127.0.0.1:0", Metrics(), lambda: True)
+    try:
+        with socket.create_connection(("127.0.0.1", listener.port), timeout=10) as line:
+            ended = False
+            for _ in range(400):
+                with contextlib.suppress(ConnectionError):
+                    line.sendall(b"G")
+                ended = closed(line, 0.05)
+                if ended:
+                    break
+            assert ended
+    finally:
+        listener.close()
+
+
+def test_as_many_connections_as_may_be_and_room_again_when_they_end(listening) -> None:
+    get, _ = listening
+    port = get.port
+    with contextlib.ExitStack() as stack:
+        for _ in range(metrics_module.MAX_CONNECTIONS):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as one_more:
+            assert closed(one_more, 4)
+    for _ in range(200):
+        with contextlib.suppress(OSError):
+            if get("/live") == (200, b"live\n"):
+                break
+    else:
+        pytest.fail("there is no room any more")
 
 
 def test_beyond_loopback_metrics_are_for_who_has_a_certificate(

@@ -1,6 +1,7 @@
 """The plans on a tail's disk: laid out whole or not at all, and what failed to load leaves nothing behind."""
 
 import asyncio
+import concurrent.futures
 import datetime as dt
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -13,11 +14,13 @@ from cloud.database import Database
 from cloud.journal import open_journal
 from cloud.registry import Registry
 from cloud.tail.layout import lay_out
-from cloud.tail.store import Store, install
+from cloud.tail.pace import Pace
+from cloud.tail.store import Loaded, Loading, Store, install
 from skills import signing
 from skills.bundle import BundleFile
 from skills.desired import ObjectRef
 from skills.errors import NotFound, StorageError, TrustError
+from skills.ort import Chain
 from skills.split_plan import Plan, load_plan, plan_hash
 
 Build = Callable[[str], BundleFile]
@@ -106,3 +109,55 @@ async def test_the_loop_goes_on_while_a_release_is_unpacked_and_written(
     (plan,) = Store(tmp_path / "data" / "tails").names()
     assert (tmp_path / "data" / "tails" / plan / "1.onnx").read_bytes() == b"segment 1 of 1.0.0"
     database.close()
+
+
+class SlowStore(Store):
+    """Loads a plan when the test says so."""
+
+    def __init__(self, tails: Path) -> None:
+        super().__init__(tails)
+        self.begun, self.go_on, self.loads = threading.Event(), threading.Event(), 0
+
+    def _load(self, name: str) -> Loaded:
+        self.loads += 1
+        self.begun.set()
+        assert self.go_on.wait(20)
+        if self.loads == 1 and name == "0" * 16:
+            raise TrustError("damaged")
+        return Loaded(name, load_plan((self._folder / name / "split.yaml").read_text()), Chain((), ()), Pace(2))
+
+
+def test_while_one_thread_loads_a_plan_the_others_are_sent_away_and_it_is_loaded_once(
+    folder: Path, tmp_path: Path
+) -> None:
+    name = install(folder, tmp_path / "tails")
+    store = SlowStore(tmp_path / "tails")
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        first = pool.submit(store.get, name)
+        assert store.begun.wait(10)
+        for _ in range(3):
+            with pytest.raises(Loading, match="is being loaded: ask again"):
+                store.get(name, 0)
+        waiting = [pool.submit(store.get, name, 20) for _ in range(3)]
+        store.go_on.set()
+        assert {id(one.result(10)) for one in (first, *waiting)} == {id(store.get(name))}
+    assert store.loads == 1
+    assert not store._loading
+
+
+def test_who_waits_for_a_plan_that_does_not_load_is_told_why_and_the_next_one_looks_again(
+    folder: Path, tmp_path: Path
+) -> None:
+    tails, name = tmp_path / "tails", "0" * 16
+    (tails / install(folder, tails)).rename(tails / name)
+    store = SlowStore(tails)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        first = pool.submit(store.get, name)
+        assert store.begun.wait(10)
+        second = pool.submit(store.get, name, 20)
+        store.go_on.set()
+        for one in (first, second):
+            error = one.exception(10)
+            assert error is None or isinstance(error, TrustError)
+        assert isinstance(first.exception(), TrustError)
+    assert store.get(name).name == name

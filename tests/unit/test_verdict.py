@@ -1,11 +1,12 @@
 """The verdict in words."""
 
 import dataclasses
+from typing import Any
 
-from cloud.split.verdict import answers, ever_best, judge
+from cloud.split.verdict import answers, ever_best, judge, worth_cutting
 from skills.coding import Coding, Live
 from skills.network import Link
-from skills.split_plan import Cut, Millis, Plan, Policy, Segment
+from skills.split_plan import Cut, Leak, Millis, Plan, Policy, Segment
 
 
 def make_plan(*, private: bool = False, drop: float = 0.0) -> Plan:
@@ -73,3 +74,38 @@ def test_the_verdict_says_in_what_coding_the_answer_comes_back_and_counts_its_by
     assert fast.reply == ""
     assert "comes back" not in fast.text
     assert answers(plan) == "an answer comes back in 30,000 bytes raw or 5,000 as u8, whichever is sooner"
+
+
+def cut(name: str, device_ms: float, tail_ms: float, size: int, verdict: Any, memory_mb: float = 0.0) -> Cut:
+    coding = Coding("u8", scales=(0.1,), zeros=(0,), bytes_p50=size)
+    tensor = Live(name, "FP32", (-1, 8))
+    leak = Leak(verdict, "ssim", 0.1, 300)
+    times = Millis(device_ms, device_ms), Millis(tail_ms, tail_ms)
+    return Cut(name, int(name[1:]), *times, (tensor,), (coding,), memory_mb=memory_mb, leak=leak)
+
+
+THREE = (
+    cut("c1", 30, 9, 60_000, "recoverable"),
+    cut("c2", 110, 3, 26_000, "private"),
+    cut("c3", 140, 1, 1_500, "private"),
+)
+
+
+def test_what_is_best_among_the_private_cuts_is_cut_though_a_refused_one_is_better() -> None:
+    assert ever_best(THREE) == {"c1", "c3"}
+    assert worth_cutting(THREE) == {"c1", "c3"}
+    assert worth_cutting(THREE, private=True) == {"c2", "c3"}
+
+
+def test_what_a_device_has_no_room_for_drives_out_nothing_that_fits() -> None:
+    heavy = tuple(dataclasses.replace(one, memory_mb=10.0 * one.after) for one in (*THREE[1:], THREE[0]))
+    assert worth_cutting(heavy, private=True, memory_mb=25) == {"c2"}
+    assert worth_cutting(heavy, memory_mb=15) == {"c1"}
+
+
+def test_where_no_cut_may_be_used_the_best_are_there_to_show_why_and_a_declared_one_always_is() -> None:
+    refused = tuple(dataclasses.replace(one, leak=THREE[0].leak) for one in THREE)
+    assert worth_cutting(refused, private=True) == {"c1", "c3"}
+    assert worth_cutting(refused, private=True, least="c2") == {"c1", "c2", "c3"}
+    bare = tuple(dataclasses.replace(one, leak=None) for one in THREE)
+    assert worth_cutting(bare, private=True, least="c2") == {"c2", "c3"}

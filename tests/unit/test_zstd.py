@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skills import zstd
+from skills.bundle import WIRE_LEVEL
 from skills.errors import FormatError
 
 
@@ -53,3 +54,11 @@ def test_a_frame_that_wants_a_window_larger_than_every_decoder_has_is_refused():
     wire = module.compress(bytes(32 << 20), options={module.CompressionParameter.window_log: zstd.WINDOW_LOG + 1})
     with pytest.raises(FormatError, match="damaged"):
         list(zstd.decompress_pieces([wire], 32 << 20))
+    with pytest.raises(FormatError, match="damaged"):
+        zstd.decompress(wire, 32 << 20)
+
+
+@pytest.mark.parametrize("level", [1, WIRE_LEVEL])
+def test_what_is_compressed_here_asks_for_no_larger_window(level):
+    content = bytes(20 << 20)
+    assert zstd.decompress(zstd.compress(content, level), len(content)) == content
