@@ -10,7 +10,9 @@ from skills.split import Estimate
 
 RTT_WINDOW_S = 10.0
 COLD_AFTER_S = 0.5  # TCP forgets its window after one retransmission timeout without traffic (RFC 2861)
-LEAST_SAMPLE_BYTES = 8192  # below, the time says more about the machine than about the network
+LEAST_SAMPLE_BYTES = 8192  # below, the time says more about the machine than about the network,
+LEAST_SAMPLE_MS = 5.0  # unless at the known rate the bytes take so long: then it shows when they no longer do
+SMALL_MS = 1.0  # the least that such a sample can tell from nothing
 CALL_MS = 0.7  # what a tiny call costs on a link without delay
 FAST, SLOW = 0.5, 0.1
 GUESS_SHARE = 0.5  # of what is left after the round trip: with a guess beyond it, most of the rate would be guessed
@@ -35,13 +37,15 @@ class Estimator:
         self._rtts: deque[tuple[float, float]] = deque(maxlen=200)
         self._strange: list[float] = []
         self._longer: list[tuple[float, float]] = []
+        self._beyond_ms: float | None = None  # what a request takes on its way beyond a ping and its bytes
         self._queue_ms = 0.0
         self._last_traffic_s = float("-inf")
-        self._probe_at_s = float("-inf")
+        self._probe_at_s = self._spent_until_s = float("-inf")
 
     def on_probe(self, now_s: float, took_s: float) -> None:
         """A transfer was made only to learn the bandwidth; the next one waits its share of the time."""
-        self._probe_at_s = now_s + max(PROBE_EVERY_S, took_s / PROBE_SHARE)
+        self._spent_until_s = now_s + took_s / PROBE_SHARE
+        self._probe_at_s = max(now_s + PROBE_EVERY_S, self._spent_until_s)
 
     def wants_probe(self, now_s: float) -> bool:
         """Say whether nothing was learnt about the bandwidth for a while: the device stayed local, the link may have changed."""
@@ -54,16 +58,21 @@ class Estimator:
     def on_ping(self, now_s: float, rtt_ms: float, *, alone: bool = True) -> None:
         """A tiny call came back; `alone` says that no request of ours was on the link, which would have held it up."""
         rtt = max(0.0, rtt_ms - CALL_MS)
-        known = self.rtt_ms(now_s) if self._rtts else rtt
-        if alone:
-            longer = rtt > max(LONGER * known, known + LONGER_BY_MS)
-            self._longer = [*self._longer, (now_s, rtt)] if longer else []
+        self._on_round_trip(now_s, rtt, alone)
         self._rtts.append((now_s, rtt))
+        self._fallback_rtt = rtt
+        self.on_traffic(now_s)
+
+    def _on_round_trip(self, now_s: float, rtt: float, alone: bool) -> None:
+        """Ask whether the way has become longer: one that is as short as ever says no, whatever was beside it."""
+        known = self.rtt_ms(now_s) if self._rtts else rtt
+        if rtt <= max(LONGER * known, known + LONGER_BY_MS):
+            self._longer = []
+        elif alone:
+            self._longer = [*self._longer, (now_s, rtt)]
         if len(self._longer) >= SURPRISES:  # the way is longer now: what was known of it no longer holds
             self._rtts, self._longer = deque(self._longer, maxlen=self._rtts.maxlen), []
             self.on_return()
-        self._fallback_rtt = rtt
-        self.on_traffic(now_s)
 
     def on_return(self) -> None:
         """The tail was away and answers again: the way to it may be another one, and its bandwidth is learnt anew."""
@@ -79,16 +88,22 @@ class Estimator:
         *,
         cold: bool = False,
         guessed: bool = False,
+        alone: bool = True,
     ) -> None:
         """A request and its answer, of `size` bytes together, took `total_ms`, of which the tail says it had `server_ms`.
 
-        What a plan only guessed of a tail (`guessed`) teaches nothing where it is most of the time: were it wrong, what remains
-        would be too little, and the bandwidth boundless.
+        A small one, `alone` on the link, says how long the way is, and that a slow link is fast now. What a plan only guessed of
+        a tail (`guessed`) teaches nothing where it is most of the time: were it wrong, what remains would be too little, and
+        the bandwidth boundless.
         """
         self._queue_ms += (queue_ms - self._queue_ms) * FAST
         self.on_traffic(now_s)
         ours_ms = total_ms - self.rtt_ms(now_s) - 2 * CALL_MS
-        if size < LEAST_SAMPLE_BYTES or cold or (guessed and server_ms > GUESS_SHARE * ours_ms):
+        if cold or (guessed and server_ms > GUESS_SHARE * ours_ms):
+            return
+        if size < LEAST_SAMPLE_BYTES:
+            if not (self._anew or guessed):
+                self._on_small(now_s, size, ours_ms - server_ms, alone)
             return
         moving_ms = max(ours_ms - server_ms, 0.02)
         mbit = min(size * 8 / moving_ms / 1000, 10_000.0)
@@ -102,11 +117,36 @@ class Estimator:
         self._slow += (mbit - self._slow) * SLOW
         if 0.5 < mbit / known < 2.0:
             self._strange = []
-            return
+        else:
+            self._on_strange(mbit, known)
+
+    def _on_strange(self, mbit: float, known: float) -> None:
         self._strange = [one for one in self._strange if (one < known) == (mbit < known)] + [mbit]
         if len(self._strange) >= TWICE:  # the one that says less of the two is believed
             self._fast = self._slow = (max if mbit < known else min)(self._strange)
             self._strange = []
+
+    def _on_small(self, now_s: float, size: int, moving_ms: float, alone: bool) -> None:
+        """A small request took `moving_ms` beyond the known way: what is too long may be a longer way as well as a slower link.
+
+        Three in a row that are too long are taken for a longer way, after which a probe tells what the bandwidth is.
+        """
+        expected_ms = size * 8 / self._slow / 1000
+        if expected_ms >= LEAST_SAMPLE_MS:
+            mbit = size * 8 / max(moving_ms, SMALL_MS) / 1000
+            if (
+                mbit >= 2.0 * self._slow and moving_ms > -LONGER_BY_MS
+            ):  # or else the way is shorter now, as a ping will say
+                self._on_strange(mbit, self._slow)
+                return
+            self._strange = []
+        more_ms = moving_ms - expected_ms
+        beyond = more_ms if self._beyond_ms is None else self._beyond_ms
+        self._on_round_trip(now_s, self.rtt_ms(now_s) + more_ms - beyond, alone)
+        # A machine that is only busy must not ask for more probes than their share of the time.
+        self._probe_at_s = max(self._probe_at_s, self._spent_until_s)
+        # What requests always take is no longer way; followed so slowly that a longer way shows first.
+        self._beyond_ms = beyond + min(max(more_ms - beyond, -LONGER_BY_MS), LONGER_BY_MS) * SLOW
 
     def rtt_ms(self, now_s: float) -> float:
         """Return the smallest round trip of the last ten seconds, or the last one known."""

@@ -55,8 +55,8 @@ class SplitModel:
 
     `plan_folder` holds split.yaml and its segments; with `stages` it is a plan of these stages of a skill. Without a link
     it runs everything here. `wait_s` caps how long an
-    answer from the tail is waited for; `deadline_s` (of every request, or per call) makes the device go on earlier, as
-    soon as waiting longer would make it late.
+    answer from the tail is waited for; `deadline_s` (of every request: without it the plan's `slo_ms`; or per call) makes
+    the device go on earlier, as soon as waiting longer would make it late.
 
     Raises (on construction):
         NotFound, FormatError: the plan or a segment is missing or damaged.
@@ -93,7 +93,9 @@ class SplitModel:
         self.sure = 1.0  # how sure the last answer of a small model was; 1 where none was asked
         self.timer: Timer = timer or Local()
         self.tail: Tail | None = LinkClient(link) if isinstance(link, Path) else link
-        self._deadline_s, self._wait_s, self._private, self._clock = deadline_s, wait_s, private, clock
+        slo_s = None if plan.policy.slo_ms is None else plan.policy.slo_ms / 1e3
+        self._deadline_s = slo_s if deadline_s is None else deadline_s
+        self._wait_s, self._private, self._clock = wait_s, private, clock
         self._held: Held | None = None
         self._alpha, self._learnt = 1.0, 0
         self._refused_until_s = float("-inf")
@@ -107,18 +109,19 @@ class SplitModel:
         return self.answer(inputs)
 
     def answer(self, inputs: "Arrays", deadline_s: float | None = None) -> "Arrays":
-        """Answer one request; `deadline_s` overrides the model's.
+        """Answer one request; of `deadline_s` and the model's the sooner counts.
 
         Raises:
             FormatError: an input is missing or does not fit the model.
         """
         start = self._clock()
+        deadline_s = min((one for one in (deadline_s, self._deadline_s) if one is not None), default=None)
         choice, reason = self._choose(start)
         if self._small is not None and self.plan.small is not None:
             return self._joint(start, choice, reason, inputs, deadline_s)
         if choice.coding is None or self.tail is None:
             return self._done(start, choice, "local", 0, self._local(inputs, choice), reason)
-        return self._remote(start, choice, inputs, self._deadline_s if deadline_s is None else deadline_s)
+        return self._remote(start, choice, inputs, deadline_s)
 
     def use(self, cut: str | None, coding: Coding | None = None) -> None:
         """Pin a cut (and one of its codings) while the tail answers, or choose freely again with None; for measuring."""
@@ -208,11 +211,11 @@ class SplitModel:
         While the tail is away, or where the big model would be late here, the small model's answer counts, with `sure`
         beside it: it may be all that the device is fast enough for.
         """
-        deadline_s = self._deadline_s if deadline_s is None else deadline_s
         small, session = self.plan.small, self._small
         if small is None or session is None:
             raise FormatError("the plan has no small model")
-        renamed = {name: inputs[live.name] for live, name in zip(self.plan.inputs, small.inputs, strict=True)}
+        pairs = zip(self.plan.inputs, small.inputs, strict=True)
+        renamed = {name: codec.fitting(live, inputs) for live, name in pairs}
         found = self.timer.run(lambda: session.run(renamed)).value
         mine = {live.name: found[name] for live, name in zip(self.plan.outputs, small.outputs, strict=True)}
         scores = found[small.outputs[0]]
@@ -243,11 +246,7 @@ class SplitModel:
                 return {**values, **codec.whole(choice.cut.tensors, values)}, b"", ""
             return values, codec.encode(choice.coding, choice.cut.tensors, values), ""
         except FormatError as error:
-            if self._staged:
-                return values, None, str(error)  # the code here may take what has no way to the tail
-            if choice.cut.after == 0:
-                raise  # the caller's input does not fit: no segment would take it either
-            return values, None, "the tensors hold NaN or infinity"
+            return values, None, str(error)  # what runs here may take it, or says what is wrong
 
     def _go_on(
         self,
@@ -327,7 +326,7 @@ class SplitModel:
         if self._rest_s(choice, usual=True) <= deadline_s:
             return max(0.0, min(self._wait_s, spare - self._rest_s(choice) * (1 + MARGIN_SHARE)))
         predicted_s = max(0.0, choice.ms - choice.cut.device_ms.p50 * self._alpha) / 1e3
-        return min(self._wait_s, deadline_s, PATIENCE * predicted_s)
+        return max(0.0, min(self._wait_s, deadline_s, PATIENCE * predicted_s))
 
     def _look(self, request: int, timeout_s: float, choice: Choice) -> Reply | None:
         """Return the reply with the model's outputs in it, or as invalid if they cannot be had of it; None: none came yet."""

@@ -10,6 +10,7 @@ from skills.errors import FormatError
 from skills.wire import pack_frame, unpack_frame
 
 MAX_FRAME_BYTES = 512 << 20
+MAX_ESTIMATES = 64  # the link tells a worker so many since it last spoke, and no more: it may be reading none
 _LENGTH = struct.Struct(">I")
 
 

@@ -10,7 +10,8 @@ DIR holds ca.pem, cert.pem and key.pem. Workers connect to the Unix socket and s
                  look {}: a request looked at the estimate and may stay local
   to the worker  answer {id, ok, outputs: [[name, datatype, shape, bytes]…]} + raw tensors, or {id, ok: false, kind, error};
                  with `reply` where the one tensor is a frame in the coding that was asked for
-                 estimate {mbit, rtt_ms, up, cold, queue_ms}: at once, and whenever it has changed
+                 estimate {mbit, rtt_ms, up, cold, queue_ms}: at once, and whenever it has changed; a worker that said nothing
+                 during ipc.MAX_ESTIMATES of them hears the newest when it speaks again
 While anybody used it in the last five seconds it keeps the connection warm with tiny calls on the same channel: TCP starts
 slowly again after half a second of silence, which costs more than a plan gains. While every request stays local it goes on more
 rarely, to notice when the way to the tail is another one.
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent import ipc
-from edge_agent.estimator import Breaker, Estimator
+from edge_agent.estimator import COLD_AFTER_S, Breaker, Estimator
 from skills import oip
 from skills.errors import FormatError, MissingExtra, SkerryError, Unreachable
 from skills.files import read_bytes
@@ -61,7 +62,7 @@ class Link:
     ) -> None:
         self._target, self._tls, self._clock, self._luck = target, tls, clock, luck
         self._estimator, self._breaker = Estimator(), Breaker()
-        self._writers: set[asyncio.StreamWriter] = set()
+        self._writers: dict[asyncio.StreamWriter, int] = {}  # how many estimates each was told since it last spoke
         self._calls: dict[tuple[int, int], asyncio.Task[None]] = {}
         self._last_use_s = self._last_look_s = float("-inf")
         self._used = asyncio.Event()
@@ -122,7 +123,7 @@ class Link:
         if task is not None:
             self._workers.add(task)
             task.add_done_callback(self._workers.discard)
-        self._writers.add(writer)
+        self._writers[writer] = 0
         self._use()
         self._tell(writer)
         try:
@@ -133,13 +134,16 @@ class Link:
         except (FormatError, ConnectionError):
             pass  # a worker that speaks nonsense or is gone loses its connection, the others keep theirs
         finally:
-            self._writers.discard(writer)
+            self._writers.pop(writer, None)
             for key in [key for key in self._calls if key[0] == id(writer)]:
                 self._calls.pop(key).cancel()
             writer.close()
 
     def _handle(self, writer: asyncio.StreamWriter, header: Mapping[str, Any], body: memoryview) -> None:
         op, number = header.get("op"), header.get("id")
+        told, self._writers[writer] = self._writers[writer], 0
+        if told >= ipc.MAX_ESTIMATES:
+            self._tell(writer)
         if op == "look":
             self._last_look_s = self._clock()
             self._used.set()
@@ -210,7 +214,7 @@ class Link:
         import grpc
 
         start = self._clock()
-        cold = self._estimator.now(start, up=True).cold
+        cold, alone = self._estimator.now(start, up=True).cold, len(self._calls) <= 1 and not self._probing
         try:
             deadline_us = int(header["deadline_us"])
             request = (_plain_request if header["op"] == "plain" else _request)(header, frame, deadline_us)
@@ -239,7 +243,8 @@ class Link:
         tail_ms = sum(times.values()) if times else _assumed_ms(header)
         moved = len(frame) + sum(map(len, response.raw_output_contents)) + CALL_BYTES
         took_ms = (now - start) * 1e3
-        self._estimator.on_transfer(now, moved, took_ms, tail_ms, queue_ms, cold=cold, guessed=not times)
+        alone = alone and len(self._calls) <= 1 and not self._probing
+        self._estimator.on_transfer(now, moved, took_ms, tail_ms, queue_ms, cold=cold, guessed=not times, alone=alone)
         self._answered()
         if len(response.outputs) != len(response.raw_output_contents):
             response = _raw(response)
@@ -263,6 +268,9 @@ class Link:
                 await asyncio.sleep(max(0.0, self._breaker.probe_at_s - now))
             elif now - max(self._last_use_s, self._last_look_s) > IDLE_AFTER_S:
                 self._used.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._used.wait(), COLD_AFTER_S + KEEP_WARM_S)
+                self._tell_all()  # the connection is cold now, and the next request must know
                 await self._used.wait()
             elif now - self._last_use_s > IDLE_AFTER_S:
                 await asyncio.sleep(KEEP_LOOKING_S)
@@ -329,6 +337,10 @@ class Link:
                 self._tell(writer)
 
     def _tell(self, writer: asyncio.StreamWriter) -> None:
+        """Tell a worker the estimate, unless it has heard so many in silence that it may be reading none."""
+        if self._writers[writer] >= ipc.MAX_ESTIMATES:
+            return
+        self._writers[writer] += 1
         now = self._estimate()
         self._send(
             writer,

@@ -121,6 +121,7 @@ def _encodes(chain: ort.Chain, samples: "list[Arrays]", work: Work, timer: Timer
     found = list[tuple[float, ...]]()
     for crossing in work.crossings:
         values: list[Arrays] = [chain.run(sample, 0, crossing.after) for sample in samples]
+        values = [one for one in values if not codec.obstacle(crossing.tensors, one)] or values
         runs = {str(at): writing(coding, crossing.tensors, values) for at, coding in enumerate(crossing.codings)}
         rounds = _rounds(runs, CODING_ROUNDS, CODING_BUDGET_S / len(work.crossings))
         timings = ort.interleaved(runs, rounds, WARMUP, _clock(timer))

@@ -115,7 +115,8 @@ class Service:
                 if self._serving.get(skill) is not serving:
                     continue  # swapped while we stood in line
                 try:
-                    request = {"op": "infer", "json_len": json_len}
+                    left_s = deadline_s - (time.perf_counter() - start)
+                    request = {"op": "infer", "json_len": json_len, "left_s": round(left_s, 6)}
                     header, answer = await serving.worker.call(request, body, deadline_s)
                 except Unreachable:
                     self.withdraw(skill, serving.worker)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 RECONNECT_S = 1.0
 LOOK_EVERY_S = 1.0
+NEWEST_S = 0.005  # how long a choice waits for the newest estimate where the one at hand may be old
 SEND_DEADLINE_S = 1.0
 MAX_ERROR = 200  # characters of a sentence that names what a tail sent
 MAX_FRAME_BYTES = oip.MAX_MESSAGE_BYTES + (1 << 20)
@@ -93,6 +94,7 @@ class LinkClient:
         self._estimate = Estimate(0.0, 0.0, up=False)
         self._plan = ""
         self._looked_at_s = float("-inf")
+        self._heard = 0  # estimates since we last spoke
         self._next, self._try_at_s = 0, float("-inf")
 
     def prepare(self, plan: str) -> None:
@@ -101,11 +103,14 @@ class LinkClient:
 
     def estimate(self) -> Estimate:
         self._connect()
-        self._receive(0)
-        now = time.monotonic()
-        if now - self._looked_at_s > LOOK_EVERY_S:
+        while self._receive(0):
+            pass  # the newest counts
+        now, old = time.monotonic(), self._heard >= ipc.MAX_ESTIMATES  # then the link has told us no more
+        if old or now - self._looked_at_s > LOOK_EVERY_S:
             self._looked_at_s = now
             self._put(ipc.frame({"op": "look"}))
+        while old and self._channel is not None and not self._heard and (left := now + NEWEST_S - time.monotonic()) > 0:
+            self._receive(left)
         return self._estimate
 
     def send(self, plan: str, cut: str, codec: str, frame: bytes, deadline_s: float, reply: str = "") -> int:
@@ -123,15 +128,18 @@ class LinkClient:
     def _send(self, header: dict[str, Any], body: bytes, deadline_s: float) -> int:
         self._next += 1
         self._waiting.add(self._next)
-        self._put(ipc.frame({**header, "id": self._next, "deadline_us": max(1, int(deadline_s * 1e6))}, body))
+        frame = ipc.frame({**header, "id": self._next, "deadline_us": max(1, int(deadline_s * 1e6))}, body)
+        self._put(frame, min(SEND_DEADLINE_S, max(0.001, deadline_s)))
         return self._next
 
     def wait(self, request: int, timeout_s: float) -> Reply | None:
-        until = time.monotonic() + timeout_s
+        left = max(0.0, timeout_s)
+        until = time.monotonic() + left
         while request not in self._replies and self._channel is not None:
+            if left < 0:
+                return None  # whatever else keeps coming
+            self._receive(left)
             left = until - time.monotonic()
-            if not self._receive(max(0.0, left)) and left <= 0:
-                return None
         self._waiting.discard(request)
         return self._replies.pop(request, Reply(None, "unavailable", "the link process is gone"))
 
@@ -195,11 +203,12 @@ class LinkClient:
         if self._plan:
             self._put(ipc.frame({"op": "plan", "plan": self._plan}))
 
-    def _put(self, data: bytes) -> None:
+    def _put(self, data: bytes, timeout_s: float = SEND_DEADLINE_S) -> None:
         if self._channel is None:
             return
+        self._heard = 0
         try:
-            self._channel.settimeout(SEND_DEADLINE_S)
+            self._channel.settimeout(timeout_s)
             self._channel.sendall(data)
         except OSError:
             self._lose()
@@ -240,6 +249,7 @@ class LinkClient:
 
     def _understand(self, header: dict[str, Any], body: bytes) -> None:
         if header["op"] == "estimate":
+            self._heard += 1
             self._estimate = Estimate(
                 float(header["mbit"]),
                 float(header["rtt_ms"]),

@@ -37,7 +37,7 @@ class FakeClock:
 class FakeTail:
     """Keeps to the contract of `edge_agent.tail_client.Tail`; `link`, `delay_s`, `silent` and `refuse` script it.
 
-    With `stages` it runs those for a plan of stages. `replies` is what was asked of the answers' coding.
+    With `stages` it runs those for a plan of stages. `replies` is what was asked of the answers' coding, `waits` for how long.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class FakeTail:
         self.prepared = ""
         self.cancelled: list[tuple[int, bool]] = []
         self.replies: list[str] = []
+        self.waits: list[float] = []
 
     def prepare(self, plan: str) -> None:
         self.prepared = plan
@@ -82,6 +83,7 @@ class FakeTail:
         return self._next
 
     def wait(self, request: int, timeout_s: float) -> Reply | None:
+        self.waits.append(timeout_s)
         due, reply = self._due.get(request, (float("inf"), Reply(None)))
         if due > self._clock() + timeout_s:
             self._clock.advance(timeout_s)

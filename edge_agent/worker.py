@@ -1,13 +1,15 @@
 """One version of one skill in a process of its own. It is unloaded by killing it: the operating system frees everything.
 
 Forked by the zygote; speaks frames (edge_agent/ipc.py) with the supervisor, one request at a time. Operations: `load`,
-`probe`, `infer`; `measure`, of a worker that has loaded nothing. Answers carry "ok"; a failure carries "error" (one
-sentence) and "code" (skills/errors.py).
+`probe`, `infer` (with `left_s`, how long its asker still waits); `measure`, of a worker that has loaded nothing. Answers
+carry "ok"; a failure carries "error" (one sentence) and "code" (skills/errors.py).
 """
 
 import contextlib
+import functools
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -35,6 +37,7 @@ class CallableModel:
 
     def __init__(self, variant: Variant, folder: Path, timer: Timer, link: Path | None, wait_s: float) -> None:
         self._timer, self._split, self._run = timer, None, None
+        self.until_s: float | None = None  # when the asker stops waiting, on the monotonic clock
         if variant.split is not None:
             from edge_agent.infer import SplitModel
 
@@ -45,7 +48,7 @@ class CallableModel:
 
     def __call__(self, **feeds: "NDArray[Any]") -> "Arrays":
         if self._split is not None:
-            return self._split(**feeds)
+            return self._split.answer(feeds, _left_s(self.until_s))
         return self._timer.run(lambda: self._run(feeds)).value  # type: ignore[misc]
 
     @property
@@ -92,15 +95,17 @@ class LoadedSkill:
             )
             self._placed = SplitModel(folder, timer=timer, link=link, wait_s=wait_s, stages=chain)
 
-    def run(self, inputs: "Arrays") -> Answer:
-        """Run all stages on checked inputs.
+    def run(self, inputs: "Arrays", until_s: float | None = None) -> Answer:
+        """Run all stages on checked inputs; the asker stops waiting at `until_s` on the monotonic clock.
 
         Raises:
             FormatError: the control code refuses the input, or returns something else than the skill promises.
         """
         if self._placed is not None:
-            outputs = self._placed.answer(inputs)
+            outputs = self._placed.answer(inputs, _left_s(until_s))
             return Answer(outputs=dict(outputs), where=self._placed.last.where, cut=self._placed.last.cut)
+        for model in self._models.values():
+            model.until_s = until_s
         arrays = inputs
         for stage, function in self._stages:
             arrays = function(arrays, self._models[stage.model])
@@ -120,6 +125,10 @@ class LoadedSkill:
             for model in self._models.values():
                 stack.enter_context(model.kept_local())
             return self.run(inputs)
+
+
+def _left_s(until_s: float | None) -> float | None:
+    return None if until_s is None else until_s - time.monotonic()
 
 
 def _bound(function: "Callable[[Arrays, Any], Arrays]", model: CallableModel) -> "Callable[[Arrays], Arrays]":
@@ -145,7 +154,9 @@ def serve(channel: socket.socket) -> None:
 
                 reply, answer = {"probe": check(loaded)}, b""
             else:
-                reply, answer = answer_request(loaded.skill, loaded.run, header, body)
+                until_s = time.monotonic() + header["left_s"] if "left_s" in header else None
+                run = functools.partial(loaded.run, until_s=until_s)
+                reply, answer = answer_request(loaded.skill, run, header, body)
         except SkerryError as error:
             reply, answer = {"ok": False, "error": str(error), "code": error.exit_code}, b""
         except Exception as error:  # noqa: BLE001 - the outermost loop of a process, around foreign code

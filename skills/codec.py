@@ -37,16 +37,35 @@ def encode(coding: Coding, tensors: Sequence[Live], arrays: Mapping[str, "Array"
     """Return one frame with the arrays of `tensors`, in that order.
 
     Raises:
-        FormatError: an array is missing, has another type or shape than the plan says, or holds NaN or infinity.
+        FormatError: an array is missing, has another type or shape than the plan says, or cannot travel (`obstacle`).
     """
+    if why := obstacle(tensors, arrays):
+        raise FormatError(why)
     parts, bodies = [struct.pack(">2sBB", MAGIC, VERSION, len(tensors))], []
     for at, live in enumerate(tensors):
-        array = _checked(live, arrays)
+        array = fitting(live, arrays)
         body = _encode_one(coding, at, live, array)
         free = [size for size, said in zip(array.shape, live.shape, strict=True) if said == -1]
         parts.append(struct.pack(f">{len(free) + 1}I", *free, len(body)))
         bodies.append(body)
     return b"".join(parts + bodies)
+
+
+def obstacle(tensors: Sequence[Live], arrays: Mapping[str, "Array"]) -> str:
+    """Return why arrays that fit the plan cannot travel (empty, not finite, too large), in a sentence; empty where they can.
+
+    Raises:
+        FormatError: an array is missing, or has another type or shape than the plan says.
+    """
+    total = 0
+    for live in tensors:
+        array = _checked_type(live, arrays)
+        if array.size == 0:
+            return f"the tensor {live.name!r} is empty {array.shape}: there is nothing to send"
+        if not _finite(array):
+            return f"the tensor {live.name!r} holds NaN or infinity"
+        total += array.nbytes
+    return f"the tensors have {total} bytes, a frame at most {MAX_DECODED_BYTES}" if total > MAX_DECODED_BYTES else ""
 
 
 def decode(
@@ -381,13 +400,22 @@ def fitting(live: Live, arrays: Mapping[str, "Array"]) -> "Array":
 
 
 def _checked(live: Live, arrays: Mapping[str, "Array"]) -> "Array":
-    import numpy as np
-
-    array = fitting(live, arrays)
-    itemsize(live)
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
+    array = _checked_type(live, arrays)
+    if not _finite(array):
         raise FormatError(f"the tensor {live.name!r} holds NaN or infinity")
     return array
+
+
+def _checked_type(live: Live, arrays: Mapping[str, "Array"]) -> "Array":
+    array = fitting(live, arrays)
+    itemsize(live)
+    return array
+
+
+def _finite(array: "Array") -> bool:
+    import numpy as np
+
+    return array.dtype.kind != "f" or bool(np.isfinite(array).all())
 
 
 def _filled(live: Live, sizes: Sequence[int]) -> tuple[int, ...]:

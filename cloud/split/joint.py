@@ -101,7 +101,7 @@ def join(plan_folder: Path, small: Path, data: "Path | Arrays", target: float | 
     kept = sure[judge] >= threshold
     both = np.where(kept, right_small[judge], right_big[judge])
     drop, interval = paired_drop(right_big[judge], both)
-    content = raw if isinstance(raw, bytes) else read_bytes(raw, "the small model", MAX_MODEL_BYTES)
+    content = _one_file(raw, graph, small.parent)
     found = Small(
         f"{FOLDER}/{small.name}", sha256_hex(content), len(content), inputs, outputs, kind, round(temperature, 4),
         round(threshold, 6), round(float(1 - kept.mean()), 4), round(float(both.mean()), 4), drop, interval, len(judge),
@@ -117,6 +117,19 @@ def join(plan_folder: Path, small: Path, data: "Path | Arrays", target: float | 
         found, float(right_small[judge].mean()), float(right_big[judge].mean()), float(both.mean()), interval, len(judge),
         describe(joined, joined.network),
     )  # fmt: skip
+
+
+def _one_file(raw: bytes | Path, graph: Any, folder: Path) -> bytes:
+    """Return the small model as it is, or with all in it that lies in other files of `folder`."""
+    from onnx import external_data_helper
+
+    alone = graph.SerializeToString()
+    external_data_helper.load_external_data_for_model(graph, str(folder))
+    if graph.ByteSize() > MAX_MODEL_BYTES:
+        raise FormatError(f"the small model has {graph.ByteSize()} bytes, the limit is {MAX_MODEL_BYTES}")
+    if (whole := graph.SerializeToString()) != alone:
+        return bytes(whole)
+    return raw if isinstance(raw, bytes) else read_bytes(raw, "the small model", MAX_MODEL_BYTES)
 
 
 def _check_scores(scores: "Sequence[Array]", big: "Array", score: Scorer, name: str) -> Scores:

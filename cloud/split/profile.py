@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from skills import codec
+from skills import codec, oip
 from skills.coding import Coding, Kind, Live
 from skills.errors import FormatError
 from skills.split import reply_ms
@@ -102,10 +102,14 @@ def measure(
 
 
 def possible_codings(tensors: Sequence[Live], is_input: bool, values: Sequence["Arrays"]) -> Iterator[Coding]:
-    """Yield the codings worth measuring for a cut, calibrated on the live tensors of the samples.
+    """Yield the codings worth measuring for a cut, calibrated on the live tensors of the samples that can travel.
 
-    What a quantized model computes in whole numbers travels as it is (`native`).
+    What a quantized model computes in whole numbers travels as it is (`native`). Where most samples cannot travel (empty, not
+    finite, too large for a frame) there are none.
     """
+    usable = travelling(tensors, values)
+    if 2 * len(usable) <= len(values):
+        return
     if is_input and all(tensor.image for tensor in tensors):
         yield from (Coding("jpeg", quality) for quality in JPEG_QUALITIES)
         yield Coding("png")
@@ -117,7 +121,17 @@ def possible_codings(tensors: Sequence[Live], is_input: bool, values: Sequence["
     if any(floats):
         # 16 bits are for signals that come in as samples; behind a layer they gain no accuracy over 8 and cost twice the bytes.
         for kind in SIGNAL_KINDS if is_input else ("u8", "u4"):
-            yield _affine(kind, tensors, values)
+            yield _affine(kind, tensors, usable)
+
+
+def travelling(tensors: Sequence[Live], values: Sequence["Arrays"]) -> list["Arrays"]:
+    """Return the samples whose tensors can go over the wire; with the others the device goes on by itself."""
+    return [one for one in values if not codec.obstacle(tensors, one)]
+
+
+def arrived(coding: Coding, tensors: Sequence[Live], one: "Arrays") -> "Arrays":
+    """Return a sample's tensors as what computes on them reads them: the tail, or the device where they cannot travel."""
+    return one if codec.obstacle(tensors, one) else codec.decode(coding, tensors, codec.encode(coding, tensors, one))
 
 
 def _affine(kind: Kind, tensors: Sequence[Live], values: Sequence["Arrays"]) -> Coding:
@@ -178,9 +192,15 @@ def measure_coding(
     writes: Timer,
     reads: Timer = Local(),  # noqa: B008  frozen
 ) -> tuple[Coding, list["Arrays"]]:
-    """Return the coding with its bytes and times, and the answers that came of it, measured on every sample."""
+    """Return the coding with its bytes and times, and the answers that came of it, measured on every sample.
+
+    A sample that cannot travel is finished by the device: it has an answer, and neither bytes nor times.
+    """
     sizes, answers, encodes, decodes = [], [], [], []
     for at, one in enumerate(values):
+        if codec.obstacle(tensors, one):
+            answers.append(finish(one))
+            continue
         for _ in range(1 if at >= CODEC_ROUNDS else 2):  # the second run is warm
             start, cpu = time.perf_counter(), time.thread_time()
             frame = codec.encode(coding, tensors, one)
@@ -212,11 +232,12 @@ def _check_exact(tensors: Sequence[Live], sent: "Arrays", arrived: "Arrays") -> 
 
 
 def gated(coding: Coding, reference: Sequence[float], marks: Sequence[float], max_drop: float) -> Coding:
-    """Return the coding with its drop, input against input; over the budget it is not admitted."""
+    """Return the coding with its drop, input against input; over the budget, or too large for a message, it is not admitted."""
     import numpy as np
 
     drop, interval = paired_drop(np.asarray(reference), np.asarray(marks))
-    return dataclasses.replace(coding, drop=drop, drop_ci95=interval, admitted=drop <= max_drop)
+    admitted = drop <= max_drop and coding.bytes_p95 <= oip.MAX_MESSAGE_BYTES
+    return dataclasses.replace(coding, drop=drop, drop_ci95=interval, admitted=admitted)
 
 
 def with_reply(

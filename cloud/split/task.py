@@ -11,6 +11,7 @@ from cloud.split.graph import Flow
 from cloud.split.live import LiveDevice, with_figures
 from cloud.split.profile import (
     Costs,
+    arrived,
     gated,
     measure,
     measure_coding,
@@ -23,7 +24,7 @@ from cloud.split.profile import (
 )
 from cloud.split.segment import Pieces, Types, write_segments
 from cloud.split.shortlist import Candidate
-from skills import codec, ort
+from skills import ort
 from skills.coding import Coding, Image
 from skills.errors import FormatError
 from skills.files import storage_errors
@@ -157,7 +158,7 @@ class Task:
             for after, measured in enumerate(found):
                 values_here = timed.chain.run(sample, 0, after)
                 for coding, marks in measured:
-                    decoded = codec.decode(coding, live[after], codec.encode(coding, live[after], values_here))
+                    decoded = arrived(coding, live[after], values_here)
                     marks.append(marked(at, timed.chain.run(decoded, after), truth))
         if self.more:
             self.progress("judging the budget", len(reference), len(reference))

@@ -11,8 +11,8 @@ from edge_agent.serve import LocalEndpoint
 from edge_agent.service import Service
 from edge_agent.usage import UsageLog
 from edge_agent.workers import Load
-from edge_agent.workers_fake import FakeWorkers
-from skills.errors import FormatError
+from edge_agent.workers_fake import FakeWorker, FakeWorkers
+from skills.errors import FormatError, Unreachable
 from skills.manifest import Model, Skill, Stage, Tensor, Variant
 
 TENSOR = Tensor("x", "FP32", (-1, 4))
@@ -185,3 +185,28 @@ async def test_a_taken_port_is_one_sentence(tmp_path):
         other = LocalEndpoint(service, dict, max_bytes=1, deadline_s=1)
         with pytest.raises(Exception, match="cannot listen on 127.0.0.1"):
             await other.start("127.0.0.1", made.port)
+
+
+def test_a_worker_hears_how_long_its_asker_still_waits(tmp_path):
+    heard = []
+
+    async def story():
+        async with endpoint(tmp_path, serving=False) as (_, service):
+
+            class Hearing(FakeWorker):
+                async def call(self, header, body, deadline_s):
+                    heard.append(header["left_s"])
+                    if len(heard) == 1:
+                        serve_anew()
+                        raise Unreachable("it died over it")
+                    return await super().call(header, body, deadline_s)
+
+            def serve_anew():
+                load = Load("digits", "1.0.0", "a" * 64, tmp_path, tmp_path, {"m": "v"}, "local", 250)
+                service.serve(SKILL, Installed("1.0.0", "a" * 64, "t"), Hearing(FakeWorkers(), load, lambda _: None))
+
+            serve_anew()
+            await service.infer("digits", None, b"{}", 2, 5.0)
+
+    asyncio.run(story())
+    assert 5.0 >= heard[0] > heard[1] > 0

@@ -218,6 +218,12 @@ def test_where_staying_local_is_best_the_big_model_answers_a_hard_input_here(joi
     assert model.last.reason.endswith("ms here")
 
 
+def test_an_input_that_is_missing_is_named(joined: Any, planned_net: Any) -> None:
+    model, _, _ = bench(joined[0])
+    with pytest.raises(FormatError, match="'x' is missing, there are y"):
+        model.answer({"y": planned_net.x[:1]})
+
+
 def test_a_tail_that_refuses_the_plan_leaves_a_hard_input_to_the_small_model(joined: Any, planned_net: Any) -> None:
     folder, _, small = joined
     model, tail, _ = bench(folder)
@@ -257,6 +263,23 @@ def test_the_threshold_is_the_lowest_that_reaches_the_target() -> None:
         choose_threshold(sure, np.zeros(4, bool), np.array([True, True, False, False]), 0.9)
     with pytest.raises(UsageError, match="above 0 and at most 1"):
         choose_threshold(sure, small, big, 90)
+
+
+def test_a_small_model_whose_weights_lie_beside_it_is_taken_with_them(planned_net: Any, tmp_path: Path) -> None:
+    folder, beside = tmp_path / "plan", tmp_path / "beside"
+    shutil.copytree(planned_net.folder, folder)
+    beside.mkdir()
+    onnx.save(
+        onnx.load_from_string(blurred(planned_net.model)), beside / "small.onnx",
+        save_as_external_data=True, location="small.bin", size_threshold=0,
+    )  # fmt: skip
+    x = planned_net.x
+    right = ort.session(beside / "small.onnx").run({"x": x[:1]})["logits"]
+    join(folder, beside / "small.onnx", {"x": x}, target=0.5)
+    shutil.rmtree(beside)
+    model, tail, _ = bench(folder)
+    tail.link = Estimate(20, 10, up=False)
+    np.testing.assert_array_equal(model.answer({"x": x[:1]})["logits"], right)
 
 
 def test_too_few_inputs_and_another_answer_are_refused(joined: Any, planned_net: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 import pytest
 
+from edge_agent.ipc import MAX_ESTIMATES
 from edge_agent.link import IDLE_AFTER_S, KEEP_LOOKING_S, KEEP_WARM_S, Link
 from skills import oip
 from skills.wire import unpack_frame
@@ -106,7 +107,7 @@ class World:
     def __init__(self) -> None:
         self.tail, self.worker = Tail(), Writer()
         self.link = Scripted(self.tail)
-        self.link._writers.add(self.worker)  # type: ignore[arg-type]
+        self.link._writers[self.worker] = 0  # type: ignore[index]
         self.link._use()
         self.warm = asyncio.create_task(self.link._keep_warm())
 
@@ -122,8 +123,11 @@ class World:
     def answers(self) -> list[dict[str, Any]]:
         return [one for one in self.worker.heard if one["op"] == "answer"]
 
+    def estimates(self) -> list[dict[str, Any]]:
+        return [one for one in self.worker.heard if one["op"] == "estimate"]
+
     def up(self) -> bool:
-        return bool([one for one in self.worker.heard if one["op"] == "estimate"][-1]["up"])
+        return bool(self.estimates()[-1]["up"])
 
     async def end(self) -> None:
         self.warm.cancel()
@@ -175,6 +179,40 @@ def test_while_every_request_stays_local_the_way_is_looked_at_more_rarely_and_no
         quiet = len(world.tail.pings)
         await asyncio.sleep(60)
         assert len(world.tail.pings) == quiet
+
+    simulated(story)
+
+
+def test_a_worker_that_is_silent_hears_of_a_connection_that_grew_cold(simulated: Any) -> None:
+    async def story(world: World) -> None:
+        await asyncio.sleep(1)
+        assert not world.estimates()[-1]["cold"]
+        await asyncio.sleep(60)
+        assert world.estimates()[-1]["cold"]
+        assert (await world.ask())["ok"]
+        assert not world.estimates()[-1]["cold"]
+        await asyncio.sleep(10)  # a camera that asks every ten seconds plans for TCP's slow start each time
+        assert world.estimates()[-1]["cold"]
+
+    simulated(story)
+
+
+def test_a_worker_that_does_not_read_is_told_no_more_than_so_many_estimates_and_the_newest_when_it_speaks(
+    simulated: Any,
+) -> None:
+    async def story(world: World) -> None:
+        await asyncio.sleep(1)
+        idle = Writer()
+        world.link._writers[idle] = 0  # type: ignore[index]
+        for at in range(500):
+            world.link._estimator.on_ping(world.link._clock() + 20 * at, 10.0 + at)
+            world.link._tell_all()
+        assert len(idle.heard) == MAX_ESTIMATES
+        world.say(op="look")
+        world.link._handle(idle, {"op": "look"}, memoryview(b""))  # type: ignore[arg-type]
+        assert len(idle.heard) == MAX_ESTIMATES + 1
+        assert idle.heard[-1] == world.estimates()[-1]
+        assert idle.heard[-1]["rtt_ms"] == pytest.approx(world.link._estimate().rtt_ms)
 
     simulated(story)
 

@@ -1,18 +1,26 @@
 """A skill whose stages are placed: the device runs the first ones, a scripted tail the others, and the device whatever fails."""
 
+import dataclasses
+import shutil
+import socket
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from cloud.split.export import commented
+from edge_agent import ipc, worker
 from edge_agent.probe import check
 from edge_agent.tail_client import Reply
 from edge_agent.tail_fake import FakeClock, FakeTail
 from edge_agent.worker import LoadedSkill
+from skills import oip
 from skills.errors import FormatError
 from skills.manifest import load_skill
-from skills.split import Estimate
+from skills.split import Choice, Estimate
+from skills.split_plan import load_plan
 from skills.stages import StageChain
 from skills.timer import Local
 
@@ -53,6 +61,39 @@ def test_a_silent_tail_costs_the_wait_and_the_device_runs_the_other_stages(bench
     answer, found, right = bench.ask(placed_skill.inputs())
     assert answer.where == "continued"
     np.testing.assert_array_equal(found, right)
+
+
+@pytest.mark.parametrize("bound", ["the plan's", "the asker's"])
+def test_a_worker_waits_for_a_silent_tail_no_longer_than_plan_and_asker_allow(
+    placed_skill: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: str
+) -> None:
+    folder, most_s = tmp_path / "skill", 0.1
+    shutil.copytree(placed_skill.folder, folder)
+    plan = load_plan((folder / "split.yaml").read_text())
+    if bound == "the plan's":
+        plan = dataclasses.replace(plan, policy=dataclasses.replace(plan.policy, slo_ms=most_s * 1e3))
+    (folder / "split.yaml").write_text(commented(plan))
+    bench = Bench(folder)
+    bench.placed.use("c1")
+    bench.tail.silent = True
+    monkeypatch.setattr(worker, "_load", lambda header: bench.loaded)
+    ours, theirs = socket.socketpair()
+    serving = threading.Thread(target=worker.serve, args=(theirs,))
+    serving.start()
+    body, size = oip.encode_call(oip.Call(placed_skill.inputs()))
+    with ours:
+        ours.settimeout(60)
+        ours.sendall(ipc.frame({"op": "load"}))
+        left_s = 30.0 if bound == "the plan's" else most_s
+        ours.sendall(ipc.frame({"op": "infer", "json_len": size, "left_s": left_s}, body))
+        answers = [ipc.receive(ours) for _ in range(2)]
+    serving.join(60)
+    theirs.close()
+    header, answer = answers[1] or ({}, b"")
+    assert header["where"] == "continued"
+    found = oip.decode_answer(answer, header["json_len"]).arrays["logits"]
+    np.testing.assert_array_equal(found, bench.alone.run(placed_skill.inputs()).outputs["logits"])
+    assert bench.tail.waits[0] + bench.placed._rest_s(Choice(plan.cut("c1"), None, 0.0)) < most_s
 
 
 def test_a_link_that_is_down_leaves_all_stages_here(bench: Bench, placed_skill: Any) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import shutil
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from cloud.split.export import commented
 from edge_agent.infer import SplitModel
 from edge_agent.tail_client import Reply
 from edge_agent.tail_fake import FakeClock, FakeTail
+from edge_agent.worker import CallableModel
 from skills import codec, ort, zstd
 from skills.errors import FormatError
+from skills.manifest import Variant
 from skills.split import Estimate
 from skills.split_plan import Millis, load_plan
-from skills.timer import Timed
+from skills.timer import Local, Timed
 
 
 class Ticking:
@@ -109,6 +112,37 @@ def test_with_a_deadline_the_device_goes_on_as_soon_as_waiting_would_make_it_lat
         start = bench.clock()
         bench.ask(deadline_s=deadline)
         assert bench.clock() - start <= deadline
+
+
+def test_the_plans_slo_is_a_deadline_and_a_sooner_one_counts(planned_net: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "plan"
+    shutil.copytree(planned_net.folder, folder)
+    plan = load_plan((folder / "split.yaml").read_text())
+    plan = dataclasses.replace(plan, policy=dataclasses.replace(plan.policy, slo_ms=150.0))
+    (folder / "split.yaml").write_text(commented(plan))
+    bench = Bench(dataclasses.replace(planned_net, folder=folder))
+    bench.model.use(bench.cut)
+    bench.tail.silent = True
+    for asked, deadline in ((None, 0.15), (0.08, 0.08), (30.0, 0.15)):
+        start = bench.clock()
+        bench.ask(deadline_s=asked)
+        assert bench.clock() - start <= deadline
+
+
+def test_each_model_of_a_skill_waits_no_longer_than_its_asker_still_does(planned_net: Any) -> None:
+    tail: Any = FakeTail(planned_net.folder, FakeClock())
+    tail.silent = True
+    variant = Variant("v", "onnxruntime", split="split.yaml")
+    model = CallableModel(variant, planned_net.folder, Local(), tail, 0.25)
+    assert model._split is not None
+    model._split.use("input")
+    for until_s, most_s in ((None, 0.25), (time.monotonic() + 0.1, 0.1), (time.monotonic() - 1, 0.0)):
+        model.until_s = until_s
+        assert model(x=planned_net.x[:1])["logits"].shape == (1, 4)
+        assert model.ran[0] == "continued"
+        asked_s = tail.waits[0]
+        assert asked_s == 0.25 if until_s is None else asked_s <= most_s
+        tail.waits.clear()
 
 
 def test_a_reply_that_comes_while_the_device_goes_on_still_counts(bench: Bench) -> None:
@@ -248,6 +282,29 @@ def test_activations_that_are_not_finite_stay_here(bench: Bench) -> None:
     assert out.shape == (1, 4)
     assert bench.model.last.where == "continued"
     assert "NaN or infinity" in bench.model.last.reason
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_an_input_that_is_not_finite_is_answered_as_it_is_without_a_tail(bench: Bench, bad: float) -> None:
+    x = np.full((1, 1, 12, 12), bad, np.float32)
+    answers = []
+    for up in (True, False):
+        bench.tail.link = Estimate(20, 10, up=up)
+        bench.model.use("input")
+        answers.append(bench.model(x=x)["logits"])
+        assert bench.model.last.where == ("continued" if up else "local")
+    assert "NaN or infinity" not in bench.model.last.reason
+    np.testing.assert_array_equal(*answers)
+    assert bench.tail._next == 0
+
+
+def test_a_message_that_is_empty_stays_here_and_says_nothing_against_the_tail(bench: Bench) -> None:
+    bench.model.use("input")
+    bench.model(x=np.zeros((0, 1, 12, 12), np.float32))
+    assert (bench.model.last.where, bench.tail._next) == ("continued", 0)
+    assert "is empty" in bench.model.last.reason
+    bench.ask()
+    assert bench.model.last.where == "cloud"
 
 
 class Detecting(Bench):
@@ -399,8 +456,8 @@ def test_a_stock_tail_is_never_sent_what_is_not_finite(planned_net: Any, tmp_pat
     (folder / "split.yaml").write_text(text.replace("tail: skerry", "tail: stock"))
     bench = Bench(dataclasses.replace(planned_net, folder=folder))
     bench.model.use("input")
-    with pytest.raises(FormatError, match="NaN"):
-        bench.model.answer({"x": np.full_like(bench.x[:1], np.nan)})
+    bench.model.answer({"x": np.full_like(bench.x[:1], np.nan)})
+    assert (bench.model.last.where, bench.tail._next) == ("continued", 0)
 
 
 def test_what_does_not_fit_into_memory_is_loaded_only_to_go_on_without_the_tail(

@@ -8,10 +8,13 @@ import pytest
 
 from cloud.split.check import unaudited
 from cloud.split.export import commented
+from cloud.split.profile import gated
 from cloud.split.stages import plan_stages
 from cloud.tail.guard import remote_cuts
+from skills.coding import Coding
 from skills.errors import FormatError, NotFound, UsageError
 from skills.network import Link
+from skills.oip import MAX_MESSAGE_BYTES
 from skills.split_plan import load_plan
 
 MANIFEST = """\
@@ -85,6 +88,32 @@ def test_a_declared_minimum_cut_lets_the_messages_behind_it_leave(skill: Path) -
     for private, cut in ((True, "input"), (True, "c2"), (False, "c1")):
         with pytest.raises(UsageError, match="the minimum cut is"):
             plan_stages(skill, None, rounds=1, private=private, min_cut=cut)
+
+
+@pytest.mark.parametrize(("blank", "kinds"), [(3, ["u8", "u4"]), (7, [])])
+def test_samples_without_a_detection_are_finished_here_and_a_message_that_mostly_is_empty_has_no_coding(
+    skill: Path, small_net: Any, blank: int, kinds: list[str]
+) -> None:
+    empty = "    if not inputs['image'].any():\n        kept = kept[:0]\n    return {'cut'"
+    none = "    if not len(inputs['cut']):\n        return {'logits': np.zeros((1, 4), np.float32)}\n    return model("
+    (skill / "stages.py").write_text(CODE.replace("    return {'cut'", empty).replace("    return model(", none))
+    x = np.array(small_net("plain").x[:12])
+    x[:blank] = 0
+    plan = plan_stages(skill, {"image": x}, rounds=1, max_drop=50)
+    assert [(one.kind, one.admitted) for one in plan.cut("c1").codings] == [(kind, True) for kind in kinds]
+    assert plan.cut("c1").tensors[0].shape == (-1, 1, 12, 12)
+
+
+def test_a_coding_whose_frames_no_message_holds_is_not_admitted() -> None:
+    for size in (MAX_MESSAGE_BYTES, MAX_MESSAGE_BYTES + 1):
+        coding = gated(Coding("native", bytes_p95=size), [1.0, 1.0], [1.0, 1.0], 1.0)
+        assert coding.admitted == (size == MAX_MESSAGE_BYTES)
+
+
+def test_private_stages_keep_the_input_here(skill: Path) -> None:
+    plan = plan_stages(skill, None, links=(Link(1000, 0.1),), rounds=1, private=True, slowdown=1000)
+    assert plan.verdicts[0].cut in ("c1", "local")
+    assert plan.stages[0].place == "device"
 
 
 @pytest.mark.parametrize(

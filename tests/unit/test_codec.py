@@ -88,6 +88,18 @@ def test_a_tensor_that_is_not_finite_is_not_sent(bad: float) -> None:
         codec.encode(affine("u8", np.ones(3)), (X,), {"x": x})
 
 
+def test_what_is_empty_or_larger_than_a_frame_holds_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    live = Live("t", "FP32", (-1, 4))
+    with pytest.raises(FormatError, match=r"'t' is empty \(0, 4\)"):
+        codec.encode(Coding("native"), [live], {"t": np.zeros((0, 4), np.float32)})
+    monkeypatch.setattr(codec, "MAX_DECODED_BYTES", 64)
+    for rows, fits in ((4, True), (5, False)):
+        arrays = {"t": np.zeros((rows, 4), np.float32)}
+        assert (codec.obstacle([live], arrays) == "") == fits
+    with pytest.raises(FormatError, match="the tensors have 80 bytes, a frame at most 64"):
+        codec.encode(Coding("native"), [live], arrays)
+
+
 def test_a_float_tensor_that_is_not_finite_is_not_accepted() -> None:
     raw = zstd.compress(np.full((1, 3, 8, 8), np.nan, np.float32).tobytes(), 1)
     frame = struct.pack(">2sBBII", b"SK", 1, 1, 1, len(raw)) + raw

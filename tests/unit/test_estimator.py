@@ -120,6 +120,88 @@ def test_what_a_plan_guessed_of_a_tail_is_taken_off_where_it_is_the_smaller_part
     assert estimator.now(0.4, up=True).mbit == pytest.approx(2, rel=0.02)
 
 
+@given(sizes=st.lists(st.integers(1000, 3000), min_size=3, max_size=10), late=st.floats(0, 0.8))
+def test_requests_of_a_few_kb_learn_within_two_that_a_slow_link_is_fast_now(sizes: list[int], late: float) -> None:
+    estimator = Estimator()
+    send(estimator, 0.0, 1, 30)
+    for at, size in enumerate(sizes):
+        send(estimator, 1 + at / 10, 1, 30, size)
+    assert estimator.now(2.0, up=True).mbit == pytest.approx(1, rel=0.02)
+    for at, size in enumerate(sizes):
+        wire_ms = size * 8 / 20 / 1000
+        estimator.on_transfer(3 + at / 10, size, wire_ms + late + 30 + 9 + 2 * CALL_MS, 9.0)
+        found = estimator.now(3 + at / 10, up=True)
+        if at >= 1:  # what is still believed of such a request's time is off by a few milliseconds at most
+            assert size * 8 / found.mbit / 1000 - wire_ms < 5.0
+            assert found.mbit < 30
+    assert found.rtt_ms == pytest.approx(30)
+    assert estimator.wants_probe(14.0)  # which tells more than small requests can
+
+
+@given(
+    sizes=st.lists(st.integers(1000, 3000), min_size=8, max_size=12),
+    more=st.floats(0, 20), mbit=st.sampled_from([1.0, 5.0, 20.0]),
+)  # fmt: skip
+def test_small_requests_back_to_back_learn_that_the_way_is_longer_and_book_it_on_no_bandwidth(
+    sizes: list[int], more: float, mbit: float
+) -> None:
+    estimator, now = Estimator(), 0.0
+    send(estimator, now, mbit, 5)
+    for rtt in (5, 50):
+        for at, size in enumerate(sizes):
+            took = size * 8 / mbit / 1000 + rtt + 9 + 2 * CALL_MS + more  # which is this machine's own
+            now += took / 1000
+            estimator.on_ping(now, rtt + CALL_MS, alone=False)
+            estimator.on_transfer(now, size, took, 9.0)
+            found = estimator.now(now, up=True)
+            assert found.mbit == pytest.approx(mbit, rel=0.02)
+            if rtt == 5 or at >= 2:
+                assert found.rtt_ms == pytest.approx(rtt, abs=1.0)
+    assert estimator.wants_probe(now)
+
+
+def test_small_requests_on_a_way_that_became_shorter_are_no_faster_link() -> None:
+    estimator = Estimator()
+    send(estimator, 0.0, 1, 50)
+    for at in range(20):
+        estimator.on_transfer(0.1 + at / 50, 2000, 16 + 5 + 9 + 2 * CALL_MS, 9.0)
+    assert estimator.now(1.0, up=True).mbit == pytest.approx(1, rel=0.02)
+
+
+def test_a_ping_as_short_as_ever_says_that_requests_are_slow_for_another_reason() -> None:
+    estimator = Estimator()
+    send(estimator, 0.0, 20, 5)
+    for at in range(30):
+        estimator.on_transfer(0.1 + at / 20, 2000, 0.8 + 5 + 9 + 2 * CALL_MS + (20 if at else 0), 9.0)
+        if at % 2:
+            estimator.on_ping(0.1 + at / 20, 5 + CALL_MS, alone=False)
+    assert estimator.now(2.0, up=True).rtt_ms == pytest.approx(5)
+    assert not estimator.wants_probe(2.0)
+
+
+def test_small_requests_that_take_too_long_again_and_again_cost_no_more_probes_than_their_share() -> None:
+    estimator = Estimator()
+    send(estimator, 0.0, 1, 5)
+    for round_ in range(5):
+        now = 1.0 + 20 * round_
+        estimator.on_ping(now, 5 + CALL_MS)
+        for at, late in enumerate((0, 60, 60, 60)):
+            estimator.on_transfer(now + at / 20, 2000, 16 + 5 + late + 9 + 2 * CALL_MS, 9.0)
+        if round_:
+            assert not estimator.wants_probe(now + 1)
+        assert estimator.wants_probe(now + 18)
+        send(estimator, now + 18, 1, 5)
+        estimator.on_probe(now + 18, took_s=0.3)  # 10 s are its share
+
+
+def test_small_requests_beside_others_say_nothing_about_the_way() -> None:
+    estimator = Estimator()
+    send(estimator, 0.0, 20, 5)
+    for at in range(30):
+        estimator.on_transfer(0.1 + at / 20, 2000, 0.8 + (50 if at else 5) + 9 + 2 * CALL_MS, 9.0, alone=False)
+    assert estimator.now(2.0, up=True).rtt_ms == pytest.approx(5)
+
+
 def test_the_last_round_trip_known_is_that_of_the_link_alone() -> None:
     estimator = Estimator()
     estimator.on_ping(0.0, 5 + CALL_MS)

@@ -2,18 +2,19 @@
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from edge_agent import ipc
-from edge_agent.tail_client import LinkClient
+from edge_agent.tail_client import SEND_DEADLINE_S, LinkClient
 from skills.timer import Halt
 
 
-def estimate(*, up: bool) -> bytes:
-    return ipc.frame({"op": "estimate", "mbit": 10.0, "rtt_ms": 5.0, "up": up, "cold": False, "queue_ms": 0.0})
+def estimate(*, up: bool, mbit: float = 10.0) -> bytes:
+    return ipc.frame({"op": "estimate", "mbit": mbit, "rtt_ms": 5.0, "up": up, "cold": False, "queue_ms": 0.0})
 
 
 @pytest.fixture
@@ -61,6 +62,67 @@ def test_waiting_for_the_tail_is_bounded(listener):
     client = LinkClient(path)
     assert not client.wait_up(0.01)
     client.close()
+
+
+def test_a_wait_ends_at_its_deadline_whatever_else_keeps_coming(listener, monkeypatch):
+    path, _ = listener
+    client = LinkClient(path)
+    client.prepare("p")
+    monkeypatch.setattr(client, "_receive", lambda timeout_s: True)  # always something, never the answer
+    request = client.send("p", "c1", "u8", b"frame", 1.0)
+    for timeout_s in (0.001, 0.0, -1.0):
+        assert client.wait(request, timeout_s) is None
+    client.close()
+
+
+def test_of_all_estimates_that_came_meanwhile_the_newest_counts(listener):
+    path, listening = listener
+    client = LinkClient(path)
+    client.prepare("p")
+    channel, _ = listening.accept()
+    with channel:
+        for mbit in range(1, ipc.MAX_ESTIMATES):
+            channel.sendall(estimate(up=True, mbit=mbit))
+        assert client.estimate().mbit == ipc.MAX_ESTIMATES - 1
+        client.close()
+
+
+def test_who_was_told_so_many_estimates_that_the_link_fell_silent_asks_for_the_newest(listener, monkeypatch):
+    monkeypatch.setattr("edge_agent.tail_client.NEWEST_S", 30.0)
+    path, listening = listener
+    client = LinkClient(path)
+    client.prepare("p")
+    channel, _ = listening.accept()
+    asked = []
+
+    def link() -> None:
+        while not asked or asked[-1] != "look":
+            asked.append(ipc.receive(channel)[0]["op"])
+        channel.sendall(estimate(up=True, mbit=99.0))
+
+    with channel:
+        channel.settimeout(5)
+        channel.sendall(estimate(up=True) * ipc.MAX_ESTIMATES)
+        client._looked_at_s = float("inf")  # it is not time for a look as such
+        speaking = threading.Thread(target=link)
+        speaking.start()
+        assert client.estimate().mbit == 99
+        speaking.join(5)
+        client.close()
+
+
+def test_a_link_that_takes_nothing_holds_a_request_up_for_no_longer_than_its_deadline(listener):
+    path, listening = listener
+    client = LinkClient(path)
+    client.prepare("p")
+    channel, _ = listening.accept()
+    with channel:
+        start = time.monotonic()
+        request = client.send("p", "c1", "u8", bytes(16 << 20), 0.05)
+        assert time.monotonic() - start < SEND_DEADLINE_S
+        reply = client.wait(request, 30)
+        assert reply is not None
+        assert reply.kind == "unavailable"
 
 
 @pytest.mark.parametrize(
