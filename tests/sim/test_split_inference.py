@@ -155,7 +155,7 @@ def test_a_reply_that_comes_while_the_device_goes_on_still_counts(bench: Bench) 
 
 
 def test_a_reply_in_the_middle_of_a_segment_ends_it_and_counts(bench: Bench) -> None:
-    bench.model.use("input")
+    bench.model.use("input", max(bench.model.plan.cut("input").codings, key=lambda one: one.bytes_p50))
     bench.tail.delay_s = 0.05
     bench.model._wait_s = 0.04
     bench.model.timer = Arriving(bench.clock)
