@@ -54,13 +54,15 @@ def compress(
     the best model found is in `out` all the same.
 
     Raises:
-        UsageError: an argument makes no sense, or `out` holds something that is not an earlier result.
+        UsageError: an argument makes no sense, or `out` holds something that is not an earlier result or cannot be renamed.
+        Refused: another run is at work on `out`.
         NotFound: a file, module or profile does not exist.
         FormatError: the model or the data is not what it should be; the sentence says what was found.
         StorageError: the disk is full or refuses; `out` is as it was.
         MissingExtra: a package that the model or the device needs is not installed.
     """
     try:
+        from compress.folder import only_run
         from compress.run import run
     except ImportError as error:
         if (error.name or "compress").partition(".")[0] in ("compress", "skills"):
@@ -70,4 +72,5 @@ def compress(
         "time_budget": time_budget, "teacher": teacher, "recipe": recipe, "resume": resume, "metric": metric,
     }  # fmt: skip
     given = {name: value for name, value in asked.items() if value is not None and value is not False}
-    return run(model, data, out, device, max_drop, goal, seed, progress, weights, **given)
+    with only_run(Path(out)):
+        return run(model, data, out, device, max_drop, goal, seed, progress, weights, **given)

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from compress import ladder, learn, replay
+from compress.data import whole_runs
 from compress.emit import widths
+from compress.graph import Array
 from compress.judge import Emitted, Original
 from compress.passes.canonicalise import canonicalise
 from compress.passes.guard import GUARD
@@ -73,22 +75,27 @@ def _learned(
             lost.clear()
         return step
 
-    for reached in _climb(state, bench, original, work, onward=onward):
-        begun = True
-        name = f"trained {len(reached.stages)}"
-        try:
-            emitted = _trained(name, reached, state, bench, work, writer)
-        except SkerryError as error:  # not to be had on this runtime; the others are
-            work.left_out.append(f"'{name}' was left out: {error}.")
-            continue
-        stages[emitted.name] = reached.stages
-        work.found(emitted, original, bench.max_drop, trained=True)
-        if lost and trained:  # the same rung trained again: the better of the two is enough
-            emitted = min(emitted, trained.pop(), key=lambda one: one.drop_select)
-        trained.append(emitted)
-        lost.append(emitted.drop_select)
-    if not begun:
-        work.left_out.append(_not_begun(len(bench.splits.train or ()), work, original))
+    try:
+        for reached in _climb(state, bench, original, work, onward=onward):
+            begun = True
+            name = f"trained {len(reached.stages)}"
+            try:
+                emitted = _trained(name, reached, state, bench, work, writer)
+            except SkerryError as error:  # not to be had on this runtime; the others are
+                work.left_out.append(f"'{name}' was left out: {error}.")
+                continue
+            stages[emitted.name] = reached.stages
+            work.found(emitted, original, bench.max_drop, trained=True)
+            if lost and trained:  # the same rung trained again: the better of the two is enough
+                emitted = min(emitted, trained.pop(), key=lambda one: one.drop_select)
+            trained.append(emitted)
+            lost.append(emitted.drop_select)
+    except FormatError as error:  # an operator without torch counterpart: what needs no training is there
+        said = f"{'Training ended' if begun else 'Nothing was trained'}: {error}."
+        work.left_out.append(said if begun or not original.teacher_sha256 else f"{said} The teacher was not used.")
+    else:
+        if not begun:
+            work.left_out.append(_not_begun(len(bench.splits.train or ()), work, original))
     return trained
 
 
@@ -112,7 +119,7 @@ def replayed(
         raise FormatError("the recipe trains the model, and the data has no x_train to train it on")
     bench = dataclasses.replace(bench, say=lambda share, _best: work.say("following the recipe", 0.3 * share))
     steps = replay.before_training(recipe, known)
-    state = apply(steps, State(model), lambda _step: bench, original.calibrate[:CHECK_SAMPLES])
+    state = apply(steps, State(model), lambda _step: bench, _checked(original))
     work.before_placing = state.notes
     if not recipe.training:
         return writer.write("calibrated", state)
@@ -120,6 +127,11 @@ def replayed(
     emitted = _trained(f"trained {len(last.stages)}", last, state, bench, work, writer)
     stages[emitted.name] = last.stages
     return emitted
+
+
+def _checked(original: Original) -> Array:
+    """Return what the original answered to the first calibration inputs, which a rewritten graph must answer too."""
+    return whole_runs(original.session.inputs[0], original.calibrate, CHECK_SAMPLES)
 
 
 def _calibrated(
@@ -140,7 +152,7 @@ def _calibrated(
 
     first = [step for step in passes if step.name not in ("bias", "bits", "weight-only")]
     rest = [step for step in passes if step not in first]
-    reference = original.calibrate[:CHECK_SAMPLES]
+    reference = _checked(original)
 
     def after(steps: Sequence[Pass], state: State) -> State:
         for step in steps:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from compress import Goal, channels, judge, measure
 from compress.converters.environment import Environment
 from compress.converters.vela import VELA, Compiled
-from compress.data import Data, Splits
+from compress.data import Data, Splits, whole_runs
 from compress.emit import least_runtime, node_name
 from compress.html import page
 from compress.judge import Emitted, Judged, Original
@@ -65,7 +65,7 @@ def report(run: Run, walked: Sequence[Judged], all_judged: Sequence[Judged], pla
     """
     chosen = walked[-1]
     original, emitted, drop = run.original, chosen.emitted, chosen.drop
-    sample = run.splits.report.x[: max(1, original.session.inputs[0].shape[0])]
+    sample = whole_runs(original.session.inputs[0], run.splits.report.x)
     shown = front(all_judged, chosen)
     times = measure.race(
         {"before": original.session, "after": emitted.runner}
@@ -138,11 +138,10 @@ def files(run: Run, done: Report, chosen: Judged, all_judged: Sequence[Judged]) 
     """Return every file of the result folder by name."""
     emitted, details = chosen.emitted, done.details
     scheme = emitted.state.scheme
-    layers = scheme.layers if scheme is not None else ()
     inputs = parents(run.samples, model=run.original.source.sha256, **dict(run.inputs))
     recipe = Recipe(
         run.profile, run.max_drop, run.goal, run.seed, emitted.state.passes,
-        tuple(RecipeLayer(item.node, item.compute, item.bits) for item in layers),
+        () if scheme is None else recipe_layers(scheme),
         choices=emitted.state.choices,
         training=tuple(write(at, stage) for at, stage in enumerate(run.stages.get(emitted.name, ()))),
         metric=done.metric_name, preprocessing=run.samples.preprocessing, least_runtime=details.least_runtime,
@@ -167,6 +166,12 @@ def files(run: Run, done: Report, chosen: Judged, all_judged: Sequence[Judged]) 
         | beside
         | {point.file: named[point.name] for point in details.pareto if point.file and not point.chosen}
     )
+
+
+def recipe_layers(scheme: Scheme) -> tuple[RecipeLayer, ...]:
+    """Return what a recipe says of each layer of a scheme."""
+    before = scheme.bits_before
+    return tuple(RecipeLayer(item.node, item.compute, item.bits, before.get(item.node)) for item in scheme.layers)
 
 
 def pinned(environment: Environment) -> dict[str, str]:

@@ -167,6 +167,12 @@ def check_fit(data: Data, port: Port) -> None:
             )
 
 
+def whole_runs(port: Port, x: Array, most: int = 1) -> Array:
+    """Return the first samples, at most `most` but at least one run's: a model of a fixed batch takes only whole ones."""
+    batch = max(1, port.shape[0])
+    return x[: max(1, most // batch) * batch]
+
+
 def present(data: Data) -> dict[str, Array]:
     """Return the arrays that are there, by name."""
     found = {key: getattr(data, key) for key in ARRAYS}

@@ -173,8 +173,6 @@ class _Emitter:
         int8 = layer.compute == "int8" and feed is not None and copy.input[0] != node.input[0]
         given = layer.op in HEAVY and len(node.input) > 2 and bool(node.input[2])
         bias = self.values.get(node.input[2]) if given else None
-        if given and bias is None and int8:
-            return  # a computed bias cannot become int32
         codes = self._codes(layer, weight)
         if layer.op in HEAVY and layer.op != "MatMul":
             bias = self.scheme.biases.get(node.name, bias)

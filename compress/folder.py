@@ -5,6 +5,7 @@ well removes it; one that is interrupted leaves it, and the next one with `resum
 """
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
@@ -12,7 +13,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from skills.errors import UsageError
+from skills.errors import Refused, UsageError
 from skills.files import fsync_directory, sha256_hex, storage_errors, write_atomic
 
 MARK = "report.json"  # a folder with this file is an earlier result and may be replaced
@@ -24,12 +25,56 @@ def check_out(out: Path) -> None:
     """Refuse, before any work is done, a name that holds something else.
 
     Raises:
-        UsageError: `out` is a file, or a folder that is not an earlier result.
+        UsageError: `out` is a file, a folder that is not an earlier result, or one that cannot be renamed.
     """
+    mounted = os.path.ismount(out)
+    if mounted or Path.cwd().is_relative_to(out.resolve()):
+        why = "is a mount point" if mounted else "is the folder that you work in"
+        raise UsageError(
+            f"{out} {why}, and a result gets its place by renaming: give a folder inside it, {out / 'out'}"
+        )
     if out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file():
         raise UsageError(f"{out} holds files that are not an earlier result (no {MARK}): give another folder")
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file: give a folder")
+
+
+@contextlib.contextmanager
+def only_run(out: Path) -> Iterator[None]:
+    """Hold the name `out` for this run: without that, a second one would remove what the first one keeps beside it.
+
+    The lock is the kernel's (flock) on a hidden file beside `out`; it is gone with its holder whatever happens.
+
+    Raises:
+        UsageError: as `check_out`.
+        Refused: another run is at work on it.
+        StorageError: the disk refuses.
+    """
+    check_out(out)
+    path = out.parent / f".{out.name}.lock"
+    with contextlib.ExitStack() as stack:
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            while True:
+                lock = stack.enter_context(path.open("a+"))
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    lock.seek(0)
+                    raise Refused(
+                        f"another run (process {lock.read() or 'unknown'}) is at work on {out}: "
+                        "wait for it or end it, or give another folder"
+                    ) from None
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                        break  # else its last holder removed the name in between
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+        try:
+            yield
+        finally:  # the name first: who opens it from here on makes a new one
+            path.unlink(missing_ok=True)
 
 
 def workdir(out: Path) -> Path:

@@ -72,6 +72,7 @@ def _described(scheme: Scheme, prefix: str, arrays: dict[str, Array]) -> dict[st
         "ranges": {name: [float(found.lo), float(found.hi)] for name, found in scheme.ranges.items()},
         "codes": [[node, codes.axis, codes.bits] for node, codes in scheme.codes.items()],
         "biases": list(scheme.biases),
+        "bits_before": dict(scheme.bits_before),
         "blocks": [[node, blocks.size] for node, blocks in scheme.blocks.items()],
     }
 
@@ -90,4 +91,5 @@ def _scheme(row: dict[str, Any], prefix: str, arrays: dict[str, Array], profile:
             node: Blocks(arrays[f"{prefix}block values {at}"], arrays[f"{prefix}block scales {at}"], size)
             for at, (node, size) in enumerate(row["blocks"])
         },
+        row.get("bits_before", {}),
     )

@@ -14,7 +14,7 @@ import torch
 
 from compress import graph, ladder
 from compress.channels import survivors
-from compress.data import Part
+from compress.data import Part, whole_runs
 from compress.graph import Array
 from compress.ladder import Onward, Rung
 from compress.measure import Runner, answers, divergence
@@ -32,6 +32,7 @@ from compress.weights import encode
 from skills.wire import decode_json, encode_json
 
 VIEWS = 4
+ASKED = 64  # inputs that tell how long the teacher takes for all
 UNTIMED_STEPS = 2
 TIMED_STEPS = 4
 AGAIN_RATE = 0.3  # of the learning rate, where a rung is trained again
@@ -105,7 +106,8 @@ def climb(model: Any, lesson: Lesson, planned: Sequence[Stage] | None = None) ->
     stages: tuple[Stage, ...] = ()
     x = lesson.calibrate.x  # moved: what the original answers to inputs that it was trained on says little
     x = moved(x, np.arange(len(x)), 1, lesson.seed) if movable(x) else x
-    wanted = answers(lesson.original, x[:SAMPLES])
+    few = whole_runs(lesson.original.inputs[0], x, SAMPLES)
+    wanted = answers(lesson.original, few)
     views = Views(lesson.train.x, lesson.teacher, planned[0].views if planned else VIEWS, lesson.seed, lesson.kept)
     usual = ladder.rungs(lesson.goal, lesson.widths)
     rung = -1
@@ -125,10 +127,10 @@ def climb(model: Any, lesson: Lesson, planned: Sequence[Stage] | None = None) ->
         else:
             lesson.say("choosing what to remove", 0.0)
             shrink = choose(
-                full, done, x[:SAMPLES], wanted, usual[rung].kept, lesson.goal,
+                full, done, few, wanted, usual[rung].kept, lesson.goal,
                 lambda share: lesson.say("choosing what to remove", share), lesson.multiple, lesson.block,
             )  # fmt: skip
-            bits, harm = _widths(shrink.apply(full), lesson, usual[rung], x[:SAMPLES], wanted)
+            bits, harm = _widths(shrink.apply(full), lesson, usual[rung], few, wanted)
         small = shrink.apply(full)
         layers = [
             dataclasses.replace(layer, bits=bits[layer.node])
@@ -236,9 +238,9 @@ def _settings(student: Student, views: Views, lesson: Lesson, at: int, *, again:
     step_s = time_a_step(student, views.inputs(0, rows), settings)
     asking = 0.0
     if at == 0:
-        few = views.x[: min(64, len(views.x))]
+        few = whole_runs(lesson.teacher.inputs[0], views.x, ASKED)
         began = time.monotonic()
-        lesson.teacher.run({lesson.teacher.inputs[0].name: few}, [lesson.teacher.outputs[0].name])
+        answers(lesson.teacher, few)
         asking = (time.monotonic() - began) / len(few) * len(views.x) * views.count
     count = ladder.steps(at, max(0.0, lesson.left() - asking), step_s, len(views.x))
     return dataclasses.replace(settings, steps=count)

@@ -34,7 +34,7 @@ def meet(
     samples = data.synthetic(session.inputs[0], seed) if given is None else given
     data.check_fit(samples, session.inputs[0])
     splits = split(samples, seed)
-    few = splits.calibrate.x[: max(1, session.inputs[0].shape[0])]
+    few = data.whole_runs(session.inputs[0], splits.calibrate.x)
     first = measure.answers(session, few)
     metric = metrics.choose(samples, first, few)
     calibrate, select, end = (

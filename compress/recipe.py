@@ -15,6 +15,7 @@ HEADER = """What `skerry compress` did. The same model and data with --recipe FI
 another model of the same architecture, such as one trained anew, is treated in the same way."""
 
 Sha256 = Annotated[str, Limits(pattern="[0-9a-f]{64}", hint="64 hexadecimal digits")]
+WIDTHS = (32, 8, 4, 3, 2, 1.6)
 Count = Annotated[int, Limits(min=0)]
 
 
@@ -24,7 +25,12 @@ class RecipeLayer:
 
     name: Annotated[str, Doc("its node in the canonicalised graph")]
     compute: Literal["int8", "float"]
-    bits: Annotated[float, Doc("as stored; 32: as it came"), Limits(one_of=(32, 8, 4, 3, 2, 1.6))]
+    bits: Annotated[float, Doc("as stored; 32: as it came"), Limits(one_of=WIDTHS)]
+    bits_before: Annotated[
+        float | None,
+        Doc("of a layer in blocks: as it was stored when the layers behind it were fitted"),
+        Limits(one_of=WIDTHS),
+    ] = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ from compress.passes.equalize import EQUALIZE
 from compress.passes.guard import GUARD
 from compress.passes.place import PLACE, PLACE_FLOAT
 from compress.passes.ranges import RANGES
+from compress.passes.turn import TURN
 from compress.passes.weight_only import WEIGHT_ONLY
 from compress.pipeline import Bench, Pass
 from compress.recipe import read_recipe
@@ -48,7 +49,7 @@ from skills.files import sha256_file, sha256_hex
 from skills.profile import Profile
 from skills.wire import encode_json
 
-PASSES: tuple[Pass, ...] = (CANONICALISE, CROP, RANGES, EQUALIZE, PLACE, GUARD, BIAS, BITS, WEIGHT_ONLY)
+PASSES: tuple[Pass, ...] = (CANONICALISE, CROP, TURN, RANGES, EQUALIZE, PLACE, GUARD, BIAS, BITS, WEIGHT_ONLY)
 WEIGHTS_ONLY: tuple[Pass, ...] = (
     CANONICALISE,
     CROP,

@@ -76,7 +76,8 @@ class Scheme:
 
     `codes` (node -> codes) holds weights that were rounded with more care than rounding to nearest; they count where
     their width is the layer's. `biases` (node -> float bias) replace the model's. `blocks` (node -> codes) are of linear layers
-    that compute in float, weights alone rounded.
+    that compute in float, weights alone rounded; `bits_before` (node -> bits) is how such a layer was stored when those behind it
+    were fitted.
     """
 
     layers: tuple[Layer, ...]
@@ -85,6 +86,7 @@ class Scheme:
     codes: Mapping[str, Codes] = dataclasses.field(default_factory=dict)
     biases: Mapping[str, Array] = dataclasses.field(default_factory=dict)
     blocks: Mapping[str, Blocks] = dataclasses.field(default_factory=dict)
+    bits_before: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def with_bits(self, bits: Mapping[str, float]) -> "Scheme":
         """Return this scheme with other stored widths for the layers named."""

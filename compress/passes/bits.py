@@ -237,8 +237,8 @@ class Search:
 
 
 def _again(state: State, recipe: Recipe, x: Array) -> State:
-    """Return the state with the widths of a recipe, rebuilt as a search would have."""
-    scheme = state.planned().with_bits({layer.name: layer.bits for layer in recipe.layers})
+    """Return the state with the widths of a recipe, rebuilt as a search would have; what goes into blocks does so later."""
+    scheme = state.planned().with_bits({layer.name: layer.bits_before or layer.bits for layer in recipe.layers})
     with contextlib.suppress(FormatError):  # an operator without torch counterpart: layers are rounded to nearest
         scheme = rebuild(state.model, scheme, x)
     return dataclasses.replace(state, scheme=scheme, notes=(*state.notes, "Layers are stored as the recipe says."))

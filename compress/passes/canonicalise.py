@@ -81,6 +81,30 @@ def _remove_nothing(model: Any) -> None:
     graph.replace(model.graph.node, kept)
 
 
+def _bias_apart(model: Any) -> None:
+    """A bias that is computed, which no int8 kernel takes, is added behind its layer: addmm with a residual, say."""
+    values = graph.arrays(model)
+    kept = []
+    for node in model.graph.node:
+        kept.append(node)
+        bias = node.input[2] if node.op_type in ("Conv", "ConvTranspose", "Gemm") and len(node.input) > 2 else ""
+        if not bias or bias in values or node.input[1] not in values:
+            continue
+        made, beta = node.output[0], graph.attributes(node).get("beta", 1.0)
+        del node.input[2:]
+        if beta == 0.0:
+            continue
+        node.output[0] = f"{made}.product"
+        if node.op_type != "Gemm" or beta != 1.0:
+            pixels = np.arange(1, values[node.input[1]].ndim - 1)  # a bias has one number a channel
+            kind, constant = ("Mul", np.float32(beta)) if node.op_type == "Gemm" else ("Unsqueeze", pixels)
+            model.graph.initializer.append(graph.tensor(f"{made}.how", np.asarray(constant)))
+            kept.append(onnx.helper.make_node(kind, [bias, f"{made}.how"], [f"{made}.bias"]))
+            bias = f"{made}.bias"
+        kept.append(onnx.helper.make_node("Add", [node.output[0], bias], [made]))
+    graph.replace(model.graph.node, kept)
+
+
 def _fold_batch_norm(model: Any) -> None:
     """Conv or Gemm followed by BatchNormalization: scale the weights, shift the bias."""
     values = graph.arrays(model)
@@ -229,10 +253,8 @@ def _plain_gemm(model: Any) -> None:
         if facts.get("transB", 0) and alpha == 1.0 and beta == 1.0:
             continue
         _set(model, values, node, 1, ((weight if facts.get("transB", 0) else weight.T) * alpha).astype(weight.dtype))
-        if len(node.input) > 2 and node.input[2] in values and beta != 1.0:
+        if len(node.input) > 2 and node.input[2] and beta != 1.0:  # a constant: see _bias_apart
             _set(model, values, node, 2, (values[node.input[2]] * beta).astype(weight.dtype))
-        elif beta != 1.0:
-            continue
         del node.attribute[:]
         node.attribute.append(onnx.helper.make_attribute("transB", 1))
 
@@ -251,7 +273,7 @@ def _name_nodes(model: Any) -> None:
 
 
 REWRITINGS: tuple[Callable[[Any], None], ...] = (
-    fold_constants, _remove_nothing, _fold_batch_norm, _pad_in_conv, _mean_to_pool, whole_pool, _matmul_to_gemm,
+    fold_constants, _remove_nothing, _bias_apart, _fold_batch_norm, _pad_in_conv, _mean_to_pool, whole_pool, _matmul_to_gemm,
     _fold_batch_norm, _plain_gemm,
 )  # fmt: skip
 

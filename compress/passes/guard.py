@@ -10,6 +10,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from compress.data import whole_runs
 from compress.emit import emit
 from compress.measure import race
 from compress.passes.place import place
@@ -18,7 +19,7 @@ from compress.scheme import HEAVY, Compute, Scheme
 from skills import ort
 from skills.errors import FormatError
 
-LEAST_GAIN = 1.02  # what int8 must win over float: less is noise, and then the simpler float form wins
+LEAST_GAIN = 1.02  # what a way with int8 must win over float: less is noise, and then the simpler float form wins
 MORE_GAIN = 1.04  # what a way with a layer more in float must win over the simpler ones
 
 
@@ -42,14 +43,16 @@ def candidates(state: State, bench: Bench) -> dict[str, Scheme]:
 def quickest(times_ms: Mapping[str, float]) -> str:
     """Return the way to take; `times_ms` has the simpler ones first, and float, the simplest of all, last. Pure.
 
-    A way is taken where it is faster by `MORE_GAIN` than the one taken so far, and float unless that wins `LEAST_GAIN` over it.
+    Float is left for a way that wins `LEAST_GAIN` over it. Of several such ways a later one is taken where it is faster by
+    `MORE_GAIN` than the one taken so far.
     """
     *names, last = times_ms
-    best = names[0]
-    for name in names[1:]:
+    faster = [name for name in names if times_ms[last] >= LEAST_GAIN * times_ms[name]]
+    best = faster[0] if faster else last
+    for name in faster[1:]:
         if times_ms[best] >= MORE_GAIN * times_ms[name]:
             best = name
-    return best if times_ms[last] >= LEAST_GAIN * times_ms[best] else last
+    return best
 
 
 def _first_layers(model: Any) -> frozenset[str]:
@@ -73,7 +76,8 @@ def _run(state: State, bench: Bench) -> State:
         for name, way in ways.items()
     }
     bench.say(0.3, "")
-    times = race(sessions, bench.splits.calibrate.x[:1], bench.timing_rounds)
+    sample = whole_runs(next(iter(sessions.values())).inputs[0], bench.splits.calibrate.x)
+    times = race(sessions, sample, bench.timing_rounds)
     taken = quickest({name: times[name].p50_ms for name in ways})
     best = (
         taken

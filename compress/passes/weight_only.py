@@ -49,7 +49,8 @@ def in_blocks(state: State, bench: Bench, blocks: dict[str, Blocks]) -> Scheme:
     )
     scheme = scheme.with_bits({layer.node: 4 if layer.node in blocks else layer.bits for layer in old.layers})
     biases = {node: bias for node, bias in old.biases.items() if node not in blocks}
-    return dataclasses.replace(scheme, codes=old.codes, biases=biases, blocks=blocks)
+    before = {layer.node: layer.bits for layer in old.layers if layer.node in blocks}
+    return dataclasses.replace(scheme, codes=old.codes, biases=biases, blocks=blocks, bits_before=before)
 
 
 def _run(state: State, bench: Bench) -> State:

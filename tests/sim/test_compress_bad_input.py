@@ -12,11 +12,11 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from compress import compress, model
+from compress import compress, folder, model
 from compress.folder import write_folder
 from compress.passes.canonicalise import CANONICALISE
 from compress.run import run
-from skills.errors import FormatError, NotFound, SkerryError, StorageError, UsageError
+from skills.errors import FormatError, NotFound, Refused, SkerryError, StorageError, UsageError
 
 Build = Callable[[str], Any]
 
@@ -104,6 +104,14 @@ def test_an_operator_that_the_runtime_lacks_is_named(domain: str, name: str, sma
     (tmp_path / "m.onnx").write_bytes(helper.make_model(body, opset_imports=opsets, ir_version=10).SerializeToString())
     with pytest.raises(FormatError, match=f"operators that onnxruntime does not have: .*{name}"):
         compress(tmp_path / "m.onnx", net.data, tmp_path / "out")
+
+
+def test_a_second_run_on_the_same_folder_leaves_what_the_first_one_keeps(small_net: Build, tmp_path: Path) -> None:
+    net = small_net("plain")
+    folder.write_folder(folder.best_folder(tmp_path / "out"), {"model.onnx": b"found so far"})
+    with folder.only_run(tmp_path / "out"), pytest.raises(Refused, match="is at work on"):
+        compress(written(net, tmp_path), net.data, tmp_path / "out")
+    assert (tmp_path / ".out.work" / "best" / "model.onnx").read_bytes() == b"found so far"
 
 
 def test_a_model_with_two_inputs_is_named(small_net: Build, tmp_path: Path) -> None:

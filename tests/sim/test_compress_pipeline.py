@@ -104,6 +104,42 @@ def test_progress_only_moves_forward(small_net: Callable[[str], Any], tmp_path: 
     assert seen[-1] == 1.0
 
 
+@pytest.mark.parametrize(("batch", "trains"), [(4, False), (12, False), (12, True)])
+def test_a_model_of_a_fixed_batch_is_run_in_whole_batches(
+    batch: int, trains: bool, small_net: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compress.ladder.steps", lambda at, *_, again=False: 0 if at or again else 8)
+    net = small_net("plain")
+    model = graph.copy(net.model)
+    for item in (*model.graph.input, *model.graph.output):
+        item.type.tensor_type.shape.dim[0].dim_value = batch
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    parts = {"x": slice(0, 300), "y": slice(0, 300)} | ({"x_train": slice(300, 900)} if trains else {})
+    given = {name: (net.y if name == "y" else net.x)[rows] for name, rows in parts.items()}
+    report = run(tmp_path / "model.onnx", given, tmp_path / "out", device="x86-avx2", max_drop=20.0)
+    assert report.verdict != "not_reached"
+    assert report.batch == batch
+    assert [moment.what for moment in report.details.trail][1:] == ["trained 1"] * trains
+    shape = onnx.load(tmp_path / "out" / "model.onnx").graph.input[0].type.tensor_type.shape
+    assert shape.dim[0].dim_value == batch
+
+
+def test_a_product_with_a_computed_bias_becomes_int8_too(small_net: Callable[[str], Any], tmp_path: Path) -> None:
+    net = small_net("plain")
+    model = graph.copy(net.model)
+    head = next(node for node in model.graph.node if node.op_type == "Gemm")
+    # What torch.addmm(features, features, weight, alpha=0.5, beta=0.5) becomes.
+    addmm = onnx.helper.make_node("Gemm", ["features", "same", "features"], ["mixed"], "addmm", alpha=0.5, beta=0.5)
+    model.graph.initializer.append(graph.tensor("same", np.eye(32, dtype=np.float32)))
+    model.graph.node.insert(len(model.graph.node) - 1, addmm)
+    head.input[0] = "mixed"
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    passes = tuple(step for step in PASSES if step.name != "guard")  # a race may go either way on a busy machine
+    report = run(tmp_path / "model.onnx", net.data, tmp_path / "out", device="x86-avx2", max_drop=10.0, passes=passes)
+    assert report.verdict != "not_reached"
+    assert {row.name: row.compute for row in report.details.layers}["addmm"] == "int8"
+
+
 def test_without_labels_the_metric_is_agreement_and_the_report_says_so(
     small_net: Callable[[str], Any], tmp_path: Path
 ) -> None:

@@ -6,8 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from onnx import helper
 
+from compress import graph, judge
 from compress.passes.canonicalise import CANONICALISE
 from compress.recipe import Recipe, read_recipe
 from compress.replay import differences
@@ -82,6 +85,40 @@ def test_a_recipe_with_training_gives_the_same_bytes_again(
     for page in pages:  # what was said of the network before training is not said of the one that was trained
         assert "Rounding layer after layer" not in page
         assert "whole models were tried" not in page
+
+
+def test_a_model_that_cannot_be_trained_keeps_what_needs_no_training_and_no_recipe_trains_it(
+    small_net: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few_steps(monkeypatch)
+    net = small_net("plain")
+    path, _, _ = first(net, with_training(net), tmp_path, 90.0)
+    monkeypatch.setattr("compress.run.result", judge.result)
+    (tmp_path / "model.onnx").write_bytes(quantized_at_its_input(net.model).SerializeToString())
+    report = run(tmp_path / "model.onnx", with_training(net), tmp_path / "second", device="x86-avx2", max_drop=20.0,
+                 teacher=tmp_path / "model.onnx")  # fmt: skip
+    (said,) = [said for said in report.details.warnings if said.startswith("Nothing was trained")]
+    assert "QuantizeLinear" in said
+    assert said.endswith(". The teacher was not used.")
+    assert report.verdict != "not_reached"
+    assert report.result.bytes_file < report.baseline.bytes_file
+    with pytest.raises(FormatError, match="QuantizeLinear"):
+        run(tmp_path / "model.onnx", with_training(net), tmp_path / "third", recipe=path)
+    assert not (tmp_path / "third").exists()
+
+
+def quantized_at_its_input(model: Any) -> Any:
+    """A model as a quantizer writes it: codes, which have no torch counterpart, between its input and what reads that."""
+    changed = graph.copy(model)
+    for node in changed.graph.node:
+        for at, name in enumerate(node.input):
+            node.input[at] = "restored" if name == "x" else name
+    for at, (kind, source, made) in enumerate((("Quantize", "x", "codes"), ("Dequantize", "codes", "restored"))):
+        changed.graph.node.insert(at, helper.make_node(f"{kind}Linear", [source, "step", "zero"], [made]))
+    changed.graph.initializer.extend(
+        [graph.tensor("step", np.float32(0.05)), graph.tensor("zero", np.array(128, np.uint8))]
+    )
+    return changed
 
 
 def test_a_recipe_on_other_data_is_followed_and_the_difference_is_said(small_net: Build, tmp_path: Path) -> None:

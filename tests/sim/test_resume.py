@@ -216,5 +216,6 @@ def test_layers_in_blocks_and_bolder_schemes_are_kept_too(small_net: Build) -> N
     state = dataclasses.replace(state, scheme=in_blocks(state, bench, blocks), bolder=(narrow, scheme))
     again = kept.unpack(kept.pack(state), bench.profile)
     assert again.planned().blocks.keys() == blocks.keys() != set()
+    assert again.planned().bits_before == dict.fromkeys(blocks, 8)
     assert file_of(again, again.planned()) == file_of(state, state.planned())
     assert [file_of(again, one) for one in again.bolder] == [file_of(state, one) for one in state.bolder]

@@ -10,19 +10,21 @@ import pytest
 from onnx import helper
 
 from compress import graph, neural, profiles
+from compress.conclude import recipe_layers
 from compress.data import Data
 from compress.emit import emit
 from compress.judge import check_audit
 from compress.measure import answers
 from compress.metrics import choose
 from compress.passes import weight_only
+from compress.passes.bits import BITS
 from compress.passes.canonicalise import CANONICALISE
 from compress.passes.place import PLACE
 from compress.passes.ranges import RANGES
 from compress.passes.weight_only import WEIGHT_ONLY, in_blocks, large
 from compress.pieces import pieces
 from compress.pipeline import Bench, State
-from compress.recipe import Recipe
+from compress.recipe import Recipe, RecipeLayer, load_recipe
 from compress.splits import split
 from compress.weights import Blocks
 from skills import ort
@@ -194,3 +196,24 @@ def test_a_recipe_gives_the_same_blocks_without_a_search(prepared: tuple[State, 
     assert not again.tried
     none = WEIGHT_ONLY.run(state, dataclasses.replace(bench, planned=dataclasses.replace(asked, choices={})))
     assert none.planned() is state.planned()
+
+
+def test_a_recipe_fits_the_layers_behind_those_in_blocks_as_they_were_fitted_before(
+    prepared: tuple[State, Bench],
+) -> None:
+    state, bench = prepared
+    bench = dataclasses.replace(bench, max_drop=100.0)
+    layers = tuple(
+        RecipeLayer(layer.node, "int8", bits) for layer, bits in zip(state.planned().layers, (8, 8, 3), strict=True)
+    )
+    asked = Recipe(bench.profile, 100.0, "both", 0, (), layers)
+    fitted = BITS.run(state, dataclasses.replace(bench, planned=asked))  # what a search may come to
+    found = WEIGHT_ONLY.run(fitted, bench)
+    assert len(found.planned().blocks) == 2
+    layers = recipe_layers(found.planned())
+    assert [(layer.bits, layer.bits_before) for layer in layers] == [(4, 8), (4, 8), (3, None)]
+    text = dataclasses.replace(asked, layers=layers, choices=found.choices).encode().decode()
+    planned = dataclasses.replace(bench, planned=load_recipe(text, "recipe.yaml"))
+    again = WEIGHT_ONLY.run(BITS.run(state, planned), planned)
+    assert emit(again.model, again.planned(), again.seen()) == emit(found.model, found.planned(), found.seen())
+    assert recipe_layers(again.planned()) == layers

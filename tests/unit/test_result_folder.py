@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,55 @@ import pytest
 
 from compress import folder
 from compress.folder import Cache, best_folder, forget, workdir, write_folder
-from skills.errors import StorageError
+from skills.errors import Refused, StorageError, UsageError
 
 
 def everything(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_a_folder_that_cannot_be_renamed_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    for out in (Path(), Path(".."), tmp_path / "here" / "below", Path("../below")):
+        with pytest.raises(UsageError, match="is the folder that you work in.*give a folder inside it"):
+            folder.check_out(out)
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "volume")
+    with pytest.raises(UsageError, match="volume is a mount point.*volume/out"):
+        folder.check_out(tmp_path / "volume")
+    folder.check_out(tmp_path / "volume" / "out")
+    folder.check_out(Path("new"))
+
+
+def test_a_second_run_on_the_same_folder_is_refused_by_the_number_of_the_first(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    said = rf"process {os.getpid()}\) is at work on .*out: wait for it or end it"
+    other = folder.only_run(tmp_path / "deep" / "other")
+    with folder.only_run(out), other, pytest.raises(Refused, match=said), folder.only_run(out):
+        pytest.fail("two at once")
+    with pytest.raises(ZeroDivisionError), folder.only_run(out):
+        raise ZeroDivisionError
+    with folder.only_run(out):
+        pass
+    assert everything(tmp_path) == {}
+
+
+def test_the_hold_on_a_folder_ends_with_its_process(tmp_path: Path) -> None:
+    held, tell = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with folder.only_run(tmp_path / "out"):
+            os.write(tell, b".")
+            signal.pause()
+    os.read(held, 1)
+    with pytest.raises(Refused, match=f"process {pid}"), folder.only_run(tmp_path / "out"):
+        pytest.fail("two at once")
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    with folder.only_run(tmp_path / "out"):
+        pass
 
 
 def test_files_may_lie_in_folders_of_their_own(tmp_path: Path) -> None:
