@@ -20,7 +20,7 @@ from compress.passes.ranges import RANGES
 from compress.pipeline import CHECK_SAMPLES, Bench, Pass, State, apply
 from compress.recipe import Recipe
 from compress.stage import Stage
-from compress.work import ENDING_S, TRAINED_UP_TO, Work
+from compress.work import TRAINED_UP_TO, Work
 from compress.writers import Writer
 from skills.errors import FormatError, SkerryError
 from skills.units import duration
@@ -229,7 +229,7 @@ def _not_begun(inputs: int, work: Work, original: Original) -> str:
     teacher = ", and the teacher was not used" if original.teacher_sha256 else ""
     return (
         f"The time ended before training began: {gone} of {duration(work.budget)} had gone by, "
-        f"{duration(ENDING_S)} are kept for judging and timing, and the rest was too short. Nothing was trained{teacher}."
+        f"{duration(work.ending)} are kept for judging and timing, and the rest was too short. Nothing was trained{teacher}."
     )
 
 

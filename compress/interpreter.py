@@ -18,7 +18,11 @@ from compress.quiet import muted
 from skills.errors import FormatError, MissingExtra, SkerryError
 from skills.ort import Port
 
-LEAST_AGREEMENT = 0.95  # share of equal top answers between LiteRT and onnxruntime on the same codes
+# LiteRT and onnxruntime round differently on the same codes, and that adds up over layers: of a DS-CNN, an autoencoder and
+# EfficientNet-Lite0 all numbers are within four steps of each other, of a ResNet-8 that ends in a Softmax 98 %.
+NEAR_STEPS = 4  # of 255 from the least to the most that the graph answers, 0 included
+LEAST_NEAR = 0.99  # share of the numbers, or, for class scores,
+LEAST_AGREEMENT = 0.95  # of equal top answers: a Softmax stretches steps
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -98,14 +102,24 @@ def _decoded(values: Array, end: Mapping[str, Any]) -> Array:
 
 
 def check_same(lowered: Runner, original: Runner, x: Array) -> None:
-    """Hold the lowered model against the graph it came from.
+    """Hold the lowered model against the graph it came from: the numbers that both give or, of class scores, the first choice.
 
     Raises:
         SkerryError: they give other answers than rounding explains.
     """
     got, want = answers(lowered, x), answers(original, x)
-    same = float((got.argmax(axis=-1) == want.argmax(axis=-1)).mean())
-    if same < LEAST_AGREEMENT:
-        raise SkerryError(
-            f"the .tflite agrees with the ONNX graph in {same:.1%} of {len(x)} cases, at least {LEAST_AGREEMENT:.0%} is expected"
-        )
+    if got.shape != want.shape:
+        raise SkerryError(f"the .tflite answers in the shape {got.shape}, the ONNX graph in {want.shape}")
+    step = (max(0.0, float(want.max())) - min(0.0, float(want.min()))) / 255
+    near = float((np.abs(got - want) <= NEAR_STEPS * step).mean())  # written so that NaN counts as far
+    if near >= LEAST_NEAR:
+        return
+    said = f"{near:.1%} of the .tflite's numbers are within {NEAR_STEPS} steps of the ONNX graph's, expected {LEAST_NEAR:.0%}"
+    if want.ndim == 2 and want.shape[1] > 1 and np.isfinite(got).all():
+        same = float((got.argmax(axis=1) == want.argmax(axis=1)).mean())
+        if same >= LEAST_AGREEMENT:
+            return
+        said += f", and {same:.1%} of {len(x)} first choices are equal, expected {LEAST_AGREEMENT:.0%}"
+    raise SkerryError(
+        f"{said}: the lowering of an operator is wrong; please report it, or give a profile of another runtime"
+    )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, Protocol
 
 import numpy as np
@@ -20,6 +20,8 @@ Z95 = 1.959964
 RESAMPLES = 1000
 OWN_RESAMPLES = 200  # of a user's own metric, which may take long
 BOOTSTRAP_SEED = 0
+BURST = 10  # answers in a row, in a race
+RACE_S, LEAST_ROUNDS = 5.0, 4  # a race takes about so long, or so many rounds
 WIDEST = 1e6  # per cent: what a relative change is cut at
 
 
@@ -211,12 +213,20 @@ def log_probabilities(scores: Array) -> Array:
     return np.asarray(scores - np.log(np.exp(scores).sum(axis=1, keepdims=True)))
 
 
-def race(runners: Mapping[str, Runner], sample: Array, rounds: int) -> dict[str, ort.Timing]:
-    """Time one inference of each model, batch 1, side by side."""
+def race(
+    runners: Mapping[str, Runner], sample: Array, rounds: int, *, least: int = LEAST_ROUNDS, seconds: float = RACE_S
+) -> dict[str, ort.Timing]:
+    """Time one inference of each model, batch 1, side by side: `rounds` turns of each or, from `least` on, what the time allows.
 
-    def once(runner: Runner) -> object:
-        feeds = {runner.inputs[0].name: sample}
-        names = [runner.outputs[0].name]
+    A turn is `BURST` answers in a row, as a device that serves a model gives them: behind ten others a small one would find
+    nothing of its own in the caches.
+    """
+
+    def once(runner: Runner) -> Callable[[], object]:
+        feeds, names = {runner.inputs[0].name: sample}, [runner.outputs[0].name]
         return lambda: runner.run(feeds, names)
 
-    return ort.interleaved({name: once(runner) for name, runner in runners.items()}, rounds)  # type: ignore[misc]
+    runs = {name: once(runner) for name, runner in runners.items()}
+    round_s = BURST / 1e3 * sum(timing.p50_ms for timing in ort.interleaved(runs, 2, warmup=1).values())
+    fitting = int(seconds / round_s) if round_s > 0 else rounds
+    return ort.interleaved(runs, min(max(fitting, least), rounds), warmup=1, burst=BURST)

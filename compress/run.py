@@ -13,6 +13,7 @@ from compress import (
     data,
     folder,
     judge,
+    ladder,
     measure,
     metrics,
     model,
@@ -24,11 +25,12 @@ from compress.conclude import TIMING_ROUNDS, Run, files, report
 from compress.converters import vela
 from compress.converters.environment import ready
 from compress.data import Splits
+from compress.graph import Array
 from compress.judge import Emitted, Original, look, result
 from compress.lineage import ground, parents
 from compress.meeting import meet, untaught, whole_numbers
 from compress.passes.bias import BIAS
-from compress.passes.bits import BITS
+from compress.passes.bits import BITS, MOST_BOLDER
 from compress.passes.canonicalise import CANONICALISE
 from compress.passes.crop import CROP
 from compress.passes.equalize import EQUALIZE
@@ -42,7 +44,7 @@ from compress.recipe import read_recipe
 from compress.report import Report
 from compress.stage import Stage
 from compress.train import training_machine
-from compress.work import TRAINED_UP_TO, Work
+from compress.work import TRAINED_UP_TO, Work, ending
 from compress.writers import Store, Writer, announced
 from skills.errors import UsageError
 from skills.files import sha256_file, sha256_hex
@@ -105,6 +107,8 @@ def run(
     learns = splits.train is not None and not samples.synthetic and not whole_numbers(original)
     warnings = (*warnings, *untaught(original, splits, again))
     work.calibrated = min(1.0, max(CALIBRATED_SHARE, CALIBRATED_S / budget)) if learns else 1.0
+    most = 2 + MOST_BOLDER + len(ladder.SHARES) * learns
+    work.ending = ending(most, len(splits.report), _seconds_an_input(original, splits.select.x))
     if samples.synthetic:
         passes = WEIGHTS_ONLY
     inputs = _inputs(original, profile, recipe)
@@ -138,7 +142,7 @@ def run(
     families = [[look(one, splits.report, original, selected) for one in family] for family in written]
     judged = [one for family in families for one in family]
     chosen = result(families, max_drop, goal, _milliseconds(judge.finalists(families, max_drop), goal, profile, splits))
-    warnings = (*warnings, *_doubted(judged, chosen, max_drop))
+    warnings = (*warnings, *judge.doubts(judged, chosen, max_drop, original.metric.unit))
     compiled = None
     if profile.accelerator is not None:
         compiled = vela.compile_for(profile, chosen.emitted.file, lambda what: work.say(what, TRAINED_UP_TO + 0.03))
@@ -157,6 +161,14 @@ def run(
     return done
 
 
+def _seconds_an_input(original: Original, x: Array) -> float:
+    """Return how long the model that came in takes for one input of a batch."""
+    batch = measure.batches(original.session.inputs[0], x)[0]
+    began = time.monotonic()
+    measure.answers(original.session, batch)
+    return (time.monotonic() - began) / len(batch)
+
+
 def _milliseconds(finalists: Sequence[judge.Judged], goal: Goal, profile: Profile, splits: Splits) -> list[float]:
     """Return how long each finalist takes, where that counts and this machine can tell; else nothing."""
     if goal == "size" or len(finalists) < 2 or profile.arch != platform.machine():
@@ -164,20 +176,6 @@ def _milliseconds(finalists: Sequence[judge.Judged], goal: Goal, profile: Profil
     runners = {str(at): one.emitted.runner for at, one in enumerate(finalists)}
     sample = splits.report.x[: max(1, finalists[0].emitted.runner.inputs[0].shape[0])]
     return [timing.p50_ms for timing in measure.race(runners, sample, TIMING_ROUNDS).values()]
-
-
-def _doubted(judged: Sequence[judge.Judged], chosen: judge.Judged, max_drop: float) -> tuple[str, ...]:
-    """Return why files that look better on the report part alone were not taken."""
-    smaller = [
-        one for one in judged
-        if judge.doubted(one, max_drop) and len(one.emitted.file) < len(chosen.emitted.file)
-    ]  # fmt: skip
-    if not smaller:
-        return ()
-    few = "1 smaller file is" if len(smaller) == 1 else f"{len(smaller)} smaller files are"
-    return (
-        f"{few} within the budget on the report part but not on report and select together, and not taken for that.",
-    )
 
 
 def _check_arguments(max_drop: float, goal: str, seed: int, budget: float) -> None:

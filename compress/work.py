@@ -11,9 +11,14 @@ from compress.pipeline import State
 from compress.report import Moment
 from skills.profile import Profile
 
-ENDING_S = 15.0  # kept for the last measurements
+ENDING_S = 15.0  # kept at least for the last measurements
 NOTED_EVERY_S = 10.0  # how often the time spent is written down, for a run that is resumed
 TRAINED_UP_TO = 0.9  # of the progress bar
+
+
+def ending(candidates: int, inputs: int, seconds_an_input: float) -> float:
+    """Return the seconds that are kept for letting each candidate answer the report part, and for timing. Pure."""
+    return max(ENDING_S, candidates * inputs * seconds_an_input)
 
 
 class Work:
@@ -25,6 +30,7 @@ class Work:
         self.about = ""
         self.noted = began
         self.calibrated = 1.0
+        self.ending = ENDING_S
         self.trail: list[Moment] = []
         self.left_out: list[str] = []
         # Notes of the passes before `place`: they hold for what is trained too, later ones are of another network.
@@ -83,7 +89,7 @@ class Work:
         self.progress(stage, self.shown, self.best)
 
     def left(self, share: float = 1.0) -> float:
-        return max(0.0, share * (self.budget - ENDING_S) - (time.monotonic() - self.began))
+        return max(0.0, share * (self.budget - self.ending) - (time.monotonic() - self.began))
 
     def spent(self) -> float:
         """Return how far the run is by the clock, 0..1."""

@@ -302,8 +302,9 @@ def interleaved(
     rounds: int = 60,
     warmup: int = 5,
     clock: Callable[[], float] = time.perf_counter,
+    burst: int = 1,
 ) -> dict[str, Timing]:
-    """Time several things fairly: one run of each per round, the order turned by one every round.
+    """Time several things fairly: `burst` runs of each per round, one after the other, the order turned by one every round.
 
     What else happens on the machine hits all of them alike; compare the results as ratios.
     """
@@ -312,10 +313,11 @@ def interleaved(
     for at in range(warmup + rounds):
         turn = at % len(names) if names else 0
         for name in names[turn:] + names[:turn]:
-            start = clock()
-            runs[name]()
-            if at >= warmup:
-                taken[name].append((clock() - start) * 1e3)
+            for _ in range(burst):
+                start = clock()
+                runs[name]()
+                if at >= warmup:
+                    taken[name].append((clock() - start) * 1e3)
     return {name: _timing(sorted(values)) for name, values in taken.items()}
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ from environments import Environment, EnvironmentFailed
 from judge import BUDGET, TUNED
 from rows import Prepared, Row, digest
 
+from compress.lineage import ground
+
 HERE = Path(__file__).parent
 PRUNED = (1.15, 1.3, 1.7, 2.3)  # times fewer multiply-accumulates
 FINE_TUNE_MINUTES = {"resnet56": 4, "resnet20-taught": 2, "imu": 0.1}  # of one core, for each of them
 # Nothing of what is measured here is told to the tools' makers.
 QUIET = {"OMP_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1", "NNCF_CI": "1"}
+OURS = (".py", ".yaml", ".txt")
 STEP_S = 3600  # no single step takes longer
 
 
@@ -138,6 +142,13 @@ def _run(baseline: Baseline, given: Mapping[str, Any], folder: Path, work: Path)
     (folder / "failure.json").write_text(json.dumps({"reason": reason}))
 
 
+def makers(packages: Path) -> dict[str, Any]:
+    """Return what our result comes from beside its inputs: our code, profiles and pins, and the versions of what they call."""
+    found = [path for name in ("compress", "skills") for path in (packages / name).rglob("*") if path.suffix in OURS]
+    versions = ground() | {"torch": metadata.version("torch")}
+    return {str(path.relative_to(packages)): path for path in found} | versions
+
+
 def ours(
     row: Row, prepared: Prepared, reference: Path, work: Path, time_budget: str, say: Callable[[str], None]
 ) -> Path:
@@ -146,10 +157,7 @@ def ours(
     Raises:
         RuntimeError: the command failed.
     """
-    packages = HERE.parents[1]
-    sources = [path for name in ("compress", "skills") for path in (packages / name).rglob("*.py")]
-    inputs: dict[str, Any] = {str(path.relative_to(packages)): path for path in sources}
-    inputs |= {"model": reference / row.model, "data": prepared.key, "budget": time_budget}
+    inputs = makers(HERE.parents[1]) | {"model": reference / row.model, "data": prepared.key, "budget": time_budget}
     if row.teacher:
         inputs["teacher"] = reference / row.teacher
     folder = work / "ours" / row.name / digest(inputs)

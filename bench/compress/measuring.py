@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rows import Array, Prepared, digest
@@ -20,7 +19,6 @@ PACKAGE_LEVEL = 19
 LOADS = 5
 RACE_S = 40.0  # a race takes about so long, within these numbers of rounds
 ROUNDS = (40, 400)
-BURST = 10
 TOP1 = Metric("top1", lambda choices, part, _: ((choices == part.y).astype(np.float64),))
 
 
@@ -45,9 +43,9 @@ class Speed:
 
 
 def quality(path: Path, prepared: Prepared, work: Path) -> Quality:
-    """Return what a file is worth, from an earlier measurement of the same bytes on the same data if there is one."""
+    """Return what a file is worth, from an earlier measurement of the same bytes on the same data and runtime if any."""
     content = path.read_bytes()
-    cell = work / "quality" / f"{digest({'model': path})}-{prepared.key}.npz"
+    cell = work / "quality" / f"{digest({'model': path, **ort.versions()})}-{prepared.key}.npz"
     if not cell.is_file():
         cell.parent.mkdir(parents=True, exist_ok=True)
         choices = measure.answers(ort.session(content), prepared.x).argmax(axis=1)
@@ -71,34 +69,20 @@ def drop(before: Quality, after: Quality, prepared: Prepared) -> Drop:
 def race(row: str, paths: Mapping[str, Path], sample: Array, work: Path, *, anew: bool) -> tuple[dict[str, Speed], str]:
     """Time one answer of each file, all in one interleaved run at one thread; also return when and on what.
 
-    A turn is `BURST` answers in a row, as a device that serves a model gives them: behind ten others a small one would find
-    nothing of its own in the caches.
-
-    An earlier race counts if exactly these files ran in it and not `anew`.
+    An earlier race counts if exactly these files ran in it, on the same runtime and machine, and not `anew`.
     """
-    key = digest(paths)
+    key = digest({**paths, **ort.versions()})
     cell = work / "speed" / f"{row}-{key}.json"
     if anew or not cell.is_file():
         sessions = {name: ort.session(path) for name, path in paths.items()}
-
-        def once(session: ort.Session) -> Any:
-            feeds, names = {session.inputs[0].name: sample}, [session.outputs[0].name]
-
-            def burst() -> None:
-                for _ in range(BURST):
-                    session.run(feeds, names)
-
-            return burst
-
-        runs = {name: once(session) for name, session in sessions.items()}
-        trial = sum(timing.p50_ms for timing in ort.interleaved(runs, 4, warmup=1).values())
-        rounds = int(min(max(RACE_S * 1e3 / trial, ROUNDS[0]), ROUNDS[1]))
-        times = ort.interleaved(runs, rounds)
+        least, most = ROUNDS
+        times = measure.race(sessions, sample, most, least=least, seconds=RACE_S)
         loads = {
             name: statistics.median(ort.session(path).load_ms for _ in range(LOADS)) for name, path in paths.items()
         }
-        found = {name: (timing.p50_ms / BURST, timing.p90_ms / BURST, loads[name]) for name, timing in times.items()}
-        about = {"date": time.strftime("%Y-%m-%d"), "rounds": f"{rounds} of {BURST}", **ort.versions()}
+        found = {name: (timing.p50_ms, timing.p90_ms, loads[name]) for name, timing in times.items()}
+        rounds = min(timing.runs for timing in times.values()) // measure.BURST
+        about = {"date": time.strftime("%Y-%m-%d"), "rounds": f"{rounds} of {measure.BURST}", **ort.versions()}
         cell.parent.mkdir(parents=True, exist_ok=True)
         cell.with_suffix(".part").write_text(json.dumps({"speeds": found, "about": about}))
         cell.with_suffix(".part").rename(cell)

@@ -8,9 +8,10 @@ and judged on the select part. The search looks at nothing else, so the report p
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -31,7 +32,7 @@ MOST_BOLDER = 6
 FORETOLD_ERROR = 0.3  # how far off, relatively, the drop foretold by confidence is, however many samples there are
 POINTS_A_NAT = 30.0  # of drop for one of distance: 25 to 35 on the reference nets
 DISTANCE_ERROR, DISTANCE_DOUBT = 0.4, 0.15  # relatively, and in points
-PROBE = 3  # bits at which a layer's harm is measured; at other widths it follows the error of the layer's own answers
+PROBE = 3  # bits at which a layer's harm is measured, where noise hides it at the fewest; else it follows its answers' error
 CLOSE = 0.02  # the search ends when the sizes in question are this near, relatively
 TEMPERATURES = np.geomspace(0.25, 4.0, 41)
 
@@ -89,6 +90,27 @@ def fitted(scheme: Scheme, node: str, fit: Fit) -> Scheme:
     return scheme if fit.bias is None else scheme.with_biases({node: fit.bias})
 
 
+def harms(
+    own: Mapping[float, float], probes: Sequence[float], measured: Callable[[float], float]
+) -> dict[float, float] | None:
+    """Return what each width of a layer harms, None where that is lost in noise at every one of `probes`. Pure.
+
+    `own` is by how much each width spoils the layer's own answers, in any unit: harm follows it. `measured` says what a width
+    does to the model's answers; with few samples some small harms come out as none, so the next width is asked then.
+    """
+    for probe in probes:
+        harm = measured(probe)
+        if harm > 0 and own[probe] > 0:
+            return {bits: harm * spoilt / own[probe] for bits, spoilt in own.items()}
+    return None if max(own.values()) > 0 else dict.fromkeys(own, 0.0)
+
+
+def supposed(own: Mapping[float, float], others: Sequence[Mapping[float, float]]) -> dict[float, float]:
+    """Return harms for a layer whose own are lost in noise: at its worst width the least of the others at theirs. Pure."""
+    least, worst = min((max(row.values()) for row in others if any(row.values())), default=0.0), max(own.values())
+    return {bits: least * spoilt / worst for bits, spoilt in own.items()}
+
+
 class Search:
     """One search: what was measured of the layers, and every whole model that was tried."""
 
@@ -100,6 +122,7 @@ class Search:
         self.fits: dict[str, dict[float, Fit]] = {}
         self.harm: dict[str, dict[float, float]] = {}
         self.cut_short = False  # the time ended first
+        self.took = 0.0  # seconds for a whole model: one that cannot be finished in time is not begun
 
     def able(self) -> list[Layer]:
         """Return the layers that may be stored narrower."""
@@ -131,32 +154,43 @@ class Search:
             return problem.fit(problem.layer.bits)
 
         with contextlib.suppress(FormatError):  # an operator without torch counterpart: layers are rounded to nearest
-            walk(self.state.model, self.start, x[self.held :], choose, lambda done: self._say(0.2 * done))
+            shown, begun = x[self.held :], self.bench.left()
+            if not walk(self.state.model, self.start, shown, choose, lambda at: self._say(0.2 * at), self.bench.left):
+                self.cut_short = True
+                return False
+            if begun < math.inf:
+                self.took = (begun - self.bench.left()) / len(self.allowed)
         for node, fits in self.fits.items():
             self.base = fitted(self.base, node, fits[8])
         plain = self._distance(self.base)
-        probe = min((bits for bits in self.allowed if bits < 8), key=lambda bits: abs(bits - PROBE))
+        narrow = [bits for bits in self.allowed if bits < 8]
+        probes = list(dict.fromkeys((min(narrow, key=lambda bits: abs(bits - PROBE)), min(narrow))))
+        hidden: dict[str, dict[float, float]] = {}
         for at, layer in enumerate(self.able()):
             if self.bench.left() <= 0:
                 self.cut_short = True
                 return False
-            self.harm[layer.node] = self._harm(layer, plain, probe)
+            harm = functools.partial(self._harm, layer, plain)
+            fitted_to = self.fits.get(layer.node)
+            if fitted_to is None:
+                self.harm[layer.node] = {bits: max(harm(bits), 0.0) for bits in narrow}
+            else:
+                own = {bits: max(fitted_to[bits].error - fitted_to[8].error, 0.0) for bits in narrow}
+                found = harms(own, probes, harm)
+                if found is None:
+                    hidden[layer.node] = own
+                else:
+                    self.harm[layer.node] = found
             self._say(0.2 + 0.2 * (at + 1) / len(able))
+        known = list(self.harm.values())
+        self.harm |= {node: supposed(own, known) for node, own in hidden.items()}
         return True
 
-    def _harm(self, layer: Layer, plain: float, probe: float) -> dict[float, float]:
-        fits = self.fits.get(layer.node)
-        narrow = [bits for bits in self.allowed if bits < 8]
-        if fits is None:
-            return {bits: max(self._alone(layer, bits) - plain, 0.0) for bits in narrow}
-        own = {bits: max(fits[bits].error - fits[8].error, 0.0) for bits in narrow}
-        measured = max(self._alone(layer, probe) - plain, 0.0)
-        return {bits: measured * own[bits] / max(own[probe], 1e-30) for bits in narrow}
-
-    def _alone(self, layer: Layer, bits: float) -> float:
+    def _harm(self, layer: Layer, plain: float, bits: float) -> float:
+        """Return how much farther than `plain` the answers go with one layer in so many bits: by chance it may be nearer."""
         scheme = self.base.with_bits({layer.node: bits})
         fit = self.fits.get(layer.node, {}).get(bits)
-        return self._distance(scheme if fit is None else fitted(scheme, layer.node, fit))
+        return self._distance(scheme if fit is None else fitted(scheme, layer.node, fit)) - plain
 
     def _distance(self, scheme: Scheme) -> float:
         session = ort.session(emit(self.state.model, scheme, self.state.seen()).SerializeToString(), self.bench.threads)
@@ -214,7 +248,6 @@ class Search:
         fails = min((at for at, one in found.items() if at and one.drop > limit), default=len(choices))
         fits = max(at for at in found if at < fails)
         harm = limit / POINTS_A_NAT
-        took = 0.0  # a model that cannot be finished in time is not begun
         while fails - fits > 1:
             began = time.monotonic()
             if fits == 0 or fails == len(choices):  # no bracket yet: look where the sum of harms says, then further out
@@ -225,11 +258,11 @@ class Search:
             else:
                 middle = (choices[fits].size + choices[fails].size) / 2
                 at = next(k for k in range(fits + 1, fails) if choices[k].size <= middle or k == fails - 1)
-            if self.bench.left() <= took:
+            if self.bench.left() <= self.took:
                 self.cut_short = True
                 break
             found[at] = self.rebuilt(choices[at], 0.4 + 0.55 * min(1.0, len(self.tried) / 14))
-            took = time.monotonic() - began
+            self.took = time.monotonic() - began
             fits, fails, harm = (at, fails, 3 * harm) if found[at].drop <= limit else (fits, at, harm / 3)
 
     def _say(self, share: float, best: str = "") -> None:

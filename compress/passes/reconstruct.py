@@ -6,6 +6,7 @@ of each layer is what the float model gives there (asymmetric calibration, as in
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -74,22 +75,33 @@ class Problem:
 Choose = Callable[[Problem], Fit | None]
 
 
-def walk(model: Any, scheme: Scheme, x: Array, choose: Choose, say: Callable[[float], None]) -> None:
+def walk(
+    model: Any, scheme: Scheme, x: Array, choose: Choose, say: Callable[[float], None],
+    left: Callable[[], float] = lambda: math.inf,
+) -> bool:  # fmt: skip
     """Run the float model and its rounded form side by side over `x`, and let `choose` fit each layer as it is reached.
 
-    Where it answers None the layer's float weights stay.
+    Where it answers None the layer's float weights stay. Returns whether all were reached: the walk ends before a layer for which
+    no more seconds are `left` than the one before it took.
 
     Raises:
         FormatError: an operator of the graph has no torch counterpart.
     """
     pair = _Pair(_with_biases(model, scheme), scheme, x)
     with torch.no_grad():
+        took = 0.0
         for at, node in enumerate(pair.nodes):
+            fits, begun = node.name in pair.layers, left()
+            if fits and begun <= took:
+                return False
             pair.run_exact(node)
             pair.fit(node, choose)
             pair.run_coded(node)
             pair.forget(at)
+            if fits and begun < math.inf:
+                took = begun - left()
             say((at + 1) / len(pair.nodes))
+    return True
 
 
 class _Pair:

@@ -179,3 +179,24 @@ def test_a_spent_time_budget_ends_the_search_with_what_there_is(net_of: Callable
     state = BITS.run(state, dataclasses.replace(bench, left=lambda: 0.0))
     assert len(state.tried) == 1
     assert state.scheme is state.tried[0].scheme
+
+
+@pytest.mark.parametrize(("budget", "fitted"), [(31.0, ["first", "grouped", "head"]), (25.0, ["first", "grouped"])])
+def test_no_layer_and_no_model_is_begun_that_cannot_be_finished_in_the_time_left(
+    budget: float, fitted: list[str], net_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, bench = prepared(net_of("conv1d"))
+    now, seen, fit = [0.0], dict[str, None](), Problem.fit
+
+    def slow(problem: Problem, bits: float) -> Fit:
+        seen[problem.layer.node] = None
+        now[0] += 2.0  # five widths a layer
+        return fit(problem, bits)
+
+    monkeypatch.setattr(Problem, "fit", slow)
+    bench = dataclasses.replace(bench, left=lambda: budget - now[0])
+    state = BITS.run(state, bench)
+    assert list(seen) == fitted
+    assert now[0] <= 1.1 * budget
+    assert state.cut_short
+    assert state.scheme is state.tried[0].scheme

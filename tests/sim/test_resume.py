@@ -26,7 +26,7 @@ from compress.run import PASSES, run
 from compress.scheme import Scheme
 from compress.splits import split
 from compress.weights import Blocks
-from compress.work import ENDING_S, Work
+from compress.work import ENDING_S, Work, ending
 from skills import ort
 
 Build = Callable[[str], Any]
@@ -170,6 +170,12 @@ def test_the_time_that_an_interrupted_run_took_counts_against_the_budget(
     now[0] += 200.0
     assert second.left() == 0.0
     assert second.spent() == 1.0
+
+
+def test_what_is_kept_for_the_end_grows_with_the_report_part_and_never_below_the_least() -> None:
+    assert ending(8, 600, 1e-4) == ENDING_S
+    assert ending(14, 10_000, 1e-3) == pytest.approx(140.0)
+    assert ending(14, 20_000, 1e-3) == pytest.approx(280.0)
 
 
 def bench_of(net: Any) -> Bench:

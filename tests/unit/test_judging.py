@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from compress.conclude import front
 from compress.data import Part
-from compress.judge import Emitted, Judged, doubted, look, result, verdict, walked
+from compress.judge import Emitted, Judged, doubted, doubts, look, result, verdict, walked
 from compress.measure import Drop
 from compress.metrics import Metric
 from compress.pipeline import State
@@ -23,10 +23,10 @@ DROPS = st.lists(st.floats(-5, 5), max_size=5)
 CANDIDATES = st.lists(st.tuples(st.floats(-5, 5), st.integers(1, 9)), max_size=5)
 
 
-def judged(points: float, size: int = 1, doubt: float = 1.0, pooled: float | None = None) -> Judged:
+def judged(points: float, size: int = 1, doubt: float = 1.0, pooled: float | None = None, inputs: int = 1000) -> Judged:
     emitted = Emitted("one", State(None), bytes(size), NOTHING, None, 0.0)
     together = points if pooled is None else pooled
-    return Judged(emitted, np.zeros(1), Drop(points, points - doubt, points + doubt, 10), together)
+    return Judged(emitted, np.zeros(1), Drop(points, points - doubt, points + doubt, 10), together, inputs)
 
 
 def last_before_the_first_clearly_over(family: Sequence[Judged]) -> Judged | None:
@@ -93,6 +93,37 @@ def test_what_only_the_report_part_flatters_is_passed_over_for_the_next_safer_on
     family = [judged(0.0, 9), judged(0.2, 8, pooled=0.4), judged(0.3, 7, pooled=pooled)]
     assert result([family], BUDGET) is family[wins]
     assert [doubted(one, BUDGET) for one in family] == [False, False, wins == 1]
+
+
+@pytest.mark.parametrize(("wrong", "wins"), [(1, 1), (2, 0)])
+def test_one_wrong_input_on_select_dismisses_nothing_and_two_do(wrong: int, wins: int) -> None:
+    family = [judged(0.0, 9, pooled=0.0, inputs=80), judged(0.0, 7, pooled=100 * wrong / 80, inputs=80)]
+    assert result([family], BUDGET) is family[wins]
+
+
+@pytest.mark.parametrize(
+    ("rows", "wins"),
+    [
+        ([(0.0, 9, 2.5), (0.0, 8, 3.75), (0.0, 7, 5.0)], 0), ([(0.0, 9, 2.5), (0.0, 8, 2.5)], 1),
+        ([(0.0, 9, 5.0), (2.5, 9, 2.5)], 1), ([(2.5, 9, 5.0), (3.0, 9, 3.0)], 1),
+    ],
+)  # fmt: skip
+def test_where_nothing_keeps_the_budget_on_both_the_worse_of_the_two_drops_decides_and_then_the_size(
+    rows: list[tuple[float, int, float]], wins: int
+) -> None:
+    family = [judged(points, size, doubt=9, pooled=pooled, inputs=80) for points, size, pooled in rows]
+    assert result([family], BUDGET) is family[wins]
+
+
+def test_a_result_over_the_budget_on_report_and_select_together_is_said_with_both_numbers() -> None:
+    flattered, passed = judged(0.5, 8, pooled=3.75, inputs=80), judged(0.5, 7, pooled=5.0, inputs=80)
+    (said,) = doubts([flattered, passed], flattered, BUDGET, "percentage points")
+    assert "loses 0.50 percentage points" in said
+    assert "loses 3.75, over the budget of 1." in said
+    sound = judged(0.5, 9)
+    (said,) = doubts([sound, passed], sound, BUDGET, "percentage points")
+    assert said.startswith("1 smaller file is within the budget on the report part but not on report and select")
+    assert doubts([sound, passed], passed, BUDGET, "points") != doubts([sound], sound, BUDGET, "points") == ()
 
 
 @pytest.mark.parametrize(("selected", "pooled"), [(0, 10.0), (10, 30.0), (30, 40.0)])
