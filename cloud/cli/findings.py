@@ -1,9 +1,10 @@
 """What the workshop found, for people: the table of a compression and the table of cuts. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Group
+from rich.console import Group, RenderableType
+from rich.table import Table
 from rich.text import Text
 
 from cloud.cli.tables import table
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from skills.split import Choice
     from skills.split_plan import Plan
 
+LINKS_WIDTH = 28  # so many characters of times fit beside the facts of a cut on 80 columns
+REFUSED = "refused"
 VERDICT_COLOURS = {"proven": "green", "within_budget_unproven": "yellow", "not_reached": "red"}
 
 
@@ -82,7 +85,9 @@ def compressed(report: "Report") -> Group:
 
 
 def split_json(report: "SplitReport") -> dict[str, Any]:
-    """Return the verdicts and where the plan lies."""
+    """Return the verdicts, what makes them less sure, and where the plan lies."""
+    from cloud.split.report import doubts
+
     return {
         "plan_hash": report.plan_hash,
         "out": str(report.out),
@@ -90,6 +95,7 @@ def split_json(report: "SplitReport") -> dict[str, Any]:
         "private": report.plan.private,
         "slowdown": report.plan.slowdown,
         "device": report.plan.device or None,
+        "warnings": doubts(report.plan, report.details),
         "verdicts": [
             {
                 "link": str(one.link),
@@ -104,78 +110,122 @@ def split_json(report: "SplitReport") -> dict[str, Any]:
     }
 
 
-def split_table(plan: "Plan", links: "Sequence[Link]") -> Group:
-    """Return milliseconds from input to answer of every cut in each coding that is its best over some link, and the verdicts."""
-    from cloud.split.verdict import answers, judge, options, proof, warning
+def split_table(plan: "Plan", links: "Sequence[Link]", details: "Mapping[str, Any] | None" = None) -> Group:
+    """Return milliseconds from input to answer of every cut in each coding that is its best over some link, and the verdicts.
 
-    columns = [f"{link.mbit:g} Mbit" for link in links]
-    made = table(
-        "cut",
-        "coding",
-        "sent",
-        plan.metric,
-        "device",
-        "tail",
-        *columns,
-        right=("sent", plan.metric, "device", "tail", *columns),
-    )
+    `details` of a plan just made add what its audit found of every cut, kept or not.
+    """
+    from cloud.split.report import doubts
+    from cloud.split.verdict import answers, judge, options, proof, refusal
+
     ranked = {link: options(plan, link) for link in links}
     best = {link: ranked[link][0] for link in links}
+    rows: list[tuple[tuple[str, ...], list[Text]]] = []
+    refused: dict[str, list[str]] = {}
     for cut in sorted(plan.cuts, key=lambda cut: cut.after):
         mine = {link: [one for one in ranked[link] if one.cut.name == cut.name] for link in links}
         offered = list(dict.fromkeys(found[0].coding for found in mine.values() if found))
         if not offered:
-            made.add_row(*_refused(plan, cut.name), *("–" for _ in links), style="dim")
+            refused.setdefault(refusal(plan, cut) or "over the budget", []).append(cut.name)
+            rows.append((_refused(plan, cut.name), [Text("–") for _ in links]))
         for coding in offered:
             there = [next(one for one in mine[link] if one.coding == coding) for link in links]
-            made.add_row(*_facts(plan, there[0]), *map(_milliseconds, there, best.values()))
+            rows.append((_facts(plan, there[0]), list(map(_milliseconds, there, best.values()))))
+    parts = [_part(plan, rows, links, across) for across in _across(links)]
     sentences = []
     for link in links:
         verdict = judge(plan, link)
         line = Text(f"{link.mbit:g} Mbit/s, {link.rtt_ms:g} ms: ", "bold")
         sentences.append(line.append(verdict.text, "not bold"))
     device = f"device times measured on {plan.device}, which is" if plan.device else "device"
-    note = f"ms to the answer on each link; {device} {plan.slowdown:g}× slower than here; {proof(plan)}"
+    why = ["refused, " + "; ".join(f"{word}: {', '.join(names)}" for word, names in refused.items())] if refused else []
+    note = f"all times in ms, on each link to the answer; {device} {plan.slowdown:g}× slower than here; {proof(plan)}"
     note += f"; {answers(plan)}" if plan.replies else ""
-    doubt = warning(plan)
-    warned = [Text(f"warning: {doubt}", "yellow")] if doubt else []
-    return Group(made, Text(note, "dim"), *warned, Text(), *sentences)
+    warned = [Text(f"warning: {text}", "yellow") for text in doubts(plan, details or {})]
+    return Group(
+        *parts, *(Text(one, "dim") for one in (*why, note)), *_audits(details or {}), *warned, Text(), *sentences
+    )
+
+
+def _across(links: "Sequence[Link]") -> list[range]:
+    """Return which links stand side by side."""
+    found, first, wide = [], 0, 0
+    for at, link in enumerate(links):
+        mine = max(len(f"{link.rtt_ms:g} ms"), len(f"{link.mbit:g}"), 4) + 2
+        if at > first and wide + mine > LINKS_WIDTH:
+            found.append(range(first, at))
+            first, wide = at, 0
+        wide += mine
+    return [*found, range(first, len(links))]
+
+
+def _part(
+    plan: "Plan", rows: "Sequence[tuple[tuple[str, ...], list[Text]]]", links: "Sequence[Link]", across: range
+) -> Table:
+    """Return the table of the links at `across`, narrow enough for 80 columns; the first one also has the facts of a cut."""
+    facts = ("cut", "coding", *(("sent", plan.metric, "device", "tail") if across.start == 0 else ()))
+    made = table(*facts, right=facts[2:])
+    for at in across:
+        made.add_column(f"{links[at].mbit:g}\nMbit\n{links[at].rtt_ms:g} ms", justify="right")
+    for column in made.columns:
+        column.no_wrap = True
+    made.padding = (0, 1, 0, 0)
+    for mine, times in rows:
+        made.add_row(*mine[: len(facts)], *times[across.start : across.stop], style="dim" if mine[1] == REFUSED else "")
+    return made
+
+
+def _audits(details: "Mapping[str, Any]") -> "list[RenderableType]":
+    from cloud.split.report import audit_heads, audit_rows
+
+    if not (rows := audit_rows(details)):
+        return []
+    heads = audit_heads(details)
+    made = table(*heads, right=heads[1:3])
+    for row in rows:
+        made.add_row(*row, style="" if row[0] != "–" else "dim")
+    return [
+        Text(),
+        made,
+        Text("what a decoder rebuilt of the input from each cut, in order of depth; – was not kept", "dim"),
+    ]
 
 
 def _facts(plan: "Plan", choice: "Choice") -> tuple[str, ...]:
     cut, coding = choice.cut, choice.coding
     if coding is None:
-        return cut.name, "–", "0 B", _kept(plan, 0.0), readable_ms(cut.device_ms.p50), "–"
+        return cut.name, "–", "0 B", _kept(plan, 0.0), _ms(cut.device_ms.p50), "–"
     return (
         cut.name,
         coding.name,
         readable(coding.bytes_p50),
         _kept(plan, coding.drop),
-        readable_ms(cut.device_ms.p50),
-        readable_ms(cut.tail_ms.p50),
+        _ms(cut.device_ms.p50),
+        _ms(cut.tail_ms.p50),
     )
 
 
 def _kept(plan: "Plan", drop: float) -> str:
-    """Return the metric's own value after a loss of `drop` points; of an old plan that does not tell it, the change."""
-    return f"{0 - drop:+.1f} pt" if plan.whole is None else f"{100 * plan.whole - drop:.1f} %"
+    """Return the metric's own value after a loss of `drop` points; of an old plan that does not tell it, the drop."""
+    return f"drop {drop + 0:+.1f}" if plan.whole is None else f"{100 * plan.whole - drop:.1f} %"
 
 
 def _refused(plan: "Plan", name: str) -> tuple[str, ...]:
-    from cloud.split.verdict import refusal
-
     cut = plan.cut(name)
-    why = refusal(plan, cut) or "over the budget"
     least = min((coding.bytes_p50 for coding in cut.codings), default=0)
     return (
         name,
-        why,
+        REFUSED,
         readable(least),
         "–",
-        readable_ms(cut.device_ms.p50),
-        readable_ms(cut.tail_ms.p50),
+        _ms(cut.device_ms.p50),
+        _ms(cut.tail_ms.p50) if cut.codings else "–",
     )
 
 
+def _ms(ms: float) -> str:
+    return readable_ms(ms).removesuffix(" ms")
+
+
 def _milliseconds(choice: "Choice", best: "Choice") -> Text:
-    return Text(readable_ms(choice.ms).removesuffix(" ms"), "bold green" if choice == best else "")
+    return Text(_ms(choice.ms), "bold green" if choice == best else "")

@@ -132,7 +132,11 @@ def split(
     ] = False,
     min_cut: Annotated[
         str | None,
-        typer.Option("--min-cut", metavar="TENSOR", help="With --private: nothing before this tensor may leave."),
+        typer.Option(
+            "--min-cut",
+            metavar="TENSOR",
+            help="With --private: nothing before this tensor (not a cut's name) may leave.",
+        ),
     ] = None,
     max_drop: Annotated[
         float, typer.Option("--max-drop", metavar="POINTS", help="How much a coding may cost, in percentage points.")
@@ -155,10 +159,10 @@ def split(
     """
     from cloud.split import LINKS
     from cloud.split import split as run
-    from cloud.split.live import doubt
-    from skills.network import parse_link
+    from skills.network import ASSUMED, parse_link
 
     links = tuple(parse_link(text) for text in link) if link else LINKS
+    network = links[0] if link else ASSUMED  # what the device assumes until it has measured its own
     with contextlib.ExitStack() as open_until_done, screen.progress("splitting") as step:
         live = None
         if device is not None and not _is_profile(device):
@@ -169,13 +173,11 @@ def split(
         report = run(
             model, data, slowdown=factor, links=links, private=private, min_cut=min_cut, max_drop=max_drop, out=out,
             objective=objective, slo_ms=slo_ms, memory_mb=memory_mb, head_tail=head_tail, audit=private, device=live,
-            progress=lambda stage, done, of: step(stage, done / of if of else 0.0),
+            network=network, progress=lambda stage, done, of: step(stage, done / of if of else 0.0),
         )  # fmt: skip
     from cloud.cli import findings
 
-    screen.result(findings.split_json(report), lambda: findings.split_table(report.plan, links))
-    if text := doubt(report.details.get("live")):
-        screen.say(f"warning: {text}".replace("[", "\\["))
+    screen.result(findings.split_json(report), lambda: findings.split_table(report.plan, links, report.details))
     if head_tail and "head_tail" not in report.details:
         screen.say("the model has no place to cut it, so there is no head.onnx and no tail.onnx")
     screen.say(f"[dim]{out / 'report.html'} shows every cut[/dim]")
@@ -201,7 +203,8 @@ def check(
         screen.say(text.replace("[", "\\["))
     if found.faults:
         count = f"{len(found.faults)} faults" if len(found.faults) > 1 else "one fault"
-        raise FormatError(f"{found.file} has {count}; skerry split makes it anew")
+        cure = "skerry split makes the plan anew" if found.stale else "correct what was edited"
+        raise FormatError(f"{found.file} has {count}: {cure}")
 
 
 def joint(
@@ -220,6 +223,8 @@ def joint(
     ] = None,
 ) -> None:
     """Put a small model before the big one of a split plan: it answers easy inputs on the device, and asks about hard ones.
+
+    The plan is changed in place: the model is put into FOLDER/small, and split.yaml is written anew with it.
 
     Temperature and threshold are chosen on one half of the data, and what both reach together is told of the other half.
     Classifiers are marked by their answers; detectors, whose first output has scores from 0 to 1, by how close theirs are.
@@ -283,14 +288,15 @@ def stages(
     from cloud.split import LINKS
     from cloud.split.check import unaudited
     from cloud.split.stages import plan_stages
-    from skills.network import parse_link
+    from skills.network import ASSUMED, parse_link
 
     links = tuple(parse_link(text) for text in link) if link else LINKS
+    network = links[0] if link else ASSUMED  # what the device assumes until it has measured its own
     factor, _ = device_limits(device, slowdown)
     with screen.progress("placing") as step:
         plan = plan_stages(
             folder, data, slowdown=factor, links=links, private=private, min_cut=min_cut, out=out,
-            progress=lambda stage, done, of: step(stage, done / of if of else 0.0),
+            network=network, progress=lambda stage, done, of: step(stage, done / of if of else 0.0),
         )  # fmt: skip
     facts = {
         "stages": [{"name": one.name, "place": one.place} for one in plan.stages],

@@ -13,11 +13,11 @@ from skills.errors import FormatError, NotFound, SkerryError
 from skills.files import read_bytes, sha256_file
 from skills.plain import uncoded
 from skills.split import admitted, fits, keeps_private
-from skills.split_plan import MAX_PLAN_BYTES, Cut, Plan, Segment, Small, load_plan, plan_hash
+from skills.split_plan import MAX_PLAN_BYTES, Cut, Plan, Segment, Small, Verdict, load_plan, plan_hash
 from skills.stages import check_stages
 from skills.units import readable_ms
 
-# A fault in one of these does not hide the others: the rest of the plan is read without it.
+# A fault in one of these, in a line of `policy` or in an unknown key does not hide the others: the rest is read without it.
 PERSONAL = ("policy", "network", "min_cut", "memory_mb", "verdicts", "private", "slowdown", "max_drop", "device")
 TOLERANCE = 1e-4
 MAX_REPORT_BYTES = 16 << 20
@@ -25,12 +25,16 @@ MAX_REPORT_BYTES = 16 << 20
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Checked:
-    """What was found: faults make the plan useless as it stands, remarks are worth a look."""
+    """What was found: faults make the plan useless as it stands, remarks are worth a look.
+
+    `stale`: what lies beside split.yaml, or the model, is not what the plan was made of; editing lines does not cure that.
+    """
 
     file: Path
     plan: Plan | None
     faults: tuple[str, ...]
     remarks: tuple[str, ...]
+    stale: bool = False
 
 
 def check_plan(where: Path, model: Path | None = None) -> Checked:
@@ -49,8 +53,7 @@ def check_plan(where: Path, model: Path | None = None) -> Checked:
     served = uncoded(plan) if plan.policy.tail == "stock" else plan
     faults += _choices(served)
     faults += _flow(plan)
-    missing = list(_files(plan, file.parent))
-    faults += missing
+    stale = missing = list(_files(plan, file.parent))
     if plan.stages:
         try:
             check_stages(plan)
@@ -59,9 +62,10 @@ def check_plan(where: Path, model: Path | None = None) -> Checked:
     elif not missing:
         faults += _pieces(plan, file.parent)
     if model is not None:
-        faults += _model(plan, file.parent, model, whole=not faults)
+        stale += _model(plan, file.parent, model, whole=not faults and not missing)
+    faults += stale
     faults += _as_made(plan, file.parent / "report.json")
-    return Checked(file, plan, tuple(faults), tuple(_remarks(served)) if not faults else ())
+    return Checked(file, plan, tuple(faults), tuple(_remarks(served)) if not faults else (), bool(stale))
 
 
 def _read(text: str, source: str) -> tuple[Plan | None, list[str]]:
@@ -71,19 +75,24 @@ def _read(text: str, source: str) -> tuple[Plan | None, list[str]]:
     except FormatError as error:
         first = str(error)
     spans = dict(_spans(text))
-    bare = _without(text, spans, PERSONAL)
+    known = {field.name for field in dataclasses.fields(Plan)}
+    parts = [key for key in spans if key in PERSONAL or key.partition(".")[0] not in known or key.startswith("policy.")]
+    lines = [key for key in parts if key != "policy" or not any(other.startswith("policy.") for other in parts)]
+    bare = _without(text, spans, parts)
     try:
         plan = load_plan(bare, source)
     except FormatError as error:
         return None, [str(error)]
     faults, faulty = [], list[str]()
-    for key in PERSONAL:
-        if key in spans:
-            try:
-                load_plan(_without(text, spans, [other for other in PERSONAL if other != key]), source)
-            except FormatError as error:
-                faults.append(str(error))
-                faulty.append(key)
+    for key in lines:
+        alone = [other for other in parts if other != key and not key.startswith(f"{other}.")]
+        try:
+            load_plan(_without(text, spans, alone), source)
+        except FormatError as error:
+            faults.append(str(error))
+            faulty.append(key)
+    if "policy" not in lines and all(key in faulty for key in lines if key.startswith("policy.")):
+        faulty.append("policy")  # none of its lines is left
     try:
         plan = load_plan(_without(text, spans, faulty), source)
     except FormatError as error:
@@ -92,6 +101,7 @@ def _read(text: str, source: str) -> tuple[Plan | None, list[str]]:
 
 
 def _spans(text: str) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Yield the lines, first and end, of every key at the top, and of every key in a `policy` written line by line."""
     import yaml
 
     node = yaml.compose(text, Loader=yaml.SafeLoader) if _is_yaml(text) else None
@@ -100,6 +110,12 @@ def _spans(text: str) -> Iterator[tuple[str, tuple[int, int]]]:
         ends = [key.start_mark.line for key in keys[1:]] + [len(text.splitlines())]
         for key, end in zip(keys, ends, strict=True):
             yield str(key.value), (key.start_mark.line, end)
+        for key, value in node.value:
+            if key.value == "policy" and isinstance(value, yaml.MappingNode) and not value.flow_style:
+                starts = [inner.start_mark.line for inner, _ in value.value]
+                last = ends[[other for other, _ in node.value].index(key)]
+                for (inner, _), first, end in zip(value.value, starts, [*starts[1:], last], strict=True):
+                    yield f"policy.{inner.value}", (first, end)
 
 
 def _is_yaml(text: str) -> bool:
@@ -308,7 +324,7 @@ def _remarks(plan: Plan) -> Iterator[str]:
     for verdict in plan.verdicts:
         now = judge(plan, verdict.link)
         if (now.cut, now.coding) != (verdict.cut, verdict.coding):
-            yield f"on {verdict.link} it is now: {now.text} (the verdict in the file says {verdict.text})"
+            yield f"on {verdict.link} it is now {_short(now)}; the verdict in the file is {_short(verdict)}"
     for cut in plan.cuts:
         for coding in cut.codings:
             if coding.admitted and coding.drop > plan.max_drop:
@@ -321,3 +337,7 @@ def _remarks(plan: Plan) -> Iterator[str]:
             f"all segments together need {plan.cut('local').memory_mb:g} MiB, the device has {plan.memory_mb:g}: "
             "while the tail is away it loads those behind the cut one after the other, which is slow"
         )
+
+
+def _short(verdict: Verdict) -> str:
+    return f"{verdict.cut}{f' ({verdict.coding})' if verdict.coding else ''}, {readable_ms(verdict.ms)}"

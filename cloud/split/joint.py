@@ -187,17 +187,32 @@ def choose_threshold(sure: "Array", right_small: "Array", right_big: "Array", ta
 
 
 def describe(plan: Plan, link: Link) -> str:
-    """Say in words what the small model saves on `link`: T = small + share asked about x the big model's best option."""
+    """Say in words what the small model saves on `link`: T = small + share asked about x the big model's best option.
+
+    It pays where it saves more than the measured times spread (90th percentile less median, the widest). A drop above 0 is worse.
+    """
     small = plan.small
     if small is None:
         return "there is no small model"
     best = choose_cut(plan, Estimate(link.mbit, link.rtt_ms))
-    expected = small.device_ms.p50 + small.asked * best.ms
-    word = "pays" if expected < best.ms else "does not pay"
+    mine, theirs = small.device_ms, f"{best.cut.name}, {readable_ms(best.ms)}"
+    expected = mine.p50 + small.asked * best.ms
+    times = (mine, best.cut.device_ms, *([best.cut.tail_ms] if best.coding is not None else []))
+    spread = max(one.p90 - one.p50 for one in times)
+    pays = best.ms - expected > spread
+    interval = f" (95 % interval {small.drop_ci95[0]:+.1f} … {small.drop_ci95[1]:+.1f})" if small.drop_ci95 else ""
+    lost = f"{small.accuracy:.1%}, a drop of {small.drop + 0:+.1f} points{interval} against the big model"
+    if not small.threshold:
+        word = "that alone is" if pays else "but that is not clearly"
+        return (
+            f"the big model would never be asked: the small one alone does, in {readable_ms(mine.p50)}; {word} faster "
+            f"({theirs}), so joining them does not pay; the small one reaches {lost}"
+        )
+    word = "pays" if pays else "does not pay: that is not clearly faster"
     return (
-        f"the small model answers {1 - small.asked:.0%} by itself in {readable_ms(small.device_ms.p50)} and asks about the rest "
-        f"({best.cut.name}, {readable_ms(best.ms)}): {readable_ms(expected)} on average against {readable_ms(best.ms)}, "
-        f"so it {word}; together they reach {small.accuracy:.1%}, {0 - small.drop:+.1f} points against the big model"
+        f"the small model answers {1 - small.asked:.0%} by itself in {readable_ms(mine.p50)} and asks about the rest "
+        f"({theirs}): {readable_ms(expected)} on average against {readable_ms(best.ms)}, "
+        f"so it {word}; together they reach {lost}"
     )
 
 

@@ -26,7 +26,7 @@ from skills.errors import FormatError, MissingExtra, UsageError
 from skills.files import fsync_directory, sha256_file, sha256_hex, storage_errors, write_atomic
 from skills.measurement import Figures
 from skills.network import ASSUMED, Link
-from skills.split_plan import Cut, Plan, Policy, Verdict, plan_hash
+from skills.split_plan import Cut, Millis, Plan, Policy, Verdict, plan_hash
 from skills.timer import Dilated, Local, Timer
 
 if TYPE_CHECKING:
@@ -76,8 +76,8 @@ def split(
 
     `data` is an .npz or a mapping with `x` (or the model's input names) and, when there are labels, `y`; or a folder of
     pictures with a data.yaml, which says how they are normalised. Else an input that is a picture is recognised from the
-    data unless `image` says how it is normalised. `min_cut` names a tensor: with
-    `private` no cut before it is used. `max_drop` is in percentage points, for every coding of every cut; it is
+    data unless `image` says how it is normalised. `min_cut` names a tensor, and takes
+    `private`: no cut before it is used. `max_drop` is in percentage points, for every coding of every cut; it is
     judged on up to `most_gate` inputs, as many as fit in some seconds, while times and scales come of `most_samples`.
     A live `device` measures the heads and codings itself; then `slowdown` counts for nothing, and the plan has the measured one.
     `objective` is latency or bytes (within `slo_ms`); a cut whose segments need more than `memory_mb` on the device is not
@@ -85,13 +85,15 @@ def split(
     used either. `head_tail` also writes head.onnx and tail.onnx of the best true cut, for runtimes that know no segments.
 
     Raises:
-        UsageError: `out` exists and is no split plan, or a value is out of range.
+        UsageError: `out` exists and is no split plan, a value is out of range, or `min_cut` is no tensor of a private plan's.
         NotFound, FormatError: the model or the data is missing or not what it should be.
         StorageError: the disk is full; `out` is as it was.
         Refused, Unreachable, DeadlineExceeded: a live device does not measure; `out` is as it was.
     """
     start = time.monotonic()
     _check(out, slowdown, max_drop, links)
+    if min_cut is not None and not private:
+        raise UsageError(f"the minimum cut {min_cut!r} counts only for a private plan: give --private as well")
     policy = _policy(objective, slo_ms)
     raw, graph = read_model(model)
     beside = model.parent if isinstance(model, Path) else None
@@ -107,7 +109,10 @@ def split(
     if image is None and len(flow.inputs) == 1:
         image = given.image or recognise(feeds[flow.inputs[0]])
     if min_cut is not None and min_cut not in flow.producer():
-        raise UsageError(f"the model has no tensor {min_cut!r} for the minimum cut")
+        raise UsageError(
+            f"the model has no tensor {min_cut!r} for the minimum cut: it is named by a tensor, as a plan lists them under "
+            "its cuts, for the cuts get their names (c1, …) only when the plan is made"
+        )
     timer: Timer = Dilated(slowdown) if slowdown > 1 and device is None else Local()
     slowest = min(link.mbit for link in (*links, *LINKS, network))
     task = Task(raw, beside, graph, flow, types, samples, more, labels, image, timer, max_drop, slowest, progress)
@@ -267,7 +272,7 @@ def _cuts(cuts: Sequence[Candidate], timed: Timed, codings: Sequence[tuple[Codin
         raw = after == 0 or cuts[after - 1].raw
         made.append(Cut(name, after, costs.device, costs.tail, tensors, codings[after], raw))
     local = timed.costs[len(made)]
-    return (*made, Cut("local", len(made), local.device, local.tail))
+    return (*made, Cut("local", len(made), local.device, Millis(0.0, 0.0)))  # nothing is left for a tail
 
 
 def _details(timed: Timed, kept: Sequence[Candidate], gate: Gate, rounds: int) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from skills.split_plan import Cut, Leak, Plan, plan_hash
 from skills.units import readable, readable_ms
 from skills.wire import encode_json, to_plain
 
-RULE = "private: raw or compressed input never leaves the device, and no cut before the declared minimum is used. "
+RULE = "private: raw or compressed input never leaves the device{}. "
+LEAST = ", and no cut before the declared minimum ({}) is used"
 UNAUDITED = (
     "This is no proof against reconstruction: what leaves are activations, and whether the input can be rebuilt from "
     "them was not audited."
@@ -26,18 +27,57 @@ def privacy(plan: Plan, details: Mapping[str, Any]) -> str:
     if not plan.private:
         return OPEN
     facts, seen = details.get("privacy_audit"), [cut for cut in plan.cuts if cut.leak is not None]
+    rule = RULE.format(LEAST.format(plan.min_cut) if plan.min_cut else "")
     if facts is None:
-        return RULE + UNAUDITED
+        return rule + UNAUDITED
+    if "control" not in facts:
+        return f"{rule}{_sentence(str(not_audited(details)))}"
     limit, measure = max(facts["threshold"], facts["floor"] + 0.05), facts["measure"]
     said = [f"cut {cut.name} is {_leaked(cut.leak, limit)}" for cut in seen if cut.leak]
-    control = f"; the control on the shallowest tensor reached {facts['control']:.2f}" if "control" in facts else ""
+    control = f"; the control on the shallowest tensor reached {facts['control']:.2f}"
     why = f" {_sentence(facts['why'])}" if "why" in facts else ""
     return (
-        f"{RULE}For each cut a decoder was trained on three quarters of {facts['inputs']} inputs to rebuild the others; above "
+        f"{rule}For each cut a decoder was trained on three quarters of {facts['inputs']} inputs to rebuild the others; above "
         f"{limit:.2f} {measure} an input counts as recoverable{control}."
         f"{why} {_sentence('; '.join(said)) if said else 'There is no cut to audit.'} This is a measure of risk, no guarantee: "
         "somebody with more data may rebuild more."
     )
+
+
+def not_audited(details: Mapping[str, Any]) -> str | None:
+    """Say why the audit shows nothing of any cut; None: it was made, or nobody asked for it."""
+    facts = details.get("privacy_audit") or {}
+    if "why" not in facts:
+        return None
+    ran = (
+        "no cut was audited"
+        if "control" not in facts
+        else "the audit says nothing of cuts that it did not rebuild from"
+    )
+    return f"{ran}: {facts['why']}; so none of them counts as private"
+
+
+def audit_rows(details: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return of every cut that a decoder was tried on: name ("–": not kept), work before it, likeness, verdict, tensors.
+
+    In order of depth, so that one sees where privacy begins. Empty where no audit was made.
+    """
+    if "control" not in details.get("privacy_audit", {}):
+        return []
+    considered = details.get("considered", ())
+    kept = iter(range(1, len(considered) + 1))
+    rows: list[tuple[str, ...]] = []
+    for one in considered:
+        name = f"c{next(kept)}" if one["kept"] else "–"
+        if leak := one.get("leak"):
+            likeness = f"{leak['value']:.2f}"
+            rows.append((name, f"{one['work_before']:.0%}", likeness, leak["verdict"], ", ".join(one["tensors"])))
+    return rows
+
+
+def audit_heads(details: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what stands above `audit_rows`: the likeness has the audit's own measure."""
+    return "cut", "work before", details["privacy_audit"]["measure"].replace("ssim", "SSIM"), "verdict", "tensor"
 
 
 def _leaked(found: Leak, limit: float) -> str:
@@ -82,7 +122,7 @@ def report_json(plan: Plan, details: Mapping[str, Any]) -> bytes:
 
 def doubts(plan: Plan, details: Mapping[str, Any]) -> list[str]:
     """Return what makes the figures less sure, one sentence each."""
-    return [text for text in (warning(plan), doubt(details.get("live"))) if text]
+    return [text for text in (warning(plan), not_audited(details), doubt(details.get("live"))) if text]
 
 
 def measured_on(plan: Plan) -> str:
@@ -116,11 +156,13 @@ def render_html(plan: Plan, details: Mapping[str, Any]) -> str:
 <style>{style}</style></head><body>
 <h1>Split report</h1><p class="soft">plan {plan_hash(plan)} · model {plan.model_sha256[:12]}…</p>
 <h2>What to do on each link</h2>{verdicts}{warned}<p>{facts}</p><p><b>Privacy.</b> {say(_sentence(privacy(plan, details)))}</p>
+{_audits(details)}
 <p class="key soft"><span style="background:var(--split)"></span>split<span style="background:var(--input)"></span>compressed
 input<span style="background:var(--local)"></span>local<span style="background:var(--refused)"></span>refused, with the
 reason</p>
 {charts}
-<h2>Every candidate, as measured</h2><div class="wide">{_table(plan, details)}</div>
+<h2>Every candidate, as measured</h2><div class="wide">{_table(plan)}</div>
+<h2>Where the cuts lie</h2><div class="wide">{_places(plan, details)}</div>
 <p class="soft">Device and tail times are medians of {details.get("rounds", "?")} interleaved warm runs of whole heads and tails.
 Predicted time = device + coding + round trip + bytes / rate + tail. docs/splitting.md has the formulas.</p>
 </body></html>
@@ -153,34 +195,63 @@ def _best_of_each(ranked: tuple[Choice, ...]) -> list[Choice]:
     return sorted(found.values(), key=lambda one: one.ms)
 
 
-def _table(plan: Plan, details: Mapping[str, Any]) -> str:
+def _places(plan: Plan, details: Mapping[str, Any]) -> str:
+    """Return a row for each cut with its tensors, whose names are long and would push the measurements out of sight."""
     rows = []
     for cut in plan.cuts:
         share = details.get("shares", {}).get(cut.name)
+        where = html.escape(", ".join(tensor.name for tensor in cut.tensors)) or "nothing leaves"
+        before = "" if share is None else f"{share:.0%}"
+        rows.append(f'<tr><td>{cut.name}</td><td>{before}</td><td class="l where">{where}</td></tr>')
+    return f'<table><tr><th>cut</th><th>work before</th><th class="l">tensor</th></tr>{"".join(rows)}</table>'
+
+
+def _table(plan: Plan) -> str:
+    rows = []
+    for cut in plan.cuts:
         for coding in cut.codings or (None,):
             why = refusal(plan, cut, coding)
             mine = f'<tr class="{"no" if why else ""}"><td>{cut.name}</td><td class="l">{coding.name if coding else ""}</td>'
             mine += f'<td class="l state">{_status(plan, cut, why)}</td>'
-            costs = f"<td>{_ms(cut.device_ms.p50)}</td><td>{_ms(cut.tail_ms.p50)}</td>"
+            tail = "" if cut.name == "local" else _ms(cut.tail_ms.p50)
+            costs = f"<td>{_ms(cut.device_ms.p50)}</td><td>{tail}</td>"
             if coding is None:
-                rows.append(f"{mine}<td></td><td></td>{costs}{'<td></td>' * 7}</tr>")
+                rows.append(f"{mine}<td></td><td></td>{costs}{'<td></td>' * 5}</tr>")
                 continue
             interval = f"{coding.drop_ci95[0]:.1f} … {coding.drop_ci95[1]:.1f}" if coding.drop_ci95 else ""
-            where = html.escape(", ".join(tensor.name for tensor in cut.tensors))
             rows.append(
-                f"{mine}<td>{coding.drop:.1f}</td><td>{interval}</td>{costs}"
+                f"{mine}<td>{_drop(coding.drop, plan.max_drop)}</td><td>{interval}</td>{costs}"
                 f"<td>{readable(coding.bytes_p50)}</td><td>{readable(coding.bytes_p95)}</td>"
                 f"<td>{_ms(coding.encode_ms)}</td><td>{_ms(coding.decode_ms)}</td>"
-                f'<td class="l">{coding.reply or "raw"}</td><td>{"" if share is None else f"{share:.0%}"}</td>'
-                f'<td class="l">{where}</td></tr>'
+                f'<td class="l">{coding.reply or "raw"}</td></tr>'
             )
     head = (
         '<tr><th>cut</th><th class="l">coding</th><th class="l">status</th>'
         f"<th>drop ({html.escape(plan.metric)}, points)</th><th>95 %</th><th>device ms</th><th>tail ms</th>"
         "<th>sent p50</th><th>p95</th><th>encode ms</th><th>decode ms</th>"
-        '<th class="l">answer</th><th>work before</th><th class="l">tensor</th></tr>'
+        '<th class="l">answer</th></tr>'
     )
     return f"<table>{head}{''.join(rows)}</table>"
+
+
+def _audits(details: Mapping[str, Any]) -> str:
+    if not (rows := audit_rows(details)):
+        return ""
+    head = "".join(f'<th class="l">{html.escape(name)}</th>' for name in audit_heads(details))
+    body = ""
+    for *cells, where in rows:
+        mine = "".join(f'<td class="l">{html.escape(cell)}</td>' for cell in cells)
+        body += f'<tr>{mine}<td class="l where">{html.escape(where)}</td></tr>'
+    return (
+        '<h2>Every cut that was audited</h2><p class="soft">In order of depth; – was not kept.</p>'
+        f'<div class="wide"><table>{head}{body}</table></div>'
+    )
+
+
+def _drop(drop: float, budget: float) -> str:
+    """Return a drop with as many digits as tell it from the budget: 1.01 is over 1, and 1.0 would not say so."""
+    found = (f"{drop:.{digits}f}" for digits in (1, 2, 3))
+    return next((text for text in found if (float(text) > budget) == (drop > budget)), f"{drop:g}")
 
 
 def _status(plan: Plan, cut: Cut, why: str | None) -> str:

@@ -23,7 +23,7 @@ from skills.files import sha256_file, write_atomic
 from skills.manifest import Skill, Tensor, Variant, load_skill
 from skills.network import ASSUMED, Link
 from skills.split import Estimate, choose_cut
-from skills.split_plan import Cut, Leak, Plan, Segment, StageAt, StagePart
+from skills.split_plan import Cut, Leak, Millis, Plan, Segment, StageAt, StagePart
 from skills.stages import RUNTIME, StageChain, load_stage
 from skills.timer import Dilated, Local, Timer
 
@@ -95,7 +95,7 @@ def plan_stages(
             )
         )  # fmt: skip
     last = len(skill.stages)
-    cuts.append(Cut("local", last, costs[last].device, costs[last].tail))
+    cuts.append(Cut("local", last, costs[last].device, Millis(0.0, 0.0)))
     segments = tuple(
         Segment(
             stage.code, sha256_file(folder / stage.code), max((folder / stage.code).stat().st_size, 1),

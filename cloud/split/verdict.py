@@ -19,10 +19,15 @@ def ever_best(
 ) -> frozenset[str]:
     """Return the true cuts that are the best split on some link, on a device at half to twice the measured speed.
 
-    An answer has `reply_bytes` raw; `replies` are the codings of it that the cuts' codings name.
+    A cut that leaves the device no less to do than staying local (if `local` is among the cuts) is the best on none. An answer
+    has `reply_bytes` raw; `replies` are the codings of it that the cuts' codings name.
     """
     splits = [
-        (cut, coding) for cut in cuts if cut.name not in ("local", "input") for coding in cut.codings if coding.admitted
+        (cut, coding)
+        for cut in cuts
+        if cut.name not in ("local", "input") and not slower_than_local(cut, cuts)
+        for coding in cut.codings
+        if coding.admitted
     ]
     found = set(keep)
     for step in range(-14, 31):
@@ -41,6 +46,14 @@ def ever_best(
     return frozenset(found)
 
 
+def slower_than_local(cut: Cut, cuts: Sequence[Cut]) -> bool:
+    """Return whether the device is busy with its side of a cut for as long as with the whole model: no link makes up for it.
+
+    `cuts` are those that the device has the memory for; where `local` is not among them, nothing is slower than it.
+    """
+    return any(cut.device_ms.p50 >= other.device_ms.p50 for other in cuts if other.name == "local")
+
+
 def worth_cutting(
     cuts: Sequence[Cut],
     *,
@@ -52,7 +65,8 @@ def worth_cutting(
 ) -> frozenset[str]:
     """Return the true cuts that a plan is to have: the best ones of those that the device may use, and `least`.
 
-    Where it may use none, the best of all: they show what is refused, and why.
+    Where it may use none, the best of all: they show what is refused, and why. Where staying local is sooner than every one,
+    the best are there all the same: the plan may be pinned to them.
     """
     after = next((cut.after for cut in cuts if cut.name == least), 0)
     usable = [
@@ -61,8 +75,14 @@ def worth_cutting(
         if (memory_mb is None or cut.memory_mb <= memory_mb) and (not private or keeps_private(cut, after))
     ]
     keep = frozenset({least} if least is not None and least != "local" else ())
-    found = ever_best(usable, frozenset(), reply_bytes, replies)
-    return (found or ever_best(cuts, frozenset(), reply_bytes, replies)) | keep
+    for among in (usable, _true(usable), _true(cuts)):
+        if found := ever_best(among, frozenset(), reply_bytes, replies):
+            return found | keep
+    return keep
+
+
+def _true(cuts: Sequence[Cut]) -> list[Cut]:
+    return [cut for cut in cuts if cut.name not in ("local", "input")]
 
 
 def options(plan: Plan, link: Link, *, every: bool = False) -> tuple[Choice, ...]:
@@ -83,9 +103,11 @@ def judge(plan: Plan, link: Link) -> Verdict:
     """Say what to do on `link`, with its rivals: staying local, the compressed input, the best true split."""
     ranked = options(plan, link)
     best, slo_ms = choose_cut(plan, Estimate(link.mbit, link.rtt_ms)), plan.policy.slo_ms
+    roomy = [cut for cut in plan.cuts if fits(plan, cut)]
+    sooner = tuple(one for one in ranked if not slower_than_local(one.cut, roomy))
     rivals = [
         one
-        for one in (_first(ranked, "local"), _first(ranked, "input"), _first(ranked, "split"))
+        for one in (_first(ranked, "local"), _first(ranked, "input"), _first(sooner, "split"))
         if one is not None and one != best
     ]
     said = [f"{describe(one)} {_needs(one)} {readable_ms(one.ms)}{_against(one.ms, best.ms)}" for one in rivals]
@@ -99,6 +121,8 @@ def judge(plan: Plan, link: Link) -> Verdict:
             said.append(f"the compressed input would take {readable_ms(refused[0].ms)} but may not leave")
     if _first(ranked, "split") is None:
         said.append(_no_split(plan))
+    elif _first(sooner, "split") is None:
+        said.append("every split takes the device as long as staying local")
     if slo_ms is not None and best.ms > slo_ms:
         said.append(f"nothing keeps the limit of {slo_ms:g} ms")
     size = f", {moved_bytes(plan, best):,} bytes" if plan.policy.minimize == "bytes" else ""

@@ -1,6 +1,7 @@
 """A small model that asks a big one: what is asked, how long, and that an answer is there whatever becomes of the question."""
 
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from skills.errors import FormatError, NotReached, UsageError
 from skills.files import sha256_hex
 from skills.network import Link
 from skills.split import Estimate
-from skills.split_plan import load_plan
+from skills.split_plan import Millis, Policy, load_plan
 from skills.timer import Timed
 
 
@@ -96,6 +97,30 @@ def test_what_is_joined_is_in_the_plan_with_what_was_measured(joined: Any) -> No
     assert 0 < plan.small.asked < 1
     assert plan.small.accuracy >= found.alone
     assert "the small model answers" in describe(plan, Link(20, 30))
+
+
+@pytest.mark.parametrize(
+    ("small_ms", "threshold", "sentence"),
+    [
+        (Millis(1, 1.2), 0.5, r"so it pays; together they reach 90.0%, a drop of \+0.3 points \(95 % interval -0.2 … \+0.8\)"),
+        (Millis(1, 99), 0.5, "so it does not pay: that is not clearly faster"),
+        (Millis(98, 99), 0.5, "so it does not pay: that is not clearly faster"),
+        (Millis(1, 1.2), 0.0, "the big model would never be asked: the small one alone does, .* joining them does not pay"),
+        (Millis(99, 101), 0.0, "never be asked: .* but that is not clearly faster .* joining them does not pay"),
+    ],
+)  # fmt: skip
+def test_joining_pays_only_where_it_is_clearly_faster_and_the_big_model_is_asked(
+    joined: Any, small_ms: Millis, threshold: float, sentence: str
+) -> None:
+    plan = load_plan((joined[0] / "split.yaml").read_text())
+    local = dataclasses.replace(plan.cut("local"), device_ms=Millis(100, 101))
+    small = dataclasses.replace(
+        plan.small, device_ms=small_ms, threshold=threshold, asked=0.1 if threshold else 0.0, accuracy=0.9, drop=0.3,
+        drop_ci95=(-0.2, 0.8),
+    )  # fmt: skip
+    plan = dataclasses.replace(plan, cuts=(*plan.cuts[:-1], local), small=small, policy=Policy(pin="local"))
+    said = describe(plan, Link(20, 30))
+    assert re.search(sentence, said), said
 
 
 @pytest.mark.parametrize(

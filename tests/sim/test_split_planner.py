@@ -135,7 +135,8 @@ def test_bad_input_is_one_sentence_and_writes_nothing(small_net: Any, tmp_path: 
         (UsageError, "the slowdown is 0.5", {"slowdown": 0.5}),
         (UsageError, "in percentage points", {"max_drop": -1}),
         (UsageError, "no link was given", {"links": ()}),
-        (UsageError, "the model has no tensor 'c99'", {"min_cut": "c99"}),
+        (UsageError, "the model has no tensor 'c99' .* named by a tensor", {"min_cut": "c99", "private": True}),
+        (UsageError, "the minimum cut 'summed' counts only for a private plan: give --private", {"min_cut": "summed"}),
     ]
     for kind, sentence, change in cases:
         with pytest.raises(kind, match=sentence):

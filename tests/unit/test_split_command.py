@@ -1,6 +1,7 @@
 """`skerry split …` from the command line: the group that is also a command, the device's limits, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +60,17 @@ def test_bytes_without_a_limit_on_time_are_refused(
     assert "--slo-ms" in err
     assert answer(capsys, *words, "energy")[0] == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_a_faulty_line_is_to_be_corrected_and_only_a_missing_segment_takes_a_new_plan(
+    planned_net: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edited = tmp_path / "edited"
+    shutil.copytree(planned_net.folder, edited)
+    file = edited / "split.yaml"
+    file.write_text(file.read_text().replace("  pin: null", "  pin: c77"))
+    code, _, err = answer(capsys, "split", "check", edited)
+    assert (code, "has one fault: correct what was edited" in " ".join(err.split())) == (65, True)
+    (edited / "segments/0.onnx").unlink()
+    _, _, err = answer(capsys, "split", "check", edited)
+    assert "has 2 faults: skerry split makes the plan anew" in " ".join(err.split())

@@ -1,9 +1,14 @@
 """The split report: bars that differ, what is refused and why in sight, figures as people read them."""
 
 import dataclasses
+import io
 import re
+from typing import Any
 
-from cloud.split.report import privacy, render_html
+from rich.console import Console
+
+from cloud.cli import findings
+from cloud.split.report import audit_rows, doubts, privacy, render_html
 from skills.coding import Coding, Live
 from skills.network import Link
 from skills.split_plan import Cut, Leak, Millis, Plan, Segment, Verdict
@@ -91,3 +96,62 @@ def test_an_audit_gives_its_value_and_limit_and_a_narrow_pass_looks_like_one() -
     )
     assert "kept private: the decoder reached 0.05 explained variance, the limit is 0.30" in wide
     assert "the decoder reached 0.90 explained variance, the limit is 0.30" in privacy(make_plan(0.9), facts)
+
+
+def considered(*found: tuple[bool, float, str]) -> dict[str, Any]:
+    """Return the details of an audit of three cuts or so: whether each was kept, what was rebuilt, the verdict."""
+    leaks = [
+        {"verdict": verdict, "measure": "ssim", "value": value, "inputs": 240, "flat": True}
+        for _, value, verdict in found
+    ]
+    rows = [
+        {"tensors": [f"t{at}"], "work_before": at / 10, "kept": kept, "leak": leak}
+        for at, ((kept, _, _), leak) in enumerate(zip(found, leaks, strict=True))
+    ]
+    return {"privacy_audit": AUDIT | {"measure": "ssim"}, "considered": rows}
+
+
+def test_every_audited_cut_is_shown_also_those_that_were_dropped() -> None:
+    details = TIMES | considered((False, 0.8, "recoverable"), (True, 0.1, "private"), (False, 0.05, "private"))
+    assert audit_rows(details) == [
+        ("–", "0%", "0.80", "recoverable", "t0"),
+        ("c1", "10%", "0.10", "private", "t1"),
+        ("–", "20%", "0.05", "private", "t2"),
+    ]
+    page, out = render_html(make_plan(0.1), details), io.StringIO()
+    Console(file=out, width=80).print(findings.split_table(make_plan(0.1), [Link(5, 30)], details))
+    for row in audit_rows(details):
+        assert (
+            "".join(f'<td class="l">{cell}</td>' for cell in row[:-1]) + f'<td class="l where">{row[-1]}</td>' in page
+        )
+        assert any(line.split() == list(row) for line in out.getvalue().splitlines())
+
+
+def test_where_no_audit_ran_nothing_is_said_to_have_been_measured_and_it_is_said_why() -> None:
+    facts = {key: value for key, value in AUDIT.items() if key != "control"} | {
+        "why": "only 60 inputs, an audit needs 200"
+    }
+    details = TIMES | considered((True, 0.0, "inconclusive")) | {"privacy_audit": facts}
+    said = privacy(make_plan(0.9), details)
+    assert "No cut was audited: only 60 inputs, an audit needs 200; so none of them counts as private." in said
+    assert not re.search("decoder|reached|declared minimum", said)
+    assert audit_rows(details) == []
+    assert any("only 60 inputs, an audit needs 200" in text for text in doubts(make_plan(0.9), details))
+    declared = dataclasses.replace(make_plan(0.9), min_cut="c1")
+    assert "no cut before the declared minimum (c1) is used" in privacy(declared, details)
+
+
+def test_a_drop_just_over_the_budget_shows_the_digits_that_make_it_so_and_local_has_no_tail() -> None:
+    plan = make_plan(0.1)
+    (small, large), c1 = plan.cuts[1].codings, plan.cuts[1]
+    codings = (dataclasses.replace(small, drop=1.01), large)
+    cuts = (plan.cuts[0], dataclasses.replace(c1, codings=codings), plan.cuts[2])
+    page = render_html(dataclasses.replace(plan, cuts=cuts), TIMES)
+    assert [row[3] for row in rows(page)[:3]] == ["0.0", "1.01", "0.5"]
+    assert rows(page)[3][5:7] == ["0.4", ""]
+
+
+def test_the_name_of_a_tensor_may_break_and_stands_outside_the_table_of_measurements() -> None:
+    page = render_html(make_plan(0.1), TIMES)
+    assert '<td class="l where">b1</td>' in page
+    assert not any("b1" in row for row in rows(page))

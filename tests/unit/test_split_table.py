@@ -11,9 +11,9 @@ from skills.network import Link
 from skills.split_plan import Cut, Millis, Plan, Segment
 
 
-def shown(plan: Plan, *links: Link) -> str:
+def shown(plan: Plan, *links: Link, width: int = 160) -> str:
     out = io.StringIO()
-    Console(file=out, width=160).print(findings.split_table(plan, links))
+    Console(file=out, width=width).print(findings.split_table(plan, links))
     return out.getvalue()
 
 
@@ -56,8 +56,8 @@ def test_every_coding_that_a_verdict_names_has_its_row() -> None:
     assert row(text, "input", "native")
 
 
-def test_a_plan_of_before_that_does_not_tell_the_whole_shows_the_change() -> None:
-    assert "+1.6 pt" in row(shown(dataclasses.replace(make_plan(), whole=None), Link(100, 1)), "input")
+def test_a_plan_of_before_that_does_not_tell_the_whole_shows_the_drop() -> None:
+    assert "drop -1.6" in row(shown(dataclasses.replace(make_plan(), whole=None), Link(100, 1)), "input")
 
 
 def test_a_budget_that_the_inputs_cannot_prove_is_called_unproven_with_what_one_input_weighs() -> None:
@@ -73,3 +73,23 @@ def test_fewer_than_twenty_inputs_are_warned_of() -> None:
 
 def test_a_budget_whose_interval_is_inside_it_is_called_proven() -> None:
     assert "is proven on them" in " ".join(shown(dataclasses.replace(make_plan(), max_drop=2.0), Link(5, 1)).split())
+
+
+def test_on_eighty_columns_nothing_is_broken_and_links_of_one_rate_have_heads_of_their_own() -> None:
+    large = Coding("u8", scales=(0.1,), zeros=(0,), bytes_p50=150_000, drop=9.0, admitted=False)
+    plan = make_plan()
+    cuts = (
+        plan.cuts[0],
+        Cut("c1", 1, Millis(0.38, 0.4), Millis(0.12, 0.2), plan.inputs, (large,)),
+        dataclasses.replace(plan.cuts[1], after=2),
+    )
+    segments = (plan.segments[0], dataclasses.replace(plan.segments[0], file="segments/1.onnx"))
+    plan = dataclasses.replace(plan, cuts=cuts, segments=segments, metric="agreement")
+    links = [Link(20, 10), Link(20, 100), Link(1000, 0.5), Link(1, 30), Link(5, 1000)]
+    lines = [line.rstrip() for line in shown(plan, *links, width=80).splitlines()]
+    heads = next(at for at, line in enumerate(lines) if "agreement" in line)
+    assert "".join(lines).count("…") == 0
+    assert lines[heads].split()[6:] == ["10", "ms", "100", "ms", "0.5", "ms"]
+    assert any(line.split()[:6] == ["c1", "refused", "150.0", "kB", "–", "0.38"] for line in lines)
+    assert "refused, over the budget: c1" in lines
+    assert any(line.split() == ["cut", "coding", "30", "ms", "1000", "ms"] for line in lines)  # a table of their own

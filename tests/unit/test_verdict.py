@@ -109,3 +109,21 @@ def test_where_no_cut_may_be_used_the_best_are_there_to_show_why_and_a_declared_
     assert worth_cutting(refused, private=True, least="c2") == {"c1", "c2", "c3"}
     bare = tuple(dataclasses.replace(one, leak=None) for one in THREE)
     assert worth_cutting(bare, private=True, least="c2") == {"c2", "c3"}
+
+
+def test_a_cut_that_takes_the_device_as_long_as_staying_local_is_the_best_on_no_link() -> None:
+    local = Cut("local", 4, Millis(120, 120), Millis(0, 0), memory_mb=40)
+    assert worth_cutting((*THREE, local)) == {"c1", "c2"}
+    assert worth_cutting((*THREE, local), private=True) == {"c2"}
+    assert worth_cutting((*THREE, local), memory_mb=20) == {"c1", "c3"}  # local does not fit, so it beats nothing
+    quick = dataclasses.replace(local, device_ms=Millis(20, 20))
+    assert worth_cutting((*THREE, quick), private=True) == {"c2", "c3"}  # none is sooner: there to be pinned
+    assert worth_cutting((*THREE, local), private=True, least="c3") == {"c3"}  # declared
+
+
+def test_a_split_that_takes_as_long_as_staying_local_is_never_called_the_best() -> None:
+    plan = make_plan()
+    cuts = tuple(dataclasses.replace(one, device_ms=Millis(160, 160)) if one.name == "c1" else one for one in plan.cuts)
+    text = judge(dataclasses.replace(plan, cuts=cuts), Link(5, 5)).text
+    assert "best split" not in text
+    assert text.endswith("staying local takes 150 ms, every split takes the device as long as staying local")
