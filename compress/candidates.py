@@ -183,7 +183,8 @@ def _climb(
     labels = train.y if original.metric.name in ("top1", "macro_f1") and train.y is not None else None
 
     def say(stage: str, _share: float) -> None:
-        work.say(f"training: {stage}", min(TRAINED_UP_TO, 0.3 + 0.6 * work.spent()))
+        left = "" if planned else f", {duration(work.left())} left"  # a recipe says the steps, whatever they take
+        work.say(f"training{left}: {stage}", min(TRAINED_UP_TO, 0.3 + 0.6 * work.spent()))
 
     lesson = learn.Lesson(
         bench.splits.calibrate, train, original.session, original.teacher, labels, bench.goal,  # type: ignore[arg-type]

@@ -28,13 +28,9 @@ PALE = ("weights in 4 bits", "weights in 8 bits", "weights in 32 bits")  # colou
 def tradeoff(points: Sequence[Point], max_drop: float, unit: str) -> str:
     """Draw size against drop, each point with its interval and number, the chosen one filled, the budget as a line."""
     top, floor, height = 24.0, 290.0, 336.0
-    drops = [point.drop for point in points]
-    high = (
-        max(1.6 * max_drop, 1.15 * max(drops), min(max(p.drop_ci95[1] for p in points), 3 * max(max_drop, *drops)))
-        or 1.0
-    )
-    low = min(0.0, *drops, max(min(p.drop_ci95[0] for p in points), -0.6 * high))
-    low, high = low - 0.06 * (high - low), high + 0.02 * (high - low)
+    low = min(0.0, *(min(point.drop, *point.drop_ci95) for point in points))
+    high = max(1.15 * max_drop, *(max(point.drop, *point.drop_ci95) for point in points)) or 1.0
+    low, high = low - 0.06 * (high - low), high + 0.04 * (high - low)
     sizes = [point.bytes_file for point in points]
     stretched = max(sizes) > 3 * min(sizes)
     near, far = (math.log(v) for v in (0.85 * min(sizes), 1.15 * max(sizes))) if stretched else (0.0, 1.08 * max(sizes))
@@ -43,7 +39,7 @@ def tradeoff(points: Sequence[Point], max_drop: float, unit: str) -> str:
         return LEFT + (WIDTH - LEFT - RIGHT) * ((math.log(size) if stretched else size) - near) / (far - near)
 
     def y(drop: float) -> float:
-        return floor - (floor - top) * (min(max(drop, low), high) - low) / (high - low)
+        return floor - (floor - top) * (drop - low) / (high - low)
 
     parts = [rect(LEFT, top, WIDTH - LEFT - RIGHT, max(0.0, y(max_drop) - top), "var(--over)")]
     for tick in ticks(low, high, 8):
@@ -57,7 +53,9 @@ def tradeoff(points: Sequence[Point], max_drop: float, unit: str) -> str:
     parts.append(
         line(LEFT, y(max_drop), WIDTH - RIGHT, y(max_drop), "var(--brick)", 'stroke-width="1.5" stroke-dasharray="6 4"')
     )
-    parts.append(text(WIDTH - RIGHT - 6, y(max_drop) - 6, f"budget: {max_drop:g}", "brick", "end"))
+    parts.append(
+        text(WIDTH - RIGHT, 14, f"dashed line: the budget, {max_drop:g}", "brick", "end")
+    )  # no bar is up there
     parts += [text(4, 14, f"drop, {unit}"), text(WIDTH - RIGHT, floor + 38, "bytes of the file", anchor="end")]
     for at, point in sorted(enumerate(points, 1), key=lambda pair: pair[1].chosen):
         parts.append(_point(at, point, x(point.bytes_file), y))
@@ -67,14 +65,15 @@ def tradeoff(points: Sequence[Point], max_drop: float, unit: str) -> str:
 def _point(at: int, point: Point, x: float, y: Place) -> str:
     low, high = point.drop_ci95
     title = f"{point.name}: {readable(point.bytes_file)}, drop {point.drop:+.2f} ({low:+.2f} to {high:+.2f})"
+    if point.over is not None:
+        title += f", {point.over:+.2f} on report and select together: not taken"
     edge = "var(--sea)" if point.chosen else "var(--soft)"
     bar = line(x, y(low), x, y(high), edge, f'stroke-width="{2.5 if point.chosen else 1.5}"')
-    inside = [end for end in (low, high) if y(end) not in (y(-math.inf), y(math.inf))]  # one that is cut off has no end
-    ends = "".join(line(x - 4, y(end), x + 4, y(end), edge) for end in inside)
+    ends = "".join(line(x - 4, y(end), x + 4, y(end), edge) for end in (low, high))
     fill, ink = ("var(--sea)", "inside") if point.chosen else ("var(--paper)", "soft")
     radius = 11 if point.chosen else 9
     return (
-        f"<g>{bar}{ends}{circle(x, y(point.drop), radius, fill, edge)}"
+        f"<g>{bar}{ends}{circle(x, y(point.drop), radius, fill, edge, dashed=point.over is not None)}"
         f"{text(x, y(point.drop) + 4, str(at), ink, 'middle')}<title>{escape(title)}</title></g>"
     )
 

@@ -77,7 +77,10 @@ def report(run: Run, walked: Sequence[Judged], all_judged: Sequence[Judged], pla
     if speedup < SLOWER:
         warnings = (*warnings, f"The result is slower than what came in: {speedup:.2f} times its speed.")
     if run.profile.arch != platform.machine():
-        warnings = (*warnings, f"Timed on this machine ({platform.machine()}), not on a {run.profile.name} device.")
+        warnings = (
+            *warnings,
+            f"Timed on this machine ({platform.machine()}), not on a device of the profile {run.profile.name}.",
+        )
     before, after = (
         original.metric.of(answers, run.splits.report, original.report) for answers in (original.report, chosen.answers)
     )
@@ -97,7 +100,7 @@ def report(run: Run, walked: Sequence[Judged], all_judged: Sequence[Judged], pla
         _rows(emitted), emitted.audit.counts if emitted.audit else {}, (*emitted.state.notes, *_stored(scheme)), warnings,
         {name: len(part) for name, part in run.splits.parts().items()},
         data_level=_level(run), unit=original.metric.unit,
-        pareto=tuple(_point(one, chosen, times, at) for at, one in enumerate(shown)),
+        pareto=tuple(_point(one, chosen, times, at, run.max_drop) for at, one in enumerate(shown)),
         trail=run.trail, time_budget=run.time_budget,
         pieces_before=pieces(original.stripped),
         pieces_after=pieces(emitted.file) if run.profile.runtime == "onnxruntime" else {},
@@ -108,6 +111,7 @@ def report(run: Run, walked: Sequence[Judged], all_judged: Sequence[Judged], pla
         least_runtime=f"onnxruntime {_version(least_runtime(scheme))}"
         if scheme is not None and run.profile.runtime == "onnxruntime" else "",
         npu=run.compiled.estimate if run.compiled is not None else None,
+        timed_on=platform.machine() if run.profile.arch != platform.machine() else "",
     )  # fmt: skip
     return Report(
         original.metric.name, judge.verdict(walked, run.max_drop), round(drop.points, 4),
@@ -198,7 +202,7 @@ def _search(run: Run, done: Report) -> bytes:
     return (json.dumps(rows, indent=1, allow_nan=False) + "\n").encode()
 
 
-def _point(one: Judged, chosen: Judged, times: Mapping[str, ort.Timing], at: int) -> Point:
+def _point(one: Judged, chosen: Judged, times: Mapping[str, ort.Timing], at: int, max_drop: float) -> Point:
     emitted = one.emitted
     name = "after" if one is chosen else emitted.name
     kind = "tflite" if emitted.audit is None else "onnx"
@@ -206,6 +210,7 @@ def _point(one: Judged, chosen: Judged, times: Mapping[str, ort.Timing], at: int
         emitted.name, len(emitted.file), len(zstd.compress(emitted.file, PACKAGE_LEVEL)), round(one.drop.points, 4),
         (round(one.drop.lo, 4), round(one.drop.hi, 4)), round(emitted.drop_select, 4), round(times[name].p50_ms, 4),
         one is chosen, f"model.{kind}" if one is chosen else f"pareto/{at}.{kind}",
+        round(one.pooled, 4) if one is not chosen and judge.doubted(one, max_drop) else None,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 ARRAYS = ("x", "y", "x_train", "y_train", "groups", "groups_train")
 MAX_INPUT_BYTES = 4 << 30  # all preprocessed inputs together: they are kept in memory
 SYNTHETIC_SAMPLES = 100
+EXPECTED = "an .npz with the array x (and y, x_train, y_train, groups), a folder of images with a data.yaml, or FILE.py:FUNCTION"
 
 AskedMetric = str | Callable[[Array, Array], Any]  # a name in `metrics.METRICS`, or (outputs, y) -> marks or one number
 
@@ -197,10 +199,38 @@ def _read(source: str) -> dict[str, Any]:
     if not path.exists():
         raise NotFound(f"there is no data file {path}")
     try:
+        if not zipfile.is_zipfile(path):
+            raise FormatError(f"{path} is not an .npz file: it {_holds(path)}; expected {EXPECTED}")
         with path.open("rb") as file, np.load(file, allow_pickle=False) as pack:
-            return {key: pack[key] if key in (*ARRAYS, "metric") else None for key in pack.files}
-    except (ValueError, OSError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+            return {key: _array(path, pack, key) if key in (*ARRAYS, "metric") else None for key in pack.files}
+    except (ValueError, OSError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
         raise FormatError(f"{path} is not an .npz file that can be read: {str(error).splitlines()[0]}") from None
+
+
+def _array(path: Path, pack: Mapping[str, Any], key: str) -> Any:
+    try:
+        return pack[key]
+    except ValueError as error:
+        if "allow_pickle" not in str(error):
+            raise
+        raise FormatError(
+            f"{path} is not an .npz file that can be read: {key} holds Python objects, expected an array of numbers"
+        ) from None
+
+
+def _holds(path: Path) -> str:
+    """Return what a file that is no archive holds, as a sentence goes on."""
+    with path.open("rb") as file:
+        head = file.read(512)
+    if not head:
+        return "is empty"
+    if head.startswith(np.lib.format.MAGIC_PREFIX):
+        return "is one array without a name (.npy), which np.savez(FILE, x=ARRAY) makes an .npz of"
+    if head.startswith(b"PK"):
+        return "is an archive that was cut short"
+    said = head.decode("utf-8", "replace")
+    text = all(mark.isprintable() or mark.isspace() for mark in said) and "\ufffd" not in said[:-1]
+    return "holds text" if text else "is of another kind"
 
 
 def _check_keys(name: str, found: Mapping[str, Any]) -> None:

@@ -103,7 +103,6 @@ class Cache:
     def __init__(self, folder: Path, most: int = CACHE_BYTES) -> None:
         self.folder, self.most = folder, most
         with storage_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
             for stray in folder.glob(".*.tmp"):  # of a process that died while it wrote
                 stray.unlink(missing_ok=True)
 
@@ -128,6 +127,8 @@ class Cache:
         """
         if HASH_BYTES + len(value) > self.most:
             return
+        with storage_errors(self.folder):  # not before: a run that keeps nothing leaves no folder
+            self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self._path(key), hashlib.sha256(value).digest() + value)
         with storage_errors(self.folder):
             self._shrink()

@@ -7,7 +7,7 @@ from importlib import resources
 from compress import charts, layer_chart, words
 from compress.lineage import Lineage
 from compress.recipe import Recipe
-from compress.report import LayerRow, NpuEstimate, Report
+from compress.report import LayerRow, NpuEstimate, Point, Report
 from compress.svg import key, piece_colour, width_colour
 from skills.units import duration, readable
 
@@ -64,11 +64,11 @@ def _folded(summary: str, inner: str, *, open_: bool) -> str:
 def _head(report: Report) -> str:
     details = report.details
     word = words.title(report)
-    level = words.LEVELS[details.data_level]
+    level, on = words.LEVELS[details.data_level], details.timed_on
     tiles = (
         (f"{report.ratio_file:.1f}×", "smaller file"),
         (f"{report.ratio_package:.1f}×", "smaller package (zstd)"),
-        (f"{report.speedup:.2f}×", f"as fast, {_threads(report)}"),
+        (f"{report.speedup:.2f}×", f"as fast, {_threads(report)}{f' on {escape(on)}' if on else ''}"),
         (words.metric_value(report, report.result.metric), escape(words.metric_words(report))),
     )
     boxes = "".join(f'<div class="tile"><b>{value}</b><span>{said}</span></div>' for value, said in tiles)
@@ -125,7 +125,7 @@ def _table(report: Report) -> str:
     return _section(
         "Before and after",
         _rows(("", "before", "after", ""), rows),
-        f'<p class="soft below">Timed side by side on the real runtime, {_threads(report)}, batch {report.batch}. What was given '
+        f'<p class="soft below">Timed side by side on the real runtime: {escape(words.timed(report))}. What was given '
         f"had {readable(before.bytes_input)}; metadata and dead weights are not counted.{needs}</p>",
     )
 
@@ -135,7 +135,7 @@ def _tradeoff(report: Report) -> str:
     rows = [
         (
             f"<b>{at}</b>" if point.chosen else str(at),
-            f"<b>{escape(point.name)}</b> (this result)" if point.chosen else escape(point.name),
+            _name(report, point),
             readable(point.bytes_file), readable(point.bytes_package), f"{point.drop:+.2f}",
             f"{point.drop_ci95[0]:+.2f} … {point.drop_ci95[1]:+.2f}",
             "" if point.latency_ms_p50 is None else _ms(point.latency_ms_p50),
@@ -147,12 +147,25 @@ def _tradeoff(report: Report) -> str:
     kept = any(point.file for point in points)
     timed = any(point.latency_ms_p50 is not None for point in points)
     columns = [at for at in range(len(head)) if (at != 6 or timed) and (at != 7 or kept)]
+    said = (
+        "The result, and every model that no other one beats in both. The bars are 95 % intervals on the report part."
+    )
+    if any(point.over is not None for point in points):
+        said += " A dashed ring keeps the budget there, but not on report and select together: it was not taken."
+    named = words.names(report)
     return _section(
         "Smaller against better",
-        '<p class="soft">Every model that no other one beats in both. The bars are 95 % intervals on the report part.</p>',
+        f'<p class="soft">{said}</p>',
         charts.tradeoff(points, details.max_drop, details.unit),
         _rows([head[at] for at in columns], [[row[at] for at in columns] for row in rows], "second"),
+        f'<p class="soft below">{escape(named[0].upper() + named[1:])}.</p>' if named else "",
     )
+
+
+def _name(report: Report, point: Point) -> str:
+    if point.chosen:
+        return f"<b>{escape(point.name)}</b> (this result)"
+    return escape(point.name if point.over is None else f"{point.name}, {words.passed_over(report, point.over)}")
 
 
 def _progress(report: Report) -> str:
@@ -202,9 +215,10 @@ def _layers(report: Report) -> str:
     widths = sorted({la.bits for la in layers} | {bits for la in layers for bits in la.harm})
     counts = {bits: sum(la.bits == bits for la in layers) for bits in widths}
     keys = "".join(
-        key(width_colour(bits), f"{bits:g} bits: {f'{count} layers' if count else 'tried'}")
+        key(width_colour(bits), f"{bits:g} bits: {_layer_count(count) if count else 'tried'}")
         for bits, count in counts.items()
     )
+    dots = " A filled dot is the width that is stored." if any(la.harm for la in layers) else ""
     pale = " Pale: computes in float." if any(la.compute != "int8" for la in layers) else ""
     rows = [
         (
@@ -217,14 +231,18 @@ def _layers(report: Report) -> str:
     columns = range(9 if any(la.reason for la in layers) else 8)
     return _section(
         "Layer by layer",
-        f'<p class="keys">{keys}<span class="soft">{pale} Point at a bar for its layer.</span></p>',
+        f'<p class="keys">{keys}<span class="soft">{pale}{dots} Point at a bar for its layer.</span></p>',
         layer_chart.layers(layers),
         _folded(
-            f"All {len(layers)} layers",
+            f"All {len(layers)} layers" if len(layers) > 1 else "The one layer",
             _rows([head[at] for at in columns], [[row[at] for at in columns] for row in rows], "second third"),
             open_=len(layers) <= OPEN,
         ),
     )
+
+
+def _layer_count(count: int) -> str:
+    return "1 layer" if count == 1 else f"{count} layers"
 
 
 def _audit(report: Report) -> str:
@@ -235,7 +253,7 @@ def _audit(report: Report) -> str:
     inside = sum(la.compute == "int8" for la in layers)
     return _section(
         title,
-        f"<p>{inside} of {len(layers)} layers run in int8 kernels, read back from the graph that onnxruntime really runs.</p>",
+        f"<p>{inside} of {_layer_count(len(layers))} {'run' if len(layers) > 1 else 'runs'} in int8 kernels, read back from the graph that onnxruntime really runs.</p>",
         _in_float(layers),
         f'<p class="soft below">All operators: {kernels}</p>',
     )

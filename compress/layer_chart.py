@@ -9,6 +9,7 @@ from skills.units import readable
 
 NUMBERED = 30  # with more layers only every fifth is numbered
 BAR = 44.0  # widest bar of one layer
+BELOW = 16.0  # how far under the axis the marks lie whose values it does not reach
 
 
 def layers(rows: Sequence[LayerRow]) -> str:
@@ -61,21 +62,17 @@ def _bytes_panel(parts: list[str], rows: Sequence[LayerRow], x: Place, wide: flo
 
 def _harm_panel(parts: list[str], rows: Sequence[LayerRow], x: Place, wide: float, above: float) -> float:
     top, floor = above + 46, above + 156
-    parts.append(
-        text(
-            4,
-            top - 20,
-            "how far the answers move when this layer alone is stored so (KL divergence, logarithmic; filled: chosen)",
-        )
-    )
+    said = "how much farther the answers move when this layer alone is stored so, and not in 8 bits (KL divergence, logarithmic)"
+    parts.append(text(4, top - 20, said))
     found = [value for row in rows for value in row.harm.values() if value > 0]
     high = math.ceil(math.log10(max(found, default=1.0)))
     low = max(math.floor(math.log10(min(found, default=0.1))), high - 5)
     high = max(high, low + 1)
 
     def y(value: float) -> float:
-        power = math.log10(value) if value > 0 else low
-        return floor - (floor - top) * (min(max(power, low), high) - low) / (high - low)
+        if value < 10.0**low:
+            return floor + BELOW
+        return floor - (floor - top) * (math.log10(value) - low) / (high - low)
 
     for power in range(low, high + 1):
         parts += [
@@ -83,16 +80,24 @@ def _harm_panel(parts: list[str], rows: Sequence[LayerRow], x: Place, wide: floa
             text(LEFT - 8, y(10.0**power) + 4, f"{10.0**power:g}", anchor="end"),
         ]
     radius = min(5.0, max(1.5, wide / 2.4))
+    lowest = floor
     for at, row in enumerate(rows):
-        if len(row.harm) > 1:
-            ends = [y(value) for value in row.harm.values()]
+        harm = (
+            {8.0: 0.0, **row.harm} if row.harm and row.bits == 8 else row.harm
+        )  # 8 bits are what the others are held against
+        if len(harm) > 1:
+            ends = [y(value) for value in harm.values()]
             parts.append(line(x(at), min(ends), x(at), max(ends), "var(--soft)", 'stroke-opacity="0.5"'))
-        for bits, value in sorted(row.harm.items(), key=lambda pair: pair[0] == row.bits):
+        for bits, value in sorted(harm.items(), key=lambda pair: pair[0] == row.bits):
             colour = width_colour(bits)
             fill = colour if bits == row.bits else "var(--paper)"
-            said = f"{at + 1} {row.name} in {bits:g} bits: {value:.3g}"
-            parts.append(circle(x(at), y(value), radius, fill, colour, said))
-    return floor
+            below = y(value) > floor
+            lowest = floor + BELOW if below else lowest
+            named = f"{at + 1} {row.name} in {bits:g} bits: {value:.3g}{', below the axis' if below else ''}"
+            parts.append(circle(x(at), y(value), radius, fill, colour, named))
+    if lowest > floor:
+        parts.append(text(LEFT - 8, lowest + 4, f"< {10.0**low:g}", anchor="end"))
+    return lowest
 
 
 def _title(at: int, row: LayerRow) -> str:

@@ -66,6 +66,9 @@ class Point:
     latency_ms_p50: float | None = None
     chosen: bool = False
     file: str = ""  # inside the result folder; empty where the file was not kept
+    over: float | None = (
+        None  # drop on report and select together, of a file that was passed over for it (`judge.doubted`)
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -129,6 +132,7 @@ class Details:
     samples_for_proof: int | None = None  # None: none would prove it
     least_runtime: str = ""  # as "onnxruntime 1.23"
     npu: NpuEstimate | None = None
+    timed_on: str = ""  # the architecture that the times were taken on, where it is not the target's
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -60,10 +60,11 @@ def rect(x: float, y: float, wide: float, tall: float, colour: str, title: str =
     return f'<rect x="{x:.1f}" y="{y:.1f}" width="{wide:.1f}" height="{tall:.1f}" fill="{colour}" {more}>{inner}</rect>'
 
 
-def circle(x: float, y: float, radius: float, fill: str, edge: str, title: str = "") -> str:
+def circle(x: float, y: float, radius: float, fill: str, edge: str, title: str = "", *, dashed: bool = False) -> str:
     """Return a circle with a rim and a title that shows when it is pointed at."""
     inner = f"<title>{escape(title)}</title>" if title else ""
-    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}" fill="{fill}" stroke="{edge}" stroke-width="1.8">{inner}</circle>'
+    rim = f'stroke="{edge}" stroke-width="1.8"' + (' stroke-dasharray="3 2.5"' if dashed else "")
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}" fill="{fill}" {rim}>{inner}</circle>'
 
 
 def axis_bytes(count: float) -> str:

@@ -17,6 +17,13 @@ VERDICTS = {
     ),
     "not_reached": ("Not reached", "the best model found loses more than the budget allows"),
 }  # fmt: skip
+NAMES = {
+    "plain int8": "every layer in 8 bits",
+    "calibrated": "made without training, in stored bits that are expected to take at most half of the budget",
+    "bolder": "the same in fewer bits, a higher number for a smaller file",
+    "trained": "made smaller and trained as many times as its number says",
+    "float activations": "weights as codes, computed in float",
+}  # what is in a candidate's name
 BEFORE_IT = "the interval is inside the budget, that of a less compressed model looked at before it is not, and proof stops there"
 MADE_UP = "Accuracy not known"  # in place of a verdict's title
 FITTED = "samples that nothing was fitted to (only which finished candidate is the result was read off them)"
@@ -56,11 +63,30 @@ def lost(report: Report) -> str:
     return f"{points(report, report.drop)} {'lost' if report.drop > 0 else 'won'}"
 
 
+def names(report: Report) -> str:
+    """Return what the names of the candidates in the list mean, of those that are in it."""
+    there = [point.name for point in report.details.pareto]
+    return "; ".join(f"{name}: {said}" for name, said in NAMES.items() if any(name in one for one in there))
+
+
+def passed_over(report: Report, over: float) -> str:
+    """Return why a file that keeps the budget on the report part was not taken."""
+    return f"not taken: over the budget on report and select together ({points(report, over)})"
+
+
 def times(ratio: float) -> str:
     """Return a speed-up as people say it."""
     return (
         f"{ratio:.1f} times as fast" if ratio >= 1.05 else "as fast" if ratio >= 0.98 else f"{ratio:.2f} times as fast"
     )
+
+
+def timed(report: Report) -> str:
+    """Return how and on what the times were taken."""
+    on = report.details.timed_on
+    where = f"on this {on} machine, not on {report.device}" if on else report.device
+    threads = "1 thread" if report.threads == 1 else f"{report.threads} threads"
+    return f"{threads}, batch {report.batch}, {where}"
 
 
 def headline(report: Report) -> str:

@@ -48,7 +48,13 @@ class Work:
         if not resume:
             folder.forget(self.out)
         self.cache, self.about = folder.Cache(folder.workdir(self.out) / "cache"), about
-        self.began -= float(self.get("seconds") or 0)
+        seconds = self.get("seconds")
+        if resume and seconds is None and folder.workdir(self.out).is_dir():
+            self.left_out.append(
+                f"There was nothing to resume in {self.out}: what an interrupted run kept there is of another model, other data "
+                "or options, or another version. This run started anew."
+            )
+        self.began -= float(seconds or 0)
         best = self.get("best")
         if best is not None and folder.best_folder(self.out).is_dir():
             self.best, over, number = json.loads(best)

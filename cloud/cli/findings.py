@@ -69,7 +69,7 @@ def compressed(report: "Report") -> Group:
         "latency p90",
         f"{before.latency_ms_p90:.3f} ms",
         f"{after.latency_ms_p90:.3f} ms",
-        f"{report.threads} thread, batch {report.batch}, {report.device}",
+        words.timed(report),
     )
     made.add_row("load", f"{before.load_ms:.0f} ms", f"{after.load_ms:.0f} ms", "")
     level = words.LEVELS[report.details.data_level]

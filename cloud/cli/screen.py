@@ -8,14 +8,13 @@
 
 import contextlib
 import dataclasses
+import datetime as dt
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
-
-from skills.units import duration
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -82,20 +81,17 @@ class Screen:
             self.err.print(Text(text))
 
     @contextlib.contextmanager
-    def progress(self, title: str, budget_s: float | None = None) -> Iterator[Step]:
-        """Show a progress bar while the block runs; nothing where nobody would see it.
-
-        It tells the time gone by, or with a budget the time that is left of it.
-        """
+    def progress(self, title: str) -> Iterator[Step]:
+        """Show a progress bar while the block runs, with the time since it began; nothing where nobody would see it."""
         if not self.lively:
             yield lambda text, share: None
             return
-        from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
         from rich.table import Column
 
-        class Left(ProgressColumn):
+        class Clock(ProgressColumn):  # rich's own stops for good at the first step that is done
             def render(self, task: Task) -> "RenderableType":
-                return duration(max(0.0, (budget_s or 0.0) - (task.elapsed or 0.0))) + " left"
+                return str(dt.timedelta(seconds=int(task.elapsed or 0)))
 
         def fixed(wide: int) -> Column:
             return Column(width=wide, no_wrap=True)
@@ -107,9 +103,7 @@ class Screen:
             *([TextColumn("[bold]{task.fields[title]}")] if roomy else []),
             BarColumn(bar_width=bar_width, table_column=fixed(bar_width)),
             TextColumn("{task.percentage:>3.0f} %", table_column=fixed(5)),
-            TimeElapsedColumn(table_column=fixed(8))
-            if budget_s is None
-            else Left(fixed(11 if budget_s < 3000 else 16)),
+            Clock(table_column=fixed(8)),
             TextColumn("[dim]{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
         )  # what is too long for the line is shortened in the text, never in the numbers
         with Progress(*columns, console=console, transient=True, expand=True) as bar:

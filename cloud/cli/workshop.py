@@ -1,5 +1,7 @@
 """`skerry compress`: the workshop from the command line."""
 
+import contextlib
+import sys
 from pathlib import Path
 from typing import Annotated, cast, get_args
 
@@ -102,8 +104,9 @@ def compress(
     samples that nothing was fitted to: only which finished candidate is the result was read off them. The folder
     holds model.onnx, report.json, report.html, recipe.yaml and lineage.json. Ends with 3 when the budget was missed.
     """
-    from compress import TIME_BUDGET_S, Goal
+    from compress import Goal
     from compress import compress as run
+    from compress.folder import workdir
 
     if goal not in get_args(Goal):
         raise UsageError(f"--goal is {goal!r}, expected size, latency or both")
@@ -111,18 +114,24 @@ def compress(
     budget_s = None if time_budget is None else parse_duration(time_budget)
     if data is None:
         screen.say("no --data: only the weights are compressed")
-    with screen.progress("compressing", budget_s or TIME_BUDGET_S) as step:
+    if resume and not workdir(out).is_dir():
+        screen.say(f"nothing to resume in {out}: starting anew".replace("[", "\\["))
+    try:
+        with screen.progress("compressing") as step:
 
-        def tell(stage: str, share: float, best: str) -> None:
-            step(f"{short(best)} · {stage}" if best else stage, share)
+            def tell(stage: str, share: float, best: str) -> None:
+                step(f"{short(best)} · {stage}" if best else stage, share)
 
-        try:
             report = run(
                 model, data, out, device, max_drop, aim, seed, tell, weights,
                 time_budget=budget_s, teacher=teacher, recipe=recipe, resume=resume, metric=metric,
             )  # fmt: skip
-        except KeyboardInterrupt:
-            raise Interrupted(interrupted(out)) from None
+    except KeyboardInterrupt:
+        raise Interrupted(interrupted(out)) from None
+    except SystemExit:  # what the command line makes of SIGTERM; its exit code stays
+        with contextlib.suppress(OSError):  # at SIGHUP nobody may read it any more
+            print(f"skerry: {interrupted(out)}", file=sys.stderr, flush=True)
+        raise
     from cloud.cli import findings
 
     screen.result(report.to_json(), lambda: findings.compressed(report))

@@ -13,6 +13,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from compress import compress, folder, model
+from compress.data import load
 from compress.folder import write_folder
 from compress.passes.canonicalise import CANONICALISE
 from compress.run import run
@@ -81,18 +82,31 @@ def test_a_damaged_model_is_one_sentence(damage: str, small_net: Build, tmp_path
     assert one_line(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"nonsense", b"PK\x03\x04 cut short"])
-def test_a_damaged_data_file_is_one_sentence(content: bytes, small_net: Build, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"", "is empty"), (b"nonsense", "holds text"), ("a,b\n1,2\n3,é\n".encode(), "holds text"),
+        (b"PK\x03\x04 cut short", "is an archive that was cut short"), (b"\x93NUMPY\x01\x00", "is one array without a name"),
+        (b"\x80\x04\x95pickle", "is of another kind"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_data_is_one_sentence_of_what_it_holds_and_what_is_expected(
+    content: bytes, found: str, tmp_path: Path
+) -> None:
     (tmp_path / "d.npz").write_bytes(content)
-    with pytest.raises(FormatError, match="d.npz is not an .npz file") as caught:
-        compress(written(small_net("plain"), tmp_path), tmp_path / "d.npz", tmp_path / "out")
+    with pytest.raises(FormatError, match=f"d.npz is not an .npz file: it {found}.*; expected an .npz") as caught:
+        load(tmp_path / "d.npz")
     assert one_line(caught.value)
+    assert "pickle" not in str(caught.value)
 
 
 def test_a_data_file_with_pickles_is_refused(small_net: Build, tmp_path: Path) -> None:
     np.savez(tmp_path / "d.npz", x=np.array([{"a": 1}], object))
-    with pytest.raises(FormatError, match="d.npz is not an .npz file that can be read"):
+    with pytest.raises(
+        FormatError, match="d.npz is not an .npz file that can be read: x holds Python objects"
+    ) as caught:
         compress(written(small_net("plain"), tmp_path), tmp_path / "d.npz", tmp_path / "out")
+    assert "allow_pickle" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("domain", "name"), [("", "Flux"), ("com.acme", "Warp")])

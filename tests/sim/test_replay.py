@@ -148,6 +148,7 @@ def test_a_recipe_for_another_model_is_one_sentence(
     path.write_bytes(dataclasses.replace(recipe, **change(recipe)).encode())
     with pytest.raises(FormatError, match=sentence) as caught:
         run(tmp_path / "model.onnx", net.data, tmp_path / "second", recipe=path)
+    assert not (tmp_path / ".second.work").exists()
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "second").exists()
 

@@ -1,6 +1,7 @@
 """`skerry compress` before and after the work: how its time is read, what it passes on, what an interrupt says."""
 
 import inspect
+import signal
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from typer.models import OptionInfo
 
 import compress
-from cloud.cli import run, workshop
+from cloud.cli import STOPPED_BY_SIGNAL, run, workshop
 from skills.errors import UsageError
 from skills.units import duration, parse_duration
 
@@ -104,3 +105,29 @@ def test_an_interrupt_ends_with_130_and_says_what_is_on_disk_and_how_to_go_on(
     assert workshop.interrupted(out).startswith(
         f"interrupted; the best model so far is in {tmp_path}/.small.work/best;"
     )
+
+
+def test_sigterm_says_the_same_and_ends_with_its_own_code(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "small"
+    (tmp_path / ".small.work").mkdir()
+
+    def stop() -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as ended:
+        call(monkeypatch, stop, "m.onnx", "--data", "d.npz", "-o", str(out))
+    assert ended.value.code == STOPPED_BY_SIGNAL
+    assert capsys.readouterr().err.strip() == f"skerry: {workshop.interrupted(out)}"
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_resume_without_anything_to_resume_says_so(
+    kept: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if kept:
+        (tmp_path / ".small.work").mkdir()
+    call(monkeypatch, press, "m.onnx", "--data", "d.npz", "-o", str(tmp_path / "small"), "--resume")
+    said = f"nothing to resume in {tmp_path / 'small'}: starting anew"
+    assert (said in " ".join(capsys.readouterr().err.split("\n"))) is not kept

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.conclude import front
+from compress.conclude import _point, front
 from compress.data import Part
 from compress.judge import Emitted, Judged, doubted, doubts, look, result, verdict, walked
 from compress.measure import Drop
 from compress.metrics import Metric
 from compress.pipeline import State
-from skills.ort import Port
+from skills.ort import Port, Timing
 
 NOTHING: Any = None
 BUDGET = 1.0
@@ -93,6 +93,14 @@ def test_what_only_the_report_part_flatters_is_passed_over_for_the_next_safer_on
     family = [judged(0.0, 9), judged(0.2, 8, pooled=0.4), judged(0.3, 7, pooled=pooled)]
     assert result([family], BUDGET) is family[wins]
     assert [doubted(one, BUDGET) for one in family] == [False, False, wins == 1]
+
+
+@pytest.mark.parametrize("taken", [0, 1])
+def test_only_what_was_passed_over_is_marked_as_such(taken: int) -> None:
+    family = [judged(0.0, 9), judged(0.2, 8, pooled=BUDGET + 0.1)]
+    times = {name: Timing(1.0, 1.0, 1.0, 9) for name in ("after", "one")}
+    points = [_point(one, family[taken], times, at, BUDGET) for at, one in enumerate(family)]
+    assert [point.over for point in points] == [None, None if taken else BUDGET + 0.1]
 
 
 @pytest.mark.parametrize(("wrong", "wins"), [(1, 1), (2, 0)])

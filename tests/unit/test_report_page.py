@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from cloud.cli import findings
-from compress import words
+from compress import charts, layer_chart, words
 from compress.html import page
 from compress.lineage import Lineage
 from compress.recipe import Recipe, RecipeGroup, RecipeLayer, RecipeTraining, load_recipe
@@ -157,6 +157,17 @@ def test_the_terminal_says_the_same_as_the_page(metric: str) -> None:
     assert words.metric_words(unproven) in said
 
 
+@pytest.mark.parametrize(
+    ("on", "said"), [("", "batch 1, x86-vnni"), ("aarch64", "on this aarch64 machine, not on x86-vnni")]
+)
+def test_times_of_another_architecture_than_the_target_say_where_they_were_taken(on: str, said: str) -> None:
+    out = io.StringIO()
+    told = report(timed_on=on)
+    Console(file=out, width=160).print(findings.compressed(told), markup=False)
+    for shown in (page(told), " ".join(out.getvalue().split())):
+        assert said in shown
+
+
 @pytest.mark.parametrize("verdict", ["proven", "within_budget_unproven"])
 @pytest.mark.parametrize("drop", [0.0, 0.6])
 def test_without_data_nothing_is_said_of_accuracy_but_that_it_is_not_known(verdict: str, drop: float) -> None:
@@ -192,6 +203,67 @@ def test_the_headline_says_what_came_in_what_came_out_and_what_was_lost() -> Non
     )
     won = dataclasses.replace(report(), drop=-0.5, speedup=0.9)
     assert words.headline(won).endswith("0.90 times as fast, 0.50 points won.")
+
+
+def test_the_picture_of_drops_holds_every_interval_and_its_words_lie_over_none() -> None:
+    spans = ((-2.72, -0.85), (-2.55, -0.58), (-0.3, 40.0))
+    points = tuple(
+        Point(f"bolder {at}", 50_000 - 9_000 * at, 9, sum(span) / 2, span, chosen=not at)
+        for at, span in enumerate(spans)
+    )
+    drawn = charts.tradeoff(points, 1.0, "percentage points")
+    axis = {
+        float(said): float(y) - 4 for y, said in re.findall(r'y="([\d.]+)" text-anchor="end">(-?[\d.]+)</text>', drawn)
+    }
+    (low, bottom), (high, top) = min(axis.items()), max(axis.items())
+    bars = re.findall(r'<g><line x1="[\d.]+" y1="([\d.]+)" x2="[\d.]+" y2="([\d.]+)"', drawn)
+    ends = sorted(
+        tuple(round(low + (bottom - float(y)) * (high - low) / (bottom - top), 1) for y in pair) for pair in bars
+    )
+    assert ends == [tuple(round(end, 1) for end in span) for span in sorted(spans)]
+    (label,) = re.findall(r'y="([\d.]+)"[^>]*>dashed line: the budget, 1<', drawn)
+    assert float(label) < min(float(y) for pair in bars for y in pair)
+
+
+def test_a_value_that_the_axis_of_sensitivity_does_not_reach_is_drawn_below_it() -> None:
+    row = LayerRow("a", "Conv", "int8", 4, 500, 2000, 300, harm={4: 0.02, 3: 10.0, 2: 1e-9, 1.6: 0.0})
+    drawn = layer_chart.layers((row,))
+    dots = {said: float(y) for y, said in re.findall(r'<circle [^>]*cy="([\d.]+)"[^>]*><title>(.*?)</title>', drawn)}
+    (floor,) = (float(y) - 4 for y in re.findall(r'y="([\d.]+)" text-anchor="end">0.0001</text>', drawn))
+    assert {said for said, y in dots.items() if y > floor} == {
+        "1 a in 2 bits: 1e-09, below the axis", "1 a in 1.6 bits: 0, below the axis",
+    }  # fmt: skip
+    assert "&lt; 0.0001</text>" in drawn
+
+
+def test_each_layer_of_known_sensitivity_has_one_filled_dot_in_8_bits_too() -> None:
+    rows = [
+        LayerRow(f"{bits:g}", "Conv", "int8", bits, 500, 2000, 300, harm={4: 0.02, 2: 0.1}) for bits in (8.0, 4.0, 2.0)
+    ]
+    dots = re.findall(r'<circle [^>]*fill="([^"]+)"[^>]*><title>\d (\d) in (\d) bits', layer_chart.layers(rows))
+    assert sorted((name, bits) for fill, name, bits in dots if fill != "var(--paper)") == [
+        ("2", "2"), ("4", "4"), ("8", "8"),
+    ]  # fmt: skip
+
+
+def test_one_layer_is_one_layer() -> None:
+    text = page(report(layers=layer_rows(2)[1:], kernels={"QLinearConv": 1}))
+    assert "1 layers" not in text
+    assert "1 of 1 layer runs in int8 kernels" in text
+
+
+def test_a_model_that_was_passed_over_says_why_in_the_list_in_the_picture_and_in_words() -> None:
+    point = Point("bolder 1", 40_000, 30_000, 0.4, (0.1, 0.9), over=1.234)
+    chosen = Point("calibrated", 50_000, 30_000, 0.4, (0.1, 0.9), chosen=True)
+    text = page(report(pareto=(chosen, point)))
+    assert "bolder 1, not taken: over the budget on report and select together (1.23 points)" in text
+    assert "A dashed ring keeps the budget there" in text
+    assert "Bolder: " not in text
+    assert "Calibrated: made without training" in text
+    assert text.count('stroke-dasharray="3 2.5"') == 1
+    taken = page(report(pareto=(chosen, dataclasses.replace(point, over=None))))
+    assert "not taken" not in taken
+    assert 'stroke-dasharray="3 2.5"' not in taken
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6), st.integers(3, 12))

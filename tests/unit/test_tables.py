@@ -105,23 +105,37 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize("budget_s", [None, 1800.0, 20_000.0])
 @pytest.mark.parametrize("columns", [80, 120])
 def test_the_progress_line_keeps_its_numbers_and_its_width_whatever_is_said(
-    columns: int, budget_s: float | None, monkeypatch: pytest.MonkeyPatch
+    columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setenv("TERM", "xterm")
     err = Terminal()
-    with Screen(Manner(), io.StringIO(), err).progress("compressing", budget_s) as step:
+    with Screen(Manner(), io.StringIO(), err).progress("compressing") as step:
         step(f"{short('3.9x smaller, +0.00 points on select')} · training: {'weighing ' * 20}", 0.45)
     said = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", err.getvalue())
     lines = [line.strip() for line in re.split(r"[\r\n]", said) if line.strip()]
     assert lines
     assert all(len(line) <= columns for line in lines)
     assert " 45 % " in lines[-1]
-    assert ("left" if budget_s else "0:00:0") in lines[-1]
+    assert "0:00:0" in lines[-1]
     assert "best 3.9x, +0.00 · training" in lines[-1]
+
+
+def test_the_clock_of_the_progress_line_goes_on_after_a_step_is_done_and_without_a_word_of_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    now = [1000.0]
+    monkeypatch.setattr("rich.console.monotonic", lambda: now[0])
+    err = Terminal()
+    with Screen(Manner(), io.StringIO(), err).progress("splitting") as step:
+        step("reading the graph", 1.0)
+        now[0] += 3.0
+        step("auditing what leaves", 0.0)
+        now[0] += 72.0
+    assert "0:01:15" in err.getvalue()
 
 
 def test_a_claim_that_does_not_hold_ends_the_story_with_it() -> None:
