@@ -22,7 +22,8 @@ MAX_FILE_BYTES = 64 << 20
 def read_question(file: Path, inputs: Sequence[Tensor]) -> "Call":
     """Read arrays for a skill's inputs from an .npz (by name), an .npy (its only input) or an image.
 
-    An example without the batch's dimension is taken as a batch of one.
+    An example without the batch's dimension is taken as a batch of one; numbers of another type are refused, as the device
+    does: a cast could change them.
 
     Raises:
         NotFound, UsageError: no such file, or one of another kind.
@@ -72,17 +73,18 @@ def _only(inputs: Sequence[Tensor], file: Path) -> Tensor:
 def _fitted(array: "Array", tensor: Tensor, dtype: Any) -> "Array":
     import numpy as np
 
+    from skills.oip import datatype
+
     if tensor.shape[:1] == (-1,) and _fits(array.shape, tensor.shape[1:]):
         array = array[None]
-    if not _fits(array.shape, tensor.shape):
-        wanted = "×".join("any" if side == -1 else str(side) for side in tensor.shape)
-        found = "×".join(map(str, array.shape))
-        raise FormatError(f"the input {tensor.name} has the shape {found}, the skill takes {wanted}")
-    if array.dtype != dtype:
-        if not np.can_cast(array.dtype, dtype, casting="same_kind") and not np.issubdtype(array.dtype, np.integer):
-            raise FormatError(f"the input {tensor.name} holds {array.dtype}, the skill takes {dtype}")
-        array = array.astype(dtype)
-    return np.ascontiguousarray(array)
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if (kind := datatype(array)) != tensor.dtype or not _fits(array.shape, tensor.shape):
+        save = "" if kind == tensor.dtype else f" (if those numbers are meant: save them .astype('{dtype}'))"
+        raise FormatError(
+            f"input '{tensor.name}' is {kind} {list(array.shape)}, "
+            f"the skill takes {tensor.dtype} {list(tensor.shape)}{save}"
+        )
+    return np.ascontiguousarray(array, dtype)
 
 
 def _fits(shape: Sequence[int], pattern: Sequence[int]) -> bool:

@@ -215,12 +215,16 @@ def _status(given: argparse.Namespace) -> int:
     place = f"running (pid {status['pid']}), {status['endpoint']}" if status["running"] else "not running"
     print(f"{status['device']}: {place}")
     if status["running"]:
-        print(f"controller {status['controller']}: {'connected' if status['connected'] else 'not connected'}")
+        away = f"not connected: {status['away']}" if status.get("away") else "not connected"
+        print(f"controller {status['controller']}: {'connected' if status['connected'] else away}")
     for entry in status["skills"]:
         variants = ", ".join(f"{model}={variant}" for model, variant in entry.get("variants", {}).items())
         print(
             f"  {entry['skill']} {entry.get('version') or '-'}  {entry['phase']}  {variants}  {entry.get('reason', '')}".rstrip()
         )
+        if ran := status.get("split", {}).get(entry["skill"]):
+            place = ran["where"] if ran["where"] == "local" else f"{ran['where']} (cut {ran['cut']})"
+            print(f"    last request {ran['ago_s']:.0f} s ago: {place}; {ran['tail'] or 'the tail answers'}")
     if not status["skills"]:
         print("  no skills yet")
     return 0

@@ -51,6 +51,8 @@ MAX_COMMANDS_AT_ONCE = 32
 REMEMBERED_COMMANDS = 256
 MAX_LOG_LINES = 2000
 RUN_FILE = "run.json"
+UNEXPLAINED = "Unspecified error"  # paho's words for every end of a connection that the broker did not explain
+FOREIGN = "what answers at the broker's address does not prove with TLS that it is the controller's broker"
 LOOK_EVERY_S = 60.0  # how often a device without a broker asks whether it is still known
 
 
@@ -98,7 +100,7 @@ class Agent:
             chance=parts.chance, offload=parts.offload,
         )  # fmt: skip
         self._look_at_standing, self._offload = parts.standing, parts.offload
-        self._looked_at, self._unknown = -LOOK_EVERY_S, False
+        self._looked_at, self._unknown, self._away = -LOOK_EVERY_S, False, ""
         self._boot = secrets.token_hex(8)
         self._nonce = ""
         self._sealed: bytes | None = None  # the newest assignment that came; an older one that waits is of no more use
@@ -166,11 +168,21 @@ class Agent:
             "endpoint": f"http://{self._config.host}:{self.endpoint.port}",
             "controller": self._identity.controller.url,
             "connected": self.reconciler.connected,
+            "away": "" if self.reconciler.connected else self._away,
             "uptime_s": round(time.monotonic() - self._started, 1),
             "pss_kb": pss_kb(),
             "answers": self._usage.answers,
             "usage_lost": self._usage.lost,
             "skills": [to_plain(state) for state in self.reconciler.states()],
+            "split": {
+                skill: {
+                    "where": ran.where,
+                    "cut": ran.cut,
+                    "ago_s": round(max(0.0, time.time() - ran.time), 1),
+                    "tail": ran.away,
+                }
+                for skill, ran in self.service.whereabouts().items()
+            },
             "workers": [
                 {"skill": w.load.skill, "version": w.load.version, "pss_kb": w.pss_kb}
                 for w in self.reconciler.workers()
@@ -256,6 +268,9 @@ class Agent:
                     self.reconciler.online(connected=True)
                     self._greet()
                 case Disconnected(reason):
+                    reason = reason.replace(UNEXPLAINED, "the connection was closed, and the broker gave no reason")
+                    if not self._unknown:
+                        self._away = reason
                     if self.reconciler.connected:
                         LOG.warning("broker.lost reason=%r", reason)
                     else:
@@ -277,9 +292,14 @@ class Agent:
 
     async def _question_standing(self) -> None:
         found = await self._offload(self._look_at_standing)
-        if found == "unknown" and not self.reconciler.connected and not self._unknown:
-            self._unknown = True
-            LOG.warning("device.unknown device=%s what=%r", self._identity.device, unknown(self._identity))
+        if self.reconciler.connected or self._unknown:
+            return
+        if found == "unknown":
+            self._unknown, self._away = True, unknown(self._identity)
+            LOG.warning("device.unknown device=%s what=%r", self._identity.device, self._away)
+        elif found == "foreign":
+            LOG.warning("broker.foreign what=%r", FOREIGN)
+            self._away = FOREIGN
 
     def _greet(self) -> None:
         nonce, device = secrets.token_hex(16), self._identity.device

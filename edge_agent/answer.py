@@ -20,11 +20,15 @@ MAX_REQUEST_BYTES = 512 << 20  # the endpoints have limits of their own
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Answer:
-    """What a run gave: all outputs, and where the models ran."""
+    """What a run gave: all outputs, and where the models ran.
+
+    `tail` is of split skills: why it cannot be asked, "" while it answers, None where this request does not tell.
+    """
 
     outputs: "dict[str, NDArray[Any]]"
     where: str
     cut: str
+    tail: str | None = None
 
 
 def answer_request(
@@ -50,6 +54,8 @@ def answer_request(
     }
     data, size = oip.encode_answer(oip.Answer(outputs, skill.name, skill.version, call.id), binary=call.binary)
     reply: dict[str, object] = {"json_len": size, "where": answer.where, "cut": answer.cut}
+    if answer.tail is not None:
+        reply["tail"] = answer.tail
     if (confidence := _confidence(answer.outputs)) is not None:
         reply["confidence"] = confidence
     return reply, data

@@ -99,7 +99,7 @@ class SplitModel:
         self._held: Held | None = None
         self._alpha, self._learnt = 1.0, 0
         self._refused_until_s = float("-inf")
-        self.last = Ran("local", "local", "", 0.0, 0, 0.0)
+        self.last, self._away = Ran("local", "local", "", 0.0, 0, 0.0), ""
         self._warm()
         if self.tail is not None:
             self.tail.prepare(self._hash)
@@ -117,6 +117,7 @@ class SplitModel:
         start = self._clock()
         deadline_s = min((one for one in (deadline_s, self._deadline_s) if one is not None), default=None)
         choice, reason = self._choose(start)
+        self._away = reason
         if self._small is not None and self.plan.small is not None:
             return self._joint(start, choice, reason, inputs, deadline_s)
         if choice.coding is None or self.tail is None:
@@ -132,6 +133,11 @@ class SplitModel:
             cuts = tuple(pinned if one.name == cut else one for one in plan.cuts)
             plan = dataclasses.replace(plan, cuts=cuts, policy=dataclasses.replace(plan.policy, pin=cut))
         self.plan, self._held = plan, None
+
+    @property
+    def away(self) -> str | None:
+        """Why the last request could not ask the tail, "" when it could; None where that is open: no link, no reply in time."""
+        return None if self.tail is None or self.last.where == "continued" else self._away
 
     def close(self) -> None:
         """Let go of the link."""

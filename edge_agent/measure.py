@@ -54,7 +54,8 @@ def measure(folder: Path, sha256: str, work: Work, timer: Timer, memory_mb: int)
     except (MemoryError, FormatError) as error:
         if isinstance(error, MemoryError) or "bad_alloc" in str(error) or "Failed to allocate" in str(error):
             raise Refused(
-                f"the segments need more memory than the {memory_mb} MiB that the device has left for them; {PROFILE_INSTEAD}"
+                f"the segments need more memory than the {memory_mb} MiB that the device has left for them "
+                f"({str(error)[:120] or 'an allocation failed'}); {PROFILE_INSTEAD}"
             ) from None
         raise
 

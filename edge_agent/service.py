@@ -7,17 +7,20 @@ its successor: control code has no side effects that the protocol promises.
 
 import asyncio
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from edge_agent.plan import Installed
 from edge_agent.usage import UsageLog, UsageRecord
+from edge_agent.whereabouts import Watch, Whereabouts
 from edge_agent.workers import Worker
 from skills.errors import DeadlineExceeded, FormatError, NotFound, Unreachable
 from skills.manifest import Skill
 
 MAX_DEADLINE_S = 600.0
+LOG = logging.getLogger("skerry.service")
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -39,12 +42,17 @@ class Service:
         self._known: set[str] = set()
         self._waiting: dict[str, int] = {}
         self._changed = asyncio.Event()
+        self._watch = Watch()
 
     # --- what may be asked ------------------------------------------------------------------------
 
     def skills(self) -> Mapping[str, Serving]:
         """Return what serves now, by skill."""
         return self._serving
+
+    def whereabouts(self) -> Mapping[str, Whereabouts]:
+        """Return where the last request of each split skill ran; times are those of `now`."""
+        return self._watch.last
 
     def known(self, skills: set[str]) -> None:
         """Say which skills belong here even when their worker is down for a moment."""
@@ -138,10 +146,14 @@ class Service:
         self._changed = asyncio.Event()
 
     def _record(self, serving: Serving, header: Mapping[str, Any], ms: float) -> None:
-        installed = serving.installed
+        installed, now = serving.installed, self._now()
+        if (away := self._watch.note(serving.skill.name, header, now)) == "":
+            LOG.info("tail.back skill=%s", serving.skill.name)
+        elif away is not None:
+            LOG.warning("tail.away skill=%s reason=%r what='its requests are answered here'", serving.skill.name, away)
         self._usage.add(
             UsageRecord(
-                time=round(self._now(), 3),
+                time=round(now, 3),
                 skill=serving.skill.name,
                 version=installed.version,
                 release=installed.manifest,

@@ -56,6 +56,11 @@ class CallableModel:
         """Return where the last run was and which cut it took."""
         return ("local", "local") if self._split is None else (self._split.last.where, self._split.last.cut)
 
+    @property
+    def away(self) -> str | None:
+        """Return why the tail could not be asked, "" when it could, None where there is none or it is not known."""
+        return None if self._split is None else self._split.away
+
     @contextlib.contextmanager
     def kept_local(self) -> Iterator[None]:
         """Run everything here meanwhile: a probe must say something of this device, not of the network."""
@@ -103,7 +108,8 @@ class LoadedSkill:
         """
         if self._placed is not None:
             outputs = self._placed.answer(inputs, _left_s(until_s))
-            return Answer(outputs=dict(outputs), where=self._placed.last.where, cut=self._placed.last.cut)
+            ran = self._placed.last
+            return Answer(outputs=dict(outputs), where=ran.where, cut=ran.cut, tail=self._placed.away)
         for model in self._models.values():
             model.until_s = until_s
         arrays = inputs
@@ -111,10 +117,11 @@ class LoadedSkill:
             arrays = function(arrays, self._models[stage.model])
             if not isinstance(arrays, Mapping):
                 raise FormatError(f"stage '{stage.name}' returned {type(arrays).__name__}, expected arrays by name")
-        ran = [model.ran for model in self._models.values()]
-        away = [entry for entry in ran if entry[0] != "local"]
-        where, cut = away[0] if away else ("local", "local")
-        return Answer(outputs=dict(arrays), where=where, cut=cut)
+        places = [model.ran for model in self._models.values()]
+        elsewhere = [place for place in places if place[0] != "local"]
+        where, cut = elsewhere[0] if elsewhere else ("local", "local")
+        tails = [model.away for model in self._models.values() if model.away is not None]
+        return Answer(outputs=dict(arrays), where=where, cut=cut, tail=max(tails, default=None, key=len))
 
     def run_here(self, inputs: "Arrays") -> Answer:
         """Run as `run` does, with every stage and every model wholly on the device."""

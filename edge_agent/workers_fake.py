@@ -58,6 +58,7 @@ class FakeWorker:
         self._pool, self._died = pool, died
         self._dead: str | None = None
         self.words = ""
+        self.ran: dict[str, object] = {"where": "local", "cut": "local"}  # what the header of an answer says
         self.hold: asyncio.Event | None = None  # set: questions wait for it
         self._pending = 0
         self._idle = asyncio.Event()
@@ -97,7 +98,7 @@ class FakeWorker:
         if header["op"] == "measure":
             return {"ok": True}, self._pool.measure(bytes(body))
         answer = self._pool.answer(self.load, bytes(body))
-        return {"ok": True, "json_len": len(answer), "where": "local", "cut": "local"}, answer
+        return {"ok": True, "json_len": len(answer), **self.ran}, answer
 
     def last_words(self) -> str:
         return self.words

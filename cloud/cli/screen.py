@@ -4,6 +4,7 @@
 |---|---|---|---|---|
 | stdout | the result | one JSON document | the result only | no colours, 120 columns |
 | stderr | remarks and progress | nothing | nothing | remarks, no progress bars |
+| stderr | warnings | nothing: the document has them | as ever | as ever |
 """
 
 import contextlib
@@ -79,6 +80,13 @@ class Screen:
             self.err.print(Text.from_markup(text))
         except MarkupError:  # a path or a name with brackets in it
             self.err.print(Text(text))
+
+    def warn(self, text: str) -> None:
+        """Say what may be wrong with the result (plain text), also when asked to be quiet; a JSON result has it in itself."""
+        if not self.manner.json:
+            from rich.text import Text
+
+            self.err.print(Text.assemble(("warning:", "yellow"), " ", text))
 
     @contextlib.contextmanager
     def progress(self, title: str) -> Iterator[Step]:

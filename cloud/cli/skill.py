@@ -136,7 +136,7 @@ def build(
     }
     screen.result(facts, view)  # type: ignore[arg-type]
     for text in warnings:
-        screen.say(f"[yellow]warning:[/yellow] {_escaped(text)}")
+        screen.warn(text)
     screen.say(f"{out}: {bundle.skill.name} {bundle.skill.version}, {readable(bundle.size)}")
 
 

@@ -9,6 +9,8 @@ import os
 
 import pytest
 
+from edge_agent.agent import FOREIGN
+from edge_agent.standing import unknown
 from skills import signing, topics
 from skills.desired import seal
 from skills.errors import FormatError, StorageError
@@ -589,6 +591,20 @@ def test_the_device_knows_its_objects_by_their_content(scene):
     scene(story)
 
 
+def test_an_end_without_a_reason_is_said_as_one_and_a_broker_of_another_ca_by_what_it_is(scene, caplog):
+    async def story(world):
+        agent = await world.boot()
+        agent._look_at_standing = lambda: "foreign"
+        await world.until(lambda: agent.reconciler.connected)
+        agent._mqtt.put(Disconnected("10.0.0.1:8883: Unspecified error"))
+        await world.until(lambda: not agent.reconciler.connected)
+        lost = [record.message for record in caplog.records if "broker.lost" in record.message]
+        assert lost == ["broker.lost reason='10.0.0.1:8883: the connection was closed, and the broker gave no reason'"]
+        await world.until(lambda: agent.status()["away"] == FOREIGN)
+
+    scene(story)
+
+
 def test_a_device_that_was_removed_says_so_once_and_goes_on_serving(scene, caplog):
     async def story(world):
         digest = world.controller.release()
@@ -601,6 +617,7 @@ def test_a_device_that_was_removed_says_so_once_and_goes_on_serving(scene, caplo
             world.broker.cut("board-1")
             agent._mqtt.put(Disconnected("it ended"))
             await asyncio.sleep(50)
+        assert agent.status()["away"] == unknown(agent._identity)
         told = [record.message for record in caplog.records if "device.unknown" in record.message]
         assert len(told) == 1
         assert "the controller no longer knows this device: enrol it again" in told[0]

@@ -307,6 +307,23 @@ def test_every_answer_leaves_one_usage_record(scene):
     scene(story)
 
 
+def test_a_tail_that_goes_and_comes_back_is_told_once_each_and_the_status_shows_it(scene, caplog):
+    async def story(world):
+        (digest,) = await installed(world, DIGITS1)
+        worker = world.workers.of(digest)
+        for tail in ("", "the tail does not answer", "the tail does not answer", "", ""):
+            worker.ran = {"where": "local" if tail else "split", "cut": "local" if tail else "c2", "tail": tail}
+            await ask(world)
+            shown = world.agent.status()["split"]["digits"]
+            assert (shown["where"], shown["tail"]) == (worker.ran["where"], tail)
+        told = [record.message for record in caplog.records if "tail." in record.message]
+        assert [line.split()[0] for line in told] == ["tail.away", "tail.back"]
+        assert "skill=digits reason='the tail does not answer'" in told[0]
+
+    with caplog.at_level("INFO"):
+        scene(story)
+
+
 def test_a_quiet_device_gives_a_sign_of_life_every_minute(scene):
     async def story(world):
         await installed(world, DIGITS1)

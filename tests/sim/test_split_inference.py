@@ -78,6 +78,7 @@ def test_without_a_link_everything_runs_here(planned_net: Any) -> None:
     found = model(x=planned_net.x[:2])["logits"]
     np.testing.assert_allclose(found, ort.session(planned_net.model).run({"x": planned_net.x[:2]})["logits"], atol=1e-5)
     assert (model.last.where, model.last.cut, model.last.bytes, model.last.reason) == ("local", "local", 0, "no link")
+    assert model.away is None
 
 
 def test_an_answer_in_time_comes_from_the_tail_and_is_right_within_the_coding(bench: Bench) -> None:
@@ -206,6 +207,7 @@ def test_a_refused_plan_is_not_tried_again_for_a_minute(bench: Bench) -> None:
     found, right = bench.ask()
     np.testing.assert_allclose(found, right, atol=1e-5)
     assert (bench.model.last.where, bench.model.last.reason) == ("continued", "no plan 'x' lies here")
+    assert bench.model.away is None
     bench.tail.refuse = None
     bench.ask()
     assert (bench.model.last.where, bench.model.last.reason) == ("local", "the tail refuses this plan")
@@ -265,6 +267,7 @@ def test_a_link_that_is_down_is_not_asked(bench: Bench) -> None:
     bench.tail.link = Estimate(20, 10, up=False)
     bench.ask()
     assert (bench.model.last.where, bench.model.last.reason) == ("local", "the tail does not answer")
+    assert bench.model.away == "the tail does not answer"
 
 
 def test_an_input_that_does_not_fit_is_refused_and_not_sent(bench: Bench) -> None:

@@ -26,17 +26,23 @@ def test_arrays_are_taken_by_name_and_others_passed_over(tmp_path: Path) -> None
     assert set(read_question(tmp_path / "many.npz", DIGIT).arrays) == {"image"}
 
 
-def test_whole_numbers_are_cast_and_fractions_are_not(tmp_path: Path) -> None:
-    np.save(tmp_path / "long.npy", np.ones((1, 8, 8), np.int64))
-    assert read_question(tmp_path / "long.npy", DIGIT).arrays["image"].dtype == np.uint8
-    np.save(tmp_path / "float.npy", np.ones((1, 8, 8)))
-    with pytest.raises(FormatError, match="holds float64, the skill takes uint8"):
-        read_question(tmp_path / "float.npy", DIGIT)
+@pytest.mark.parametrize(("found", "word"), [("uint8", "UINT8"), ("bool", "BOOL"), ("float64", "FP64")])
+def test_numbers_of_another_type_are_refused_as_the_device_refuses_them(tmp_path: Path, found: str, word: str) -> None:
+    np.save(tmp_path / "x.npy", np.ones((3,), found))
+    with pytest.raises(
+        FormatError, match=rf"input 'a' is {word} \[3\], the skill takes FP32 \[-1\] .*astype\('float32'\)"
+    ):
+        read_question(tmp_path / "x.npy", PAIR[:1])
+
+
+def test_numbers_of_the_other_byte_order_are_the_same_numbers(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.array([1.5, 2], ">f4"))
+    assert read_question(tmp_path / "x.npy", PAIR[:1]).arrays["a"].tolist() == [1.5, 2]
 
 
 def test_a_wrong_shape_is_said_with_the_right_one(tmp_path: Path) -> None:
     np.save(tmp_path / "flat.npy", np.ones((2, 64), np.uint8))
-    with pytest.raises(FormatError, match="has the shape 2×64, the skill takes any×8×8"):
+    with pytest.raises(FormatError, match=r"is UINT8 \[2, 64\], the skill takes UINT8 \[-1, 8, 8\]$"):
         read_question(tmp_path / "flat.npy", DIGIT)
 
 

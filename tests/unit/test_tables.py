@@ -88,6 +88,17 @@ def test_json_goes_to_stdout_alone_and_quiet_says_nothing_beside() -> None:
     assert err.getvalue() == ""
 
 
+def test_quiet_silences_remarks_and_no_warnings() -> None:
+    out, err = io.StringIO(), io.StringIO()
+    quiet, structured = Screen(Manner(quiet=True), out, err), Screen(Manner(json=True), out, io.StringIO())
+    quiet.say("by the way")
+    quiet.warn("the probe fails [here]")
+    structured.warn("it is in the document")
+    assert err.getvalue() == "warning: the probe fails [here]\n"
+    assert out.getvalue() == ""
+    assert structured._err.getvalue() == ""  # type: ignore[attr-defined]  # its own stream
+
+
 def test_where_no_terminal_is_nothing_moves() -> None:
     out, err = io.StringIO(), io.StringIO()
     screen = Screen(Manner(), out, err)
