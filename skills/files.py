@@ -75,7 +75,10 @@ def read_bytes(path: Path, what: str, max_bytes: int) -> bytes:
     """
     try:
         with path.open("rb") as file:
-            data = file.read(max_bytes + 1)
+            # Asked for more than there is, Python takes memory for all of that before it reads.
+            data = file.read(min(max_bytes, os.fstat(file.fileno()).st_size) + 1)
+            if len(data) <= max_bytes and (more := file.read(1)):  # /proc says 0 bytes, and a file may be growing
+                data += more + file.read(max_bytes - len(data))
     except FileNotFoundError:
         raise NotFound(f"{what} {path} does not exist") from None
     except OSError as error:

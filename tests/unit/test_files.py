@@ -2,6 +2,8 @@
 
 import errno
 import os
+import tracemalloc
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +36,23 @@ def test_a_file_over_its_limit_is_not_read_whole(tmp_path) -> None:
     (tmp_path / "large").write_bytes(bytes(11))
     with pytest.raises(StorageError, match="limit of 10"):
         files.read_bytes(tmp_path / "large", "the file", 10)
+
+
+def test_a_small_file_takes_no_memory_for_what_may_be_read_at_most(tmp_path) -> None:
+    (tmp_path / "small").write_bytes(b"abc")
+    tracemalloc.start()
+    try:
+        assert files.read_bytes(tmp_path / "small", "the file", 1 << 28) == b"abc"
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_file_whose_size_is_not_told_is_read_up_to_its_limit() -> None:
+    whole = Path("/proc/self/limits").read_bytes()
+    assert files.read_bytes(Path("/proc/self/limits"), "the file", len(whole)) == whole
+    with pytest.raises(StorageError, match="limit of"):
+        files.read_bytes(Path("/proc/self/limits"), "the file", len(whole) - 1)
 
 
 def test_directories_follow_xdg_and_ignore_relative_values(tmp_path, monkeypatch) -> None:
