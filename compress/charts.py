@@ -66,7 +66,7 @@ def _point(at: int, point: Point, x: float, y: Place) -> str:
     low, high = point.drop_ci95
     title = f"{point.name}: {readable(point.bytes_file)}, drop {point.drop:+.2f} ({low:+.2f} to {high:+.2f})"
     if point.over is not None:
-        title += f", {point.over:+.2f} on report and select together: not taken"
+        title += f", {point.over:+.2f} on all parts of the data together: not taken"
     edge = "var(--sea)" if point.chosen else "var(--soft)"
     bar = line(x, y(low), x, y(high), edge, f'stroke-width="{2.5 if point.chosen else 1.5}"')
     ends = "".join(line(x - 4, y(end), x + 4, y(end), edge) for end in (low, high))

@@ -151,7 +151,7 @@ def _tradeoff(report: Report) -> str:
         "The result, and every model that no other one beats in both. The bars are 95 % intervals on the report part."
     )
     if any(point.over is not None for point in points):
-        said += " A dashed ring keeps the budget there, but not on report and select together: it was not taken."
+        said += " A dashed ring keeps the budget there, but not on all parts of the data together: it was not taken."
     named = words.names(report)
     return _section(
         "Smaller against better",

@@ -55,7 +55,7 @@ class Emitted:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Judged:
-    """A file with its answers on the report part. `pooled` is the drop on the `inputs` of report and select together."""
+    """A file with its answers on the report part. `pooled` is the drop on the `inputs` of all parts of the data together."""
 
     emitted: Emitted
     answers: Array
@@ -65,7 +65,7 @@ class Judged:
 
     @property
     def worse(self) -> float:
-        """Return the larger of its two drops, in points: on the report part, and on report and select together."""
+        """Return the larger of its two drops, in points: on the report part, and on all parts of the data together."""
         return max(self.drop.points, self.pooled)
 
 
@@ -105,13 +105,15 @@ def rank(emitted: Emitted, max_drop: float, *, trained: bool) -> tuple[bool, flo
     return (False, float(len(emitted.file))) if lost <= max_drop else (True, lost)
 
 
-def look(emitted: Emitted, report: Part, original: Original, selected: int = 0) -> Judged:
-    """Let a file answer the report part; `selected` is how many inputs of the select part say the same thing, if any do."""
+def look(emitted: Emitted, report: Part, original: Original, more: Sequence[tuple[Part, Array]] = ()) -> Judged:
+    """Let a file answer the report part; `more` are other parts that say the same thing, with the original's answers."""
     answers = measure.answers(emitted.runner, report.x)
     drop = measure.drop(original.metric, report, original.report, answers)
-    inputs = len(report) + selected
-    pooled = (drop.points * len(report) + emitted.drop_select * selected) / inputs
-    return Judged(emitted, answers, drop, pooled, inputs)
+    inputs, lost = len(report), drop.points * len(report)
+    for part, before in more:
+        after = measure.answers(emitted.runner, part.x)
+        inputs, lost = inputs + len(part), lost + len(part) * measure.points(original.metric, part, before, after)
+    return Judged(emitted, answers, drop, lost / inputs, inputs)
 
 
 def finalists(families: Sequence[Sequence[Judged]], max_drop: float) -> list[Judged]:
@@ -119,7 +121,7 @@ def finalists(families: Sequence[Sequence[Judged]], max_drop: float) -> list[Jud
 
     Each family is ordered from the safest to the boldest before the report part is looked at. One that is over by less than
     half of the budget, and may be within by its interval, ends nothing; but nothing behind it is `proven`. Within is what is
-    so on the report part and on report and select together: a small report part alone flatters the boldest.
+    so on the report part and on all parts of the data together: a small report part alone flatters the boldest.
     """
 
     def near(one: Judged) -> bool:
@@ -133,19 +135,19 @@ def finalists(families: Sequence[Sequence[Judged]], max_drop: float) -> list[Jud
 
 
 def doubted(one: Judged, max_drop: float) -> bool:
-    """Return whether a file is within the budget on the report part and over it on report and select together. Pure.
+    """Return whether a file is within the budget on the report part and over it on all parts of the data together. Pure.
 
-    Over it is what a whole input or more lies beyond the budget: of 80 inputs one alone is 1.25 points, and says nothing.
+    Of few inputs a single one is more than the budget (of 80 it is 1.25 points), and says nothing.
     """
-    return one.drop.points <= max_drop <= one.pooled - 100 / one.inputs + ROUNDING
+    return one.drop.points <= max_drop and max(max_drop, 100 / one.inputs) < one.pooled - ROUNDING
 
 
 def doubts(judged: Sequence[Judged], chosen: Judged, max_drop: float, unit: str) -> tuple[str, ...]:
-    """Return what to say of files that keep the budget on the report part but not on report and select together. Pure."""
+    """Return what to say of files that keep the budget on the report part but not on all parts of the data together. Pure."""
     if doubted(chosen, max_drop):
         said = (
-            f"The verdict goes by the report part, where the result loses {chosen.drop.points:.2f} {unit}; on report and select "
-            f"together it loses {chosen.pooled:.2f}, over the budget of {max_drop:g}. No file found keeps it on both."
+            f"The verdict goes by the report part, where the result loses {chosen.drop.points:.2f} {unit}; on all parts of "
+            f"the data together it loses {chosen.pooled:.2f}, over the budget of {max_drop:g}. No file found keeps it on both."
         )
         return (said,)
     passed = [one for one in judged if doubted(one, max_drop) and len(one.emitted.file) < len(chosen.emitted.file)]
@@ -153,7 +155,7 @@ def doubts(judged: Sequence[Judged], chosen: Judged, max_drop: float, unit: str)
         return ()
     few = "1 smaller file is" if len(passed) == 1 else f"{len(passed)} smaller files are"
     return (
-        f"{few} within the budget on the report part but not on report and select together, and not taken for that.",
+        f"{few} within the budget on the report part but not on all parts of the data together, and not taken for that.",
     )
 
 

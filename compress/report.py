@@ -67,7 +67,7 @@ class Point:
     chosen: bool = False
     file: str = ""  # inside the result folder; empty where the file was not kept
     over: float | None = (
-        None  # drop on report and select together, of a file that was passed over for it (`judge.doubted`)
+        None  # drop on all parts of the data together, of a file that was passed over for it (`judge.doubted`)
     )
 
 

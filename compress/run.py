@@ -137,9 +137,10 @@ def run(
         written, plain = searched(passes, learns, bench, original, work, stages, writer)
     warnings = (*warnings, *work.left_out)
     work.say("looking at the report part", TRAINED_UP_TO + 0.02)
-    # Select says what report does where neither was trained on and both have labels.
-    selected = len(splits.select) if splits.train is None and shown is original.metric and not samples.synthetic else 0
-    families = [[look(one, splits.report, original, selected) for one in family] for family in written]
+    # The other parts say what report does where nothing was trained on any of them and all have labels.
+    honest = splits.train is None and shown is original.metric and not samples.synthetic
+    more = ((splits.calibrate, original.calibrate), (splits.select, original.select)) if honest else ()
+    families = [[look(one, splits.report, original, more) for one in family] for family in written]
     judged = [one for family in families for one in family]
     chosen = result(families, max_drop, goal, _milliseconds(judge.finalists(families, max_drop), goal, profile, splits))
     warnings = (*warnings, *judge.doubts(judged, chosen, max_drop, original.metric.unit))

@@ -71,7 +71,7 @@ def names(report: Report) -> str:
 
 def passed_over(report: Report, over: float) -> str:
     """Return why a file that keeps the budget on the report part was not taken."""
-    return f"not taken: over the budget on report and select together ({points(report, over)})"
+    return f"not taken: over the budget on all parts of the data together ({points(report, over)})"
 
 
 def times(ratio: float) -> str:

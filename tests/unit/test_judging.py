@@ -123,19 +123,19 @@ def test_where_nothing_keeps_the_budget_on_both_the_worse_of_the_two_drops_decid
     assert result([family], BUDGET) is family[wins]
 
 
-def test_a_result_over_the_budget_on_report_and_select_together_is_said_with_both_numbers() -> None:
+def test_a_result_over_the_budget_on_all_parts_together_is_said_with_both_numbers() -> None:
     flattered, passed = judged(0.5, 8, pooled=3.75, inputs=80), judged(0.5, 7, pooled=5.0, inputs=80)
     (said,) = doubts([flattered, passed], flattered, BUDGET, "percentage points")
     assert "loses 0.50 percentage points" in said
     assert "loses 3.75, over the budget of 1." in said
     sound = judged(0.5, 9)
     (said,) = doubts([sound, passed], sound, BUDGET, "percentage points")
-    assert said.startswith("1 smaller file is within the budget on the report part but not on report and select")
+    assert said.startswith("1 smaller file is within the budget on the report part but not on all parts of the data")
     assert doubts([sound, passed], passed, BUDGET, "points") != doubts([sound], sound, BUDGET, "points") == ()
 
 
-@pytest.mark.parametrize(("selected", "pooled"), [(0, 10.0), (10, 30.0), (30, 40.0)])
-def test_select_counts_by_its_inputs_where_it_is_asked(selected: int, pooled: float) -> None:
+@pytest.mark.parametrize(("sizes", "pooled"), [((), 10.0), ((10,), 5.0), ((4, 6), 5.0)])
+def test_other_parts_count_by_their_inputs_where_they_say_the_same(sizes: tuple[int, ...], pooled: float) -> None:
     y = np.arange(10) % 2
     right = np.eye(2, dtype=np.float32)[y]
     given_x = right.copy()
@@ -151,7 +151,8 @@ def test_select_counts_by_its_inputs_where_it_is_asked(selected: int, pooled: fl
     original: Any = types.SimpleNamespace(metric=metric, report=right)
     runner: Any = Passing()
     emitted = Emitted("one", State(None), b"", runner, None, 50.0)
-    found = look(emitted, Part(given_x, y, np.arange(10), "x"), original, selected)
+    more = [(Part(right[:size], y[:size], np.arange(size), "x"), right[:size]) for size in sizes]
+    found = look(emitted, Part(given_x, y, np.arange(10), "x"), original, more)
     assert (found.drop.points, found.pooled) == pytest.approx((10.0, pooled))
 
 

@@ -256,7 +256,7 @@ def test_a_model_that_was_passed_over_says_why_in_the_list_in_the_picture_and_in
     point = Point("bolder 1", 40_000, 30_000, 0.4, (0.1, 0.9), over=1.234)
     chosen = Point("calibrated", 50_000, 30_000, 0.4, (0.1, 0.9), chosen=True)
     text = page(report(pareto=(chosen, point)))
-    assert "bolder 1, not taken: over the budget on report and select together (1.23 points)" in text
+    assert "bolder 1, not taken: over the budget on all parts of the data together (1.23 points)" in text
     assert "A dashed ring keeps the budget there" in text
     assert "Bolder: " not in text
     assert "Calibrated: made without training" in text
