@@ -175,7 +175,7 @@ def _milliseconds(finalists: Sequence[judge.Judged], goal: Goal, profile: Profil
     if goal == "size" or len(finalists) < 2 or profile.arch != platform.machine():
         return []
     runners = {str(at): one.emitted.runner for at, one in enumerate(finalists)}
-    sample = splits.report.x[: max(1, finalists[0].emitted.runner.inputs[0].shape[0])]
+    sample = data.whole_runs(finalists[0].emitted.runner.inputs[0], splits.report.x)
     return [timing.p50_ms for timing in measure.race(runners, sample, TIMING_ROUNDS).values()]
 
 
