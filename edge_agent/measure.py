@@ -22,7 +22,7 @@ from skills.files import read_bytes
 from skills.footprint import grown_mb, own_kb
 from skills.measurement import PROFILE_INSTEAD, RUNTIME, Figures, Work
 from skills.split_plan import Millis
-from skills.timer import Timer
+from skills.timer import PAUSE_S, Timer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -85,16 +85,14 @@ def _measured(folder: Path, sha256: str, work: Work, timer: Timer) -> Figures:
 
     memory_mb = grown_mb(functools.partial(one_more, path) for path in work.segments)
     chain = ort.Chain.of(sessions, work.outputs)
-    wall, cpu = time.perf_counter(), time.thread_time()
-    heads, rounds = _heads(chain, samples, work, timer)
-    wall, cpu = time.perf_counter() - wall, time.thread_time() - cpu
+    heads, rounds, busy = _heads(chain, samples, work, timer)
     return Figures(
         work=sha256,
         heads=heads,
         encode_ms=_encodes(chain, samples, work, timer),
         memory_mb=memory_mb,
         rounds=rounds,
-        busy=round(min(max(1 - cpu / wall, 0.0), 1.0), 3),
+        busy=busy,
         cores=len(os.sched_getaffinity(0)),
         machine=machine_name(),
         arch=platform.machine(),
@@ -103,15 +101,28 @@ def _measured(folder: Path, sha256: str, work: Work, timer: Timer) -> Figures:
     )
 
 
-def _heads(chain: ort.Chain, samples: "list[Arrays]", work: Work, timer: Timer) -> tuple[tuple[Millis, ...], int]:
+def _heads(
+    chain: ort.Chain, samples: "list[Arrays]", work: Work, timer: Timer
+) -> tuple[tuple[Millis, ...], int, float]:
+    """Return what every head takes, after how many rounds, and the share of that time which other work had."""
+    wall = cpu = 0.0
+
     def head(after: int) -> Callable[[], object]:
         turns = itertools.cycle(samples)  # each head sees the same samples in the same order
-        return lambda: chain.run(next(turns), 0, after)
+
+        def run() -> None:
+            nonlocal wall, cpu
+            wall, cpu = wall - time.perf_counter(), cpu - time.thread_time()
+            chain.run(next(turns), 0, after)
+            wall, cpu = wall + time.perf_counter(), cpu + time.thread_time()
+
+        return run
 
     runs = {str(after): head(after) for after in range(len(work.segments) + 1)}
     rounds = _rounds(runs, work.rounds, BUDGET_S)
-    timings = ort.interleaved(runs, rounds, WARMUP, _clock(timer))
-    return tuple(Millis(_short(timings[name].p50_ms), _short(timings[name].p90_ms)) for name in runs), rounds
+    timings = ort.interleaved(runs, rounds, WARMUP, _clock(timer), pause_s=PAUSE_S)
+    heads = tuple(Millis(_short(timings[name].p50_ms), _short(timings[name].p90_ms)) for name in runs)
+    return heads, rounds, round(min(max(1 - cpu / wall, 0.0), 1.0), 3)
 
 
 def _encodes(chain: ort.Chain, samples: "list[Arrays]", work: Work, timer: Timer) -> tuple[tuple[float, ...], ...]:

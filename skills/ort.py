@@ -303,16 +303,20 @@ def interleaved(
     warmup: int = 5,
     clock: Callable[[], float] = time.perf_counter,
     burst: int = 1,
+    pause_s: float = 0.0,
 ) -> dict[str, Timing]:
-    """Time several things fairly: `burst` runs of each per round, one after the other, the order turned by one every round.
+    """Time several things fairly: `burst` runs of each per round, one after the other; the order turns.
 
-    What else happens on the machine hits all of them alike; compare the results as ratios.
+    What else happens on the machine hits all of them alike; compare the results as ratios. Before each burst that counts there
+    is a pause of `pause_s`.
     """
     names = list(runs)
     taken: dict[str, list[float]] = {name: [] for name in names}
     for at in range(warmup + rounds):
         turn = at % len(names) if names else 0
         for name in names[turn:] + names[:turn]:
+            if pause_s and at >= warmup:
+                time.sleep(pause_s)
             for _ in range(burst):
                 start = clock()
                 runs[name]()

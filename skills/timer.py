@@ -11,6 +11,8 @@ from skills.errors import UsageError
 
 T = TypeVar("T")
 
+PAUSE_S = 0.02  # before a timed run: a device is asked now and then, and what rests is up to a fifth slower than run after run
+
 
 class Halted(Exception):
     """Work was ended before it was done, because somebody set its `Halt`."""

@@ -122,7 +122,7 @@ def split(
         out.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
     try:
-        first = task.time(cuts, work / "first", "timing all candidates", SHORT_ROUNDS)
+        first = task.time(cuts, work / "first", "timing all candidates", SHORT_ROUNDS, pause_s=0.0)  # only compared
         gate = task.code(cuts, first)
         codings = gate.codings
         figures = None

@@ -11,7 +11,7 @@ from skills.coding import Coding, Kind, Live
 from skills.errors import FormatError
 from skills.split import reply_ms
 from skills.split_plan import Millis
-from skills.timer import Local, Timer
+from skills.timer import PAUSE_S, Local, Timer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -70,9 +70,12 @@ def measure(
     device: Timer,
     rounds: int,
     tick: Callable[[], None] = lambda: None,
+    *,
+    pause_s: float = PAUSE_S,
 ) -> tuple[dict[int, Costs], Millis]:
     """Time the head and the tail of every cut and the whole model, interleaved and warm; never a sum over nodes.
 
+    Every head that counts follows a pause of `pause_s`, as on a device that is asked now and then.
     Returns the costs by number of segments on the device, and the whole model's on this machine.
     """
     walls: dict[tuple[str, int], list[tuple[float, float]]] = {}
@@ -85,6 +88,8 @@ def measure(
             runs.append((("tail", after), lambda after=after, live=live: chain.run(live[after], after)))  # type: ignore[misc]
         turn = at % len(runs)
         for key, run in runs[turn:] + runs[:turn]:
+            if pause_s and key[0] == "head" and at >= WARMUP:
+                time.sleep(pause_s)
             start, cpu = time.perf_counter(), time.thread_time()
             run()
             taken = (time.perf_counter() - start) * 1e3, (time.thread_time() - cpu) * 1e3

@@ -30,7 +30,7 @@ from skills.errors import FormatError
 from skills.files import storage_errors
 from skills.measurement import Figures
 from skills.split_plan import Millis
-from skills.timer import Timer
+from skills.timer import PAUSE_S, Timer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -83,8 +83,8 @@ class Task:
     slowest_mbit: float  # of the links that the plan is for
     progress: Progress
 
-    def time(self, cuts: Sequence[Candidate], folder: Path, stage: str, rounds: int) -> Timed:
-        """Write the segments between `cuts` to `folder`/segments and time every head and tail."""
+    def time(self, cuts: Sequence[Candidate], folder: Path, stage: str, rounds: int, pause_s: float = PAUSE_S) -> Timed:
+        """Write the segments between `cuts` to `folder`/segments and time every head, after a pause each, and tail."""
         with storage_errors(folder):
             (folder / "segments").mkdir(parents=True)
         pieces = write_segments(
@@ -99,7 +99,8 @@ class Task:
         few = self.samples[:8]
         gap = largest_gap(chain, few, [whole.run(sample) for sample in few], allowed_gap(self.flow, pieces))
         ticker = _ticker(self.progress, stage, rounds)
-        costs, whole_ms = measure(chain, whole, range(len(cuts) + 2), self.samples, self.device, rounds, ticker)
+        afters = range(len(cuts) + 2)
+        costs, whole_ms = measure(chain, whole, afters, self.samples, self.device, rounds, ticker, pause_s=pause_s)
         return Timed(pieces, chain, costs, whole_ms, gap)
 
     def there(
