@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import candidates
 import judge
@@ -94,9 +94,10 @@ def _outcome(row: Row, load: Any, work: Path, given: argparse.Namespace) -> tabl
     pareto = [(one.file, _interval(measuring.drop(qualities[ORIGINAL], one, prepared))) for one in ladder]
     report = _read(out / "report.json") if out else {}
     minutes = report["seconds"] / 60 if "seconds" in report else None
-    verdict = (
-        measure.verdict(measuring.drop(qualities[ORIGINAL], qualities[OURS], prepared), judge.BUDGET) if ours else ""
-    )
+    verdicts = [report["verdict"]] if "verdict" in report else []
+    if ours:
+        verdicts.append(measure.verdict(measuring.drop(qualities[ORIGINAL], qualities[OURS], prepared), judge.BUDGET))
+    verdict = max(verdicts, key=get_args(measure.Verdict).index, default="")  # the report's counts what was passed over
     return table.Outcome(
         row, entries[ORIGINAL], len(prepared.splits.report), ours, verdict, minutes, tuple(baselines),
         tuple((item.title, item.failure) for item in made if item.model is None), tuple(answers), tuple(pareto),
