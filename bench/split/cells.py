@@ -54,18 +54,18 @@ def grid(
     with contextlib.ExitStack() as stack:
         bench: _Bench | None = None
         for block in range(BLOCKS):
-            count = runs // BLOCKS + (block < runs % BLOCKS)
+            turns = range(block * runs // BLOCKS, (block + 1) * runs // BLOCKS)
             for slowdown in slowdowns:
                 device = nets.for_device(planned, slowdown)
                 for link in links:
                     cell = found.setdefault((slowdown, str(link)), _cell(device, link, control))
                     named = f"{planned.net.name}-{link}-x{slowdown:g}-{control}-{block}".replace("/", "-")
 
-                    def measure(device: Planned = device, link: Link = link, count: int = count) -> dict[str, Any]:
+                    def measure(device: Planned = device, link: Link = link, turns: range = turns) -> dict[str, Any]:
                         nonlocal bench
                         if bench is None:
                             bench = stack.enter_context(_bench(planned, on, store.folder))
-                        return bench.block(device, link, count, cell, with_json=link.mbit >= json_mbit)  # noqa: B023  called at once
+                        return bench.block(device, link, turns, cell, with_json=link.mbit >= json_mbit)  # noqa: B023  called at once
 
                     one = store.get(named, facts | {"link": str(link), "x": slowdown, "block": block}, measure)
                     for name, values in one["ms"].items():
@@ -95,21 +95,21 @@ class _Bench:
         self._on, self._socket, self._lists, self._device = on, socket, lists, dict[Path, Device]()
 
     def block(
-        self, device: Planned, link: Link, count: int, cell: Mapping[str, Any], *, with_json: bool
+        self, device: Planned, link: Link, turns: range, cell: Mapping[str, Any], *, with_json: bool
     ) -> dict[str, Any]:
-        """Run every arm `count` times after one run that is not counted."""
+        """Run every arm once for each of `turns`, which name its inputs, after one run that is not counted."""
         self._on.change(link)
         one = self._device_of(device.folder)
         measured: Mapping[str, Arm] = cell["_arms"]
         names = list(measured)
-        turn = random.Random(f"{link}{count}{len(names)}")  # noqa: S311  an order, no secret
+        turn = random.Random(f"{link}{turns}{len(names)}")  # noqa: S311  an order, no secret
         ms: dict[str, list[float]] = {name: [] for name in [*names, AGAIN]}
         sizes: dict[str, int] = {}
         ours = cell["takes"][OUR_CHOICE]
         time.sleep(wire.SETTLE_S)
         for name in names:
             sizes[name] = one.run(measured[name], device.samples[0]).bytes
-        for at in range(count):
+        for at in turns:
             order = [*names, *([AGAIN] if ours in measured else [])]
             turn.shuffle(order)
             for name in order:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     Arrays = Mapping[str, NDArray[Any]]
 
 
+S = TypeVar("S")
 T = TypeVar("T", int, float)
 
 WARMUP = 5
@@ -75,7 +76,7 @@ def measure(
 ) -> tuple[dict[int, Costs], Millis]:
     """Time the head and the tail of every cut and the whole model, interleaved and warm; never a sum over nodes.
 
-    Every head that counts follows a pause of `pause_s`, as on a device that is asked now and then.
+    Every head and tail that counts follows a pause of `pause_s`, as where one is asked now and then.
     Returns the costs by number of segments on the device, and the whole model's on this machine.
     """
     walls: dict[tuple[str, int], list[tuple[float, float]]] = {}
@@ -88,7 +89,7 @@ def measure(
             runs.append((("tail", after), lambda after=after, live=live: chain.run(live[after], after)))  # type: ignore[misc]
         turn = at % len(runs)
         for key, run in runs[turn:] + runs[:turn]:
-            if pause_s and key[0] == "head" and at >= WARMUP:
+            if pause_s and key[0] != "whole" and at >= WARMUP:
                 time.sleep(pause_s)
             start, cpu = time.perf_counter(), time.thread_time()
             run()
@@ -167,7 +168,7 @@ def measured_replies(outputs: Sequence[Live], answers: Sequence["Arrays"], devic
         coding = Coding(kind) if kind == "native" else _affine(kind, outputs, solid)
         coded = [one for one in solid if codec.encode_reply((coding,), outputs, coding.name, one) is not None]
         if 2 * len(coded) > len(answers):
-            found.append(measure_coding(coding, outputs, coded, lambda back: back, Local(), device)[0])
+            found.append(measure_coding(coding, outputs, coded, lambda back: back, Local(), device, PAUSE_S)[0])
     return tuple(sorted(found, key=lambda one: one.bytes_p50))
 
 
@@ -196,28 +197,31 @@ def measure_coding(
     finish: Callable[["Arrays"], "Arrays"],
     writes: Timer,
     reads: Timer = Local(),  # noqa: B008  frozen
+    pause_s: float = 0.0,
 ) -> tuple[Coding, list["Arrays"]]:
     """Return the coding with its bytes and times, and the answers that came of it, measured on every sample.
 
+    With `pause_s`, for where no model runs in between, the times are those of the first samples alone, each after a pause.
     A sample that cannot travel is finished by the device: it has an answer, and neither bytes nor times.
     """
-    sizes, answers, encodes, decodes = [], [], [], []
-    for at, one in enumerate(values):
+    sizes, answers = list[int](), list["Arrays"]()
+    encodes, decodes = list[float](), list[float]()
+    for one in values:
         if codec.obstacle(tensors, one):
             answers.append(finish(one))
             continue
-        for _ in range(1 if at >= CODEC_ROUNDS else 2):  # the second run is warm
-            start, cpu = time.perf_counter(), time.thread_time()
-            frame = codec.encode(coding, tensors, one)
-            encode_ms = writes.device_ms((time.perf_counter() - start) * 1e3, (time.thread_time() - cpu) * 1e3)
-            start, cpu = time.perf_counter(), time.thread_time()
-            decoded = codec.decode(coding, tensors, frame)
-            decode_ms = reads.device_ms((time.perf_counter() - start) * 1e3, (time.thread_time() - cpu) * 1e3)
+        warming = len(encodes) < CODEC_ROUNDS
+        if warming:
+            codec.decode(coding, tensors, codec.encode(coding, tensors, one))
+        rest_s = pause_s if warming else 0.0
+        frame, encode_ms = _timed(lambda: codec.encode(coding, tensors, one), writes, rest_s)  # noqa: B023  called at once
+        decoded, decode_ms = _timed(lambda: codec.decode(coding, tensors, frame), reads, rest_s)  # noqa: B023
         if coding.kind == "native":
             _check_exact(tensors, one, decoded)
         sizes.append(len(frame))
-        encodes.append(encode_ms)
-        decodes.append(decode_ms)
+        if warming or not pause_s:
+            encodes.append(encode_ms)
+            decodes.append(decode_ms)
         answers.append(finish(decoded))
     measured = dataclasses.replace(
         coding,
@@ -225,6 +229,15 @@ def measure_coding(
         decode_ms=_rounded(_at(decodes, 0.5)),
     )  # fmt: skip
     return measured, answers
+
+
+def _timed(work: Callable[[], S], timer: Timer, rest_s: float) -> tuple[S, float]:
+    """Return what the work gives after a rest, and its milliseconds on the timer's device."""
+    if rest_s:
+        time.sleep(rest_s)
+    start, cpu = time.perf_counter(), time.thread_time()
+    found = work()
+    return found, timer.device_ms((time.perf_counter() - start) * 1e3, (time.thread_time() - cpu) * 1e3)
 
 
 def _check_exact(tensors: Sequence[Live], sent: "Arrays", arrived: "Arrays") -> None:

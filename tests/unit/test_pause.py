@@ -31,14 +31,16 @@ class Told:
         self.now += seconds
 
 
-def test_planning_rests_before_every_head_that_counts_and_before_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planning_rests_before_every_head_and_tail_that_counts_and_before_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     told = Told()
     monkeypatch.setattr("cloud.split.profile.time.sleep", told.sleep)
     monkeypatch.setattr("cloud.split.profile.time.perf_counter", lambda: told.now)
     monkeypatch.setattr("cloud.split.profile.time.thread_time", lambda: told.now)
     costs, whole = profile.measure(told, told, AFTERS, [{}], Local(), ROUNDS)
-    assert told.events.count("pause") == len(AFTERS) * ROUNDS
-    assert {after for one, after in itertools.pairwise(told.events) if one == "pause"} == {"head"}
+    assert told.events.count("pause") == 2 * len(AFTERS) * ROUNDS
+    assert {after for one, after in itertools.pairwise(told.events) if one == "pause"} == {"head", "tail"}
     assert whole.p50 == pytest.approx(1.0)
     assert all(one.device.p90 == pytest.approx(1.0) and one.tail.p90 == pytest.approx(1.0) for one in costs.values())
 
