@@ -25,11 +25,11 @@ class Rung:
 
 Onward = Literal["smaller", "again", "stop"]
 
-RUNGS = (Rung(0.78, 3.1), Rung(0.68, 2.95), Rung(0.58, 2.85), Rung(0.50, 2.75), Rung(0.42, 2.65))
-SHARES = (0.30, 0.25, 0.20, 0.15, 0.10)  # of the time, for one training after the other, whichever rung it is of
+RUNGS = (Rung(0.78, 3.2), Rung(0.68, 3.0), Rung(0.58, 2.85), Rung(0.48, 2.7))
+SHARES = (0.35, 0.30, 0.20, 0.15)  # of the time, for one training after the other, whichever rung it is of
 # Times the budget lost on select. Select is cut out of what the original was trained on, which it knows by heart: ResNets on
 # CIFAR lost 2.8 to 3.5 points there and 0.2 to 0.5 on unseen images, 4.2 to 4.7 and 0.8 to 1.4, 5.0 to 6.1 and 1.3 to 2.9.
-HOPEFUL = 3.5  # up to here the next rung may be within the budget
+HOPEFUL = 4.5  # up to here the next rung may be within the budget
 HOPELESS = 8.0  # beyond it, nothing behind this rung will be
 IMPROVED = 0.85  # training again must lose at most this share of what was lost before to be done once more
 

@@ -14,6 +14,7 @@ import torch
 
 from compress import graph, ladder
 from compress.channels import survivors
+from compress.compensate import Stay, compensated
 from compress.data import Part, whole_runs
 from compress.graph import Array
 from compress.ladder import Onward, Rung
@@ -24,7 +25,7 @@ from compress.scheme import HEAVY, Layer
 from compress.shrinking import SAMPLES, Goal, Shrink, choose
 from compress.shrinking import lift as put_back
 from compress.stage import Stage, read, write
-from compress.student import Spread, Student, spreads
+from compress.student import Student, spreads
 from compress.to_torch import Twin
 from compress.train import Checkpoint, Settings, Trained, fit, half_precision, training_device
 from compress.views import Views, movable, moved
@@ -32,6 +33,7 @@ from compress.weights import encode
 from skills.wire import decode_json, encode_json
 
 VIEWS = 4
+MADE_UP_ON = 512  # inputs on which a smaller network is made to answer as the one before
 ASKED = 64  # inputs that tell how long the teacher takes for all
 UNTIMED_STEPS = 2
 TIMED_STEPS = 4
@@ -126,18 +128,24 @@ def climb(model: Any, lesson: Lesson, planned: Sequence[Stage] | None = None) ->
             shrink = done
         else:
             lesson.say("choosing what to remove", 0.0)
+            # Fewer bits save bytes at less harm than fewer channels do: these go for time, unless bytes are all that counts.
             shrink = choose(
-                full, done, few, wanted, usual[rung].kept, lesson.goal,
+                full, done, few, wanted, usual[rung].kept, "size" if lesson.goal == "size" else "latency",
                 lambda share: lesson.say("choosing what to remove", share), lesson.multiple, lesson.block,
             )  # fmt: skip
-            bits, harm = _widths(shrink.apply(full), lesson, usual[rung], few, wanted)
         small = shrink.apply(full)
+        if shrink != done:
+            lesson.say("making up for what was removed", 0.0)
+            several = whole_runs(lesson.original.inputs[0], x, MADE_UP_ON)
+            small = compensated(done.apply(full), small, _stay(model, done, shrink), several)
+        if known is None and step == "smaller":
+            bits, harm = _widths(small, lesson, usual[rung], few, wanted)
         layers = [
             dataclasses.replace(layer, bits=bits[layer.node])
             for layer in find_layers(small)
             if layer.op in HEAVY and layer.node in bits
         ]
-        student = Student(small, layers, _spreads(model, full, done, shrink, x))
+        student = Student(small, layers, spreads(small, x))
         if known is not None:
             settings = known.settings
         else:
@@ -273,16 +281,9 @@ def time_a_step(student: Student, x: Array, settings: Settings) -> float:
     return min(times[UNTIMED_STEPS:])  # what else runs here now may not run later
 
 
-def _spreads(model: Any, full: Any, done: Shrink, shrink: Shrink, x: Array) -> dict[str, Spread]:
-    """Return the spreads behind each convolution of the network as it was last trained, for the channels that stay."""
-    had, stay = survivors(model, done.keep), survivors(model, shrink.keep)
-    found: dict[str, Spread] = {}
-    for name, pair in spreads(done.apply(full), x).items():
-        kept = stay.get(name)
-        if kept is None or kept[0] != 1:
-            found[name] = pair
-            continue
-        have = had[name][1] if name in had else None
-        at = kept[1] if have is None else np.searchsorted(have, kept[1])
-        found[name] = pair[0][at], pair[1][at]
+def _stay(model: Any, done: Shrink, shrink: Shrink) -> Stay:
+    """Return the channels that `shrink` keeps of each tensor that loses some, in the numbering of the network without `done`."""
+    had, found = survivors(model, done.keep), {}
+    for name, (axis, channels) in survivors(model, shrink.keep).items():
+        found[name] = axis, np.searchsorted(had[name][1], channels) if name in had else channels
     return found

@@ -1,8 +1,8 @@
 """A network made ready to train: its weights seen as codes, each convolution normalised; and the graph that comes of it.
 
 Step sizes are learned (LSQ, Esser et al. 2020, arXiv 1902.08153), one a channel. While it trains, every convolution is
-followed by a batch normalisation that restores the mean and spread which the original had there, so that what pruning and
-rounding shift is set right from the first step; it is folded into weights, scales and biases in the end, so nothing of it
+followed by a batch normalisation that restores the mean and spread that were there before its weights were rounded, so that what
+rounding shifts is set right from the first step; it is folded into weights, scales and biases in the end, so nothing of it
 is left in the graph.
 """
 
@@ -72,7 +72,7 @@ class _Rounding:
 
 
 class _Norm(torch.nn.Module):  # type: ignore[misc]
-    """Batch normalisation behind one layer, starting at the original's mean and spread."""
+    """Batch normalisation behind one layer, starting at the mean and spread there before weights were rounded."""
 
     def __init__(self, spread: Spread) -> None:
         super().__init__()

@@ -118,7 +118,7 @@ class _Pair:
         self.last |= dict.fromkeys(graph.outputs(model), len(self.nodes))
         name = model.graph.input[0].name
         self.flows: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
-        for batch in _batches(model, x):
+        for batch in held_batches(model, x):
             value = torch.from_numpy(np.array(batch))
             self.flows.append(({name: value}, {name: self._coded(name, value)}))
 
@@ -214,7 +214,7 @@ def rebuild(model: Any, scheme: Scheme, x: Array, say: Callable[[float], None] =
     return scheme.with_codes(codes).with_biases(biases)
 
 
-def _batches(model: Any, x: Array) -> list[Array]:
+def held_batches(model: Any, x: Array) -> list[Array]:
     """Cut the samples as the model takes them, and no more of them than memory holds."""
     item = model.graph.input[0]
     shape = tuple(d.dim_value or -1 for d in item.type.tensor_type.shape.dim)
