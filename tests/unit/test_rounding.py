@@ -20,18 +20,23 @@ def correlated(seed: int, groups: int, inputs: int) -> Any:
 
 
 @given(st.integers(0, 10_000), st.sampled_from(WIDTHS), st.sampled_from([(1, 5, 24), (6, 1, 9), (2, 3, 70)]))
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 def test_answers_change_less_than_with_weights_rounded_to_nearest(
     seed: int, bits: float, sizes: tuple[int, int, int]
 ) -> None:
+    """Over several layers: of a few weights the search may end in a hollow that is no deeper than where rounding would begin."""
     groups, outputs, inputs = sizes
-    weights = np.random.default_rng(seed).standard_normal((groups, outputs, inputs)).astype(np.float32)
-    gram = correlated(seed, groups, inputs)
-    codes, scales = settle(weights, gram, bits)
-    nearest = encode(weights.reshape(groups * outputs, inputs), 0, bits).restore().reshape(weights.shape)
-    low, high = limits(bits)
-    assert low <= codes.min() <= codes.max() <= high
-    assert loss(codes * scales[..., None] - weights, gram).sum() < loss(nearest - weights, gram).sum()
+    settled = rounded = 0.0
+    for one in range(seed, seed + 8):
+        weights = np.random.default_rng(one).standard_normal((groups, outputs, inputs)).astype(np.float32)
+        gram = correlated(one, groups, inputs)
+        codes, scales = settle(weights, gram, bits)
+        nearest = encode(weights.reshape(groups * outputs, inputs), 0, bits).restore().reshape(weights.shape)
+        low, high = limits(bits)
+        assert low <= codes.min() <= codes.max() <= high
+        settled += loss(codes * scales[..., None] - weights, gram).sum()
+        rounded += loss(nearest - weights, gram).sum()
+    assert settled < 0.9 * rounded
 
 
 def test_no_scale_falls_below_its_floor_and_zeros_stay_zero() -> None:
