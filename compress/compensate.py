@@ -110,10 +110,7 @@ class _Pair:
 
 def _solved(rows: Array, seen: Moments, *, with_bias: bool) -> tuple[Array, Array]:
     """Return weights [groups, outputs, inputs] and a bias that come nearest to the wanted answers. Pure."""
-    gram, cross = seen.gram, seen.cross
-    if not with_bias:
-        gram = gram + seen.inputs[:, :, None] * seen.inputs[:, None, :]
-        cross = cross + seen.inputs[:, :, None] * seen.missing[:, None, :]
+    gram, cross = seen.about(takes_bias=with_bias)
     few = min(1.0, gram.shape[-1] / seen.count)
     change = np.linalg.solve(damped(gram, RIDGE + HELD_BY_FEW * few), cross).transpose(0, 2, 1)
     return rows + change, (seen.missing - (change @ seen.inputs[..., None])[..., 0]).reshape(-1)

@@ -35,6 +35,13 @@ class Moments:
     cross: Array
     count: int
 
+    def about(self, *, takes_bias: bool) -> tuple[Array, Array]:
+        """Return `gram` and `cross` as the weights see them: about the mean where a bias makes up for it, else about 0."""
+        if takes_bias:
+            return self.gram, self.cross
+        mean = self.inputs[:, :, None]
+        return self.gram + mean * self.inputs[:, None, :], self.cross + mean * self.missing[:, None, :]
+
 
 def rows_of(layer: Layer, weight: Array) -> Array:
     """Return a layer's weights as [groups, outputs, inputs]."""

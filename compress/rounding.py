@@ -10,7 +10,7 @@ arXiv 2309.01885).
 import numpy as np
 
 from compress.graph import Array
-from compress.weights import LEAST_SHRINK, half, limits
+from compress.weights import LEAST_SHRINK, encode, half, limits
 
 SCALES = 6  # scales tried for a channel
 SWEEPS = 3
@@ -43,9 +43,19 @@ def settle(
     best = error.argmin(axis=1)[:, None]
     scales = np.take_along_axis(tried, best, 1)[:, 0]
     found = np.take_along_axis(codes, best[..., None], 1)[:, 0]
+    # Weights rounded to nearest are improved beside them: then what comes out is never worse than those.
+    nearest = encode(rows.reshape(groups * outputs, -1), 0, bits, range_bits).scales.reshape(groups, outputs)
+    nearest = _stored(nearest, floor)
+    found = np.concatenate((found, _rounded(rows, nearest[..., None], low, high)), axis=1)
+    scales, twice = np.concatenate((scales, nearest), axis=1), np.concatenate((rows, rows), axis=1)
+    floors = None if floor is None else np.concatenate((floor, floor), axis=1)
     for _ in range(SWEEPS):
-        scales = _better_scales(rows, gram, found, scales, floor)
-        found = _descended(rows, gram, found, scales, low, high)
+        scales = _better_scales(twice, gram, found, scales, floors)
+        found = _descended(twice, gram, found, scales, low, high)
+    error = loss(found * scales[..., None] - twice, gram).reshape(groups, 2, outputs)
+    best = error.argmin(axis=1)[:, None]
+    scales = np.take_along_axis(scales.reshape(groups, 2, outputs), best, 1)[:, 0]
+    found = np.take_along_axis(found.reshape(groups, 2, outputs, -1), best[..., None], 1)[:, 0]
     return np.take_along_axis(found, back[:, None], 2).astype(np.int8), scales
 
 

@@ -119,7 +119,7 @@ def _heads(
         return run
 
     runs = {str(after): head(after) for after in range(len(work.segments) + 1)}
-    rounds = _rounds(runs, work.rounds, BUDGET_S)
+    rounds = _rounds(runs, work.rounds, BUDGET_S, PAUSE_S)
     timings = ort.interleaved(runs, rounds, WARMUP, _clock(timer), pause_s=PAUSE_S)
     heads = tuple(Millis(_short(timings[name].p50_ms), _short(timings[name].p90_ms)) for name in runs)
     return heads, rounds, round(min(max(1 - cpu / wall, 0.0), 1.0), 3)
@@ -141,12 +141,12 @@ def _encodes(chain: ort.Chain, samples: "list[Arrays]", work: Work, timer: Timer
     return tuple(found)
 
 
-def _rounds(runs: Mapping[str, Callable[[], object]], wanted: int, budget_s: float) -> int:
-    """Return how many rounds fit into the budget, found by making one."""
+def _rounds(runs: Mapping[str, Callable[[], object]], wanted: int, budget_s: float, pause_s: float = 0.0) -> int:
+    """Return how many rounds, with a pause before each run, fit into the budget, found by making one without."""
     start = time.perf_counter()
     for run in runs.values():
         run()
-    once = time.perf_counter() - start
+    once = time.perf_counter() - start + pause_s * len(runs)
     return max(LEAST_ROUNDS, min(wanted, int(budget_s / max(once, 1e-6)) - WARMUP))
 
 

@@ -101,18 +101,17 @@ def planned(net: Net, reference: Path, work: Path, code: str, *, quick: bool) ->
     x, y = net.read(_loader(reference), reference)
     model = reference / net.model
     folder = work / "plans" / f"{net.name}-{sha256_file(model)[:8]}-{code[:8]}{'-quick' if quick else ''}"
-    start = time.monotonic()
+    start, most = time.monotonic(), 16 if quick else 64
     if not (folder / "split.yaml").is_file():
         count = 24 if quick else GATE
         data = {"x": x[:count]} | ({"y": y[:count]} if y is not None else {})
         rounds = 15 if quick else 30
-        most = 16 if quick else 64
         split(
             model, data, slowdown=PLANNED, links=LINKS, max_drop=net.max_drop, out=folder, rounds=rounds,
             most_samples=most, most_gate=count,
         )  # fmt: skip
     plan = load_plan((folder / "split.yaml").read_text())
-    return Planned(net, folder, plan, _typical(plan, x[: 16 if quick else 64]), time.monotonic() - start)
+    return Planned(net, folder, plan, _typical(plan, x[:most]), time.monotonic() - start)
 
 
 def _typical(plan: Plan, x: Array) -> tuple[Mapping[str, Array], ...]:

@@ -56,10 +56,7 @@ class Problem:
     def fit(self, bits: float) -> Fit:
         """Return codes of this width whose answers come nearest to the wanted ones, and the bias that goes with them."""
         seen, rows = self.moments, rows_of(self.layer, self.weight).astype(np.float64)
-        gram, cross = seen.gram, seen.cross
-        if not self.takes_bias:
-            gram = gram + seen.inputs[:, :, None] * seen.inputs[:, None, :]
-            cross = cross + seen.inputs[:, :, None] * seen.missing[:, None, :]
+        gram, cross = seen.about(takes_bias=self.takes_bias)
         few = min(1.0, gram.shape[-1] / seen.count)
         wanted = rows + np.linalg.solve(damped(gram, RIDGE + HELD_BY_FEW * few), cross).transpose(0, 2, 1)
         codes, scales = settle(wanted, damped(gram, DAMPING + few), bits, self.range_bits, self.floor)

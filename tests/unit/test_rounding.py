@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from compress.rounding import damped, loss, settle
@@ -20,23 +20,19 @@ def correlated(seed: int, groups: int, inputs: int) -> Any:
 
 
 @given(st.integers(0, 10_000), st.sampled_from(WIDTHS), st.sampled_from([(1, 5, 24), (6, 1, 9), (2, 3, 70)]))
-@settings(deadline=None, max_examples=10)
+@example(790, 4, (6, 1, 9))  # the search alone ends in a hollow here
+@settings(deadline=None, max_examples=25)
 def test_answers_change_less_than_with_weights_rounded_to_nearest(
     seed: int, bits: float, sizes: tuple[int, int, int]
 ) -> None:
-    """Over several layers: of a few weights the search may end in a hollow that is no deeper than where rounding would begin."""
     groups, outputs, inputs = sizes
-    settled = rounded = 0.0
-    for one in range(seed, seed + 8):
-        weights = np.random.default_rng(one).standard_normal((groups, outputs, inputs)).astype(np.float32)
-        gram = correlated(one, groups, inputs)
-        codes, scales = settle(weights, gram, bits)
-        nearest = encode(weights.reshape(groups * outputs, inputs), 0, bits).restore().reshape(weights.shape)
-        low, high = limits(bits)
-        assert low <= codes.min() <= codes.max() <= high
-        settled += loss(codes * scales[..., None] - weights, gram).sum()
-        rounded += loss(nearest - weights, gram).sum()
-    assert settled < 0.9 * rounded
+    weights = np.random.default_rng(seed).standard_normal((groups, outputs, inputs)).astype(np.float32)
+    gram = correlated(seed, groups, inputs)
+    codes, scales = settle(weights, gram, bits)
+    nearest = encode(weights.reshape(groups * outputs, inputs), 0, bits).restore().reshape(weights.shape)
+    low, high = limits(bits)
+    assert low <= codes.min() <= codes.max() <= high
+    assert loss(codes * scales[..., None] - weights, gram).sum() < loss(nearest - weights, gram).sum()
 
 
 def test_no_scale_falls_below_its_floor_and_zeros_stay_zero() -> None:
