@@ -33,7 +33,7 @@ class Range:
     def quant(self, activation: Literal["u8", "s8"]) -> tuple[float, int]:
         """Return scale and zero point for 256 levels; the scale is one that 16 bits hold, where they reach."""
         scale = float(half(np.asarray(max((self.hi - self.lo) / 255, 1e-12), np.float32)))
-        zero = round(-self.lo / scale)
+        zero = min(round(-self.lo / scale), 255)  # a tiny scale may have lost percents of itself in 16 bits
         return scale, zero - (128 if activation == "s8" else 0)
 
 
