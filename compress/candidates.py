@@ -13,18 +13,24 @@ from compress.data import whole_runs
 from compress.emit import widths
 from compress.graph import Array
 from compress.judge import Emitted, Original
+from compress.measure import answers
+from compress.passes.bias import BIAS
+from compress.passes.bits import BITS, BOLD, expected_drop
 from compress.passes.canonicalise import canonicalise
 from compress.passes.guard import GUARD
 from compress.passes.place import PLACE
+from compress.passes.prune import KEPT, PRUNE, spare
 from compress.passes.ranges import RANGES
-from compress.pipeline import CHECK_SAMPLES, Bench, Pass, State, apply
-from compress.recipe import Recipe
-from compress.stage import Stage
+from compress.pipeline import CHECK_SAMPLES, Bench, Pass, State, apply, named
+from compress.recipe import Recipe, recipe_layers
+from compress.shrinking import Shrink, cost
+from compress.stage import Stage, removed
 from compress.work import TRAINED_UP_TO, Work
 from compress.writers import Writer
-from skills.errors import FormatError, SkerryError
+from skills.errors import DeadlineExceeded, FormatError, SkerryError, StorageError
 from skills.units import duration
 
+CALIBRATED_UP_TO = 0.6  # of the progress bar, where nothing is trained
 PLACING: tuple[Pass, ...] = (RANGES, PLACE, GUARD)  # again for each network that training made
 
 
@@ -37,9 +43,10 @@ def searched(
     stages: dict[str, tuple[Stage, ...]],
     writer: Writer,
 ) -> tuple[tuple[Sequence[Emitted], ...], Emitted | None]:
-    """Return two families of candidates, what needs no training and what was trained, and the plain int8 form if known.
+    """Return two families of candidates, and the plain int8 form if known.
 
-    How each trained one came about is put into `stages`.
+    The first needs no training; the second was trained or, where nothing can be, has channels removed. How each trained one
+    came about is put into `stages`.
     """
     state, plain = _calibrated(passes, State(_parse(original.stripped)), bench, original, work, learns)
     candidates = writer.family("calibrated", state)
@@ -57,23 +64,22 @@ def searched(
     for at, scheme in enumerate(state.bolder):
         candidates.append(writer.write(f"bolder {at + 1}", dataclasses.replace(state, scheme=scheme)))
         work.offer(candidates[-1], original, bench.max_drop)
-    trained = _learned(state, bench, original, work, stages, writer) if learns else []
-    return (candidates, trained), candidates[0] if plain is not None else None
+    if learns:
+        others = _learned(state, bench, original, work, stages, writer)
+    else:
+        others = _pruned(passes, state, bench, original, work, writer)
+    return (candidates, others), candidates[0] if plain is not None else None
 
 
 def _learned(
     state: State, bench: Bench, original: Original, work: Work, stages: dict[str, tuple[Stage, ...]], writer: Writer
 ) -> list[Emitted]:
-    """Return the file of each rung that was climbed; of a rung trained again, the better one on select."""
+    """Return the file of each rung that was climbed."""
     trained: list[Emitted] = []
     begun = False
-    lost: list[float] = []  # on select, by each training of the present rung
 
-    def onward() -> ladder.Onward:
-        step = ladder.onward(lost, max(bench.max_drop, 1.0))
-        if step == "smaller":
-            lost.clear()
-        return step
+    def onward() -> bool:
+        return ladder.worthwhile(trained[-1].drop_select if trained else None, max(bench.max_drop, 1.0))
 
     try:
         for reached in _climb(state, bench, original, work, onward=onward):
@@ -86,10 +92,7 @@ def _learned(
                 continue
             stages[emitted.name] = reached.stages
             work.found(emitted, original, bench.max_drop, trained=True)
-            if lost and trained:  # the same rung trained again: the better of the two is enough
-                emitted = min(emitted, trained.pop(), key=lambda one: one.drop_select)
             trained.append(emitted)
-            lost.append(emitted.drop_select)
     except FormatError as error:  # an operator without torch counterpart: what needs no training is there
         said = f"{'Training ended' if begun else 'Nothing was trained'}: {error}."
         work.left_out.append(said if begun or not original.teacher_sha256 else f"{said} The teacher was not used.")
@@ -97,6 +100,83 @@ def _learned(
         if not begun:
             work.left_out.append(_not_begun(len(bench.splits.train or ()), work, original))
     return trained
+
+
+def _pruned(
+    passes: Sequence[Pass], state: State, bench: Bench, original: Original, work: Work, writer: Writer
+) -> list[Emitted]:
+    """Return the files of networks with ever fewer channels, each what the recipe of `state` makes of the smaller one.
+
+    The last is foreseen to take no more than the boldest scheme may.
+    """
+    able = state.scheme is not None and state.scheme.layers and original.calibrate.dtype.kind == "f"
+    if not able or PRUNE not in passes or bench.goal == "size" or writer.second:
+        return []  # for bytes alone narrower weights do less harm
+    first = passes[: passes.index(PRUNE)]
+    found: list[Emitted] = []
+    now, took = Shrink(), 0.0
+    try:
+        model = apply(first, State(_parse(original.stripped)), lambda _step: bench, _checked(original)).model
+        for at, kept in enumerate(KEPT):
+            began = time.monotonic()
+            if cost(now.apply(model), model, "latency", bench.profile.channel_block) <= kept:
+                continue  # a coarse step went farther than it had to
+            cut = functools.partial(_cut, model, now, at, passes, state, bench, original, work, took)
+            smaller = work.passed(f"{PRUNE.name}-{at}", bench.profile, cut)
+            if smaller.removed is None:
+                break
+            now, took = smaller.removed, max(took, time.monotonic() - began)
+            emitted = writer.write(f"pruned {len(found) + 1}", smaller)
+            if expected_drop(bench, answers(emitted.runner, bench.splits.select.x)) > BOLD * bench.max_drop:
+                break
+            work.found(emitted, original, bench.max_drop)
+            found.append(emitted)
+    except StorageError:
+        raise
+    except SkerryError as error:  # the other candidates are there
+        work.left_out.append(f"{'Fewer' if found else 'No'} channels were removed: {error}.")
+    return found
+
+
+def _cut(
+    model: Any, now: Shrink, at: int, passes: Sequence[Pass], state: State, bench: Bench, original: Original, work: Work,
+    took: float,
+) -> State:  # fmt: skip
+    """Return what the passes that made `state` make of the network with `KEPT[at]` of its work left.
+
+    Where nothing more can be removed, that is `state` itself.
+
+    Raises:
+        DeadlineExceeded: there is no time for it, `took` seconds and more.
+    """
+    stage = f"removing channels down to {KEPT[at]:.0%} of the work"
+
+    def say(share: float) -> None:
+        work.say(stage, CALIBRATED_UP_TO + (TRAINED_UP_TO - CALIBRATED_UP_TO) * (at + share) / len(KEPT))
+
+    if work.left() <= took:
+        raise DeadlineExceeded(f"the time ended before the network was cut to {KEPT[at]:.0%} of its work")
+    timed = dataclasses.replace(bench, say=lambda share, _best: say(0.5 + 0.5 * share), left=work.left)
+    with named(PRUNE.name):
+        shrink = spare(model, now, KEPT[at], timed, original.session, lambda share: say(0.5 * share))
+    if shrink == now:
+        if work.left() <= 0:
+            raise DeadlineExceeded(f"the time ended before it was known what to cut for {KEPT[at]:.0%} of the work")
+        return state
+    # Where bits are chosen, layers are fitted again as a whole: what was fitted before them is not used.
+    names = [name for name in state.passes if name != BIAS.name or BITS.name not in state.passes]
+    behind = {step.name for step in passes[passes.index(PRUNE) :]}
+    place = next((place for place, name in enumerate(names) if name in behind), len(names))
+    recipe = Recipe(
+        bench.profile, bench.max_drop, bench.goal, bench.seed,  # type: ignore[arg-type]
+        (*names[:place], PRUNE.name, *names[place:]), recipe_layers(state.planned()), choices=state.choices,
+        removed=removed(shrink),
+    )  # fmt: skip
+    planned = dataclasses.replace(timed, planned=recipe)
+    steps = replay.before_training(recipe, passes)
+    smaller = apply(steps, State(_parse(original.stripped)), lambda _step: planned, _checked(original))
+    note = "Stored bits and the sensitivity of layers are those of the whole network."
+    return dataclasses.replace(smaller, harm=state.harm, notes=(*smaller.notes, note))
 
 
 def replayed(
@@ -138,7 +218,7 @@ def _calibrated(
     passes: Sequence[Pass], state: State, bench: Bench, original: Original, work: Work, learns: bool
 ) -> tuple[State, State | None]:
     """Do all that needs no training; return where it ended, and the plain 8-bit form if it went on from one."""
-    upto = 0.3 if learns else TRAINED_UP_TO
+    upto = 0.3 if learns else CALIBRATED_UP_TO
 
     def at(step: Pass) -> Bench:
         place = list(passes).index(step)
@@ -159,7 +239,7 @@ def _calibrated(
             make = functools.partial(apply, [step], state, at, reference)
             if step.name == PLACE.name:
                 work.before_placing = state.notes
-            state = work.passed(list(passes).index(step), bench.profile, make)
+            state = work.passed(step.name, bench.profile, make)
         return state
 
     plain = after(first, state)
@@ -174,7 +254,7 @@ def _climb(
     original: Original,
     work: Work,
     planned: Sequence[Stage] | None = None,
-    onward: Callable[[], ladder.Onward] = lambda: "smaller",
+    onward: Callable[[], bool] = lambda: True,
 ) -> Iterable[learn.Reached]:
     """Train one network after the other."""
     train = bench.splits.train

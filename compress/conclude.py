@@ -20,10 +20,10 @@ from compress.lineage import lineage, parents
 from compress.measure import Runner
 from compress.passes.canonicalise import canonicalise
 from compress.pieces import pieces
-from compress.recipe import Recipe, RecipeLayer
+from compress.recipe import Recipe, recipe_layers
 from compress.report import Baseline, DataLevel, Details, LayerRow, Moment, Point, Report, Result
 from compress.scheme import Scheme
-from compress.stage import Stage, write
+from compress.stage import Stage, removed, write
 from compress.train import training_machine
 from skills import ort, zstd
 from skills.errors import FormatError
@@ -147,6 +147,7 @@ def files(run: Run, done: Report, chosen: Judged, all_judged: Sequence[Judged]) 
         run.profile, run.max_drop, run.goal, run.seed, emitted.state.passes,
         () if scheme is None else recipe_layers(scheme),
         choices=emitted.state.choices,
+        removed=removed(emitted.state.removed),
         training=tuple(write(at, stage) for at, stage in enumerate(run.stages.get(emitted.name, ()))),
         metric=done.metric_name, preprocessing=run.samples.preprocessing, least_runtime=details.least_runtime,
         inputs=inputs,
@@ -170,12 +171,6 @@ def files(run: Run, done: Report, chosen: Judged, all_judged: Sequence[Judged]) 
         | beside
         | {point.file: named[point.name] for point in details.pareto if point.file and not point.chosen}
     )
-
-
-def recipe_layers(scheme: Scheme) -> tuple[RecipeLayer, ...]:
-    """Return what a recipe says of each layer of a scheme."""
-    before = scheme.bits_before
-    return tuple(RecipeLayer(item.node, item.compute, item.bits, before.get(item.node)) for item in scheme.layers)
 
 
 def pinned(environment: Environment) -> dict[str, str]:

@@ -75,6 +75,22 @@ def tensor(name: str, value: Array) -> Any:
     return numpy_helper.from_array(np.asarray(value, order="C"), name)
 
 
+def with_biases(model: Any) -> Any:
+    """Return the graph with a bias at every convolution: what is trained behind it ends there."""
+    changed = copy(model)
+    values = arrays(model)
+    for node in changed.graph.node:
+        if node.op_type not in ("Conv", "ConvTranspose") or len(node.input) > 2 or node.input[1] not in values:
+            continue
+        weight = values[node.input[1]]
+        groups = int(attributes(node).get("group", 1))
+        width = weight.shape[0] if node.op_type == "Conv" else weight.shape[1] * groups
+        name = f"{node.output[0]}.bias"
+        changed.graph.initializer.append(tensor(name, np.zeros(width, np.float32)))
+        node.input.append(name)
+    return changed
+
+
 def drop_dead(model: Any) -> None:
     """Remove, in place, nodes whose results nobody reads and initializers that no node reads."""
     graph = model.graph

@@ -10,6 +10,7 @@ import numpy as np
 from compress.graph import Array
 from compress.pipeline import State
 from compress.scheme import Layer, Range, Scheme
+from compress.shrinking import Shrink
 from compress.statistics import Observed
 from compress.weights import Blocks, Codes
 from skills.profile import Profile
@@ -20,6 +21,8 @@ def pack(state: State) -> bytes:
     arrays: dict[str, Array] = {"model": np.frombuffer(state.model.SerializeToString(), np.uint8)}
     head: dict[str, Any] = {"notes": state.notes, "passes": state.passes, "choices": dict(state.choices)}
     head["cut_short"] = state.cut_short
+    if state.removed is not None:
+        head["removed"] = [list(state.removed.keep.items()), state.removed.without]
     head["harm"] = {node: list(row.items()) for node, row in state.harm.items()}
     if state.statistics is not None:
         head["seen"] = []
@@ -51,8 +54,15 @@ def unpack(raw: bytes, profile: Profile) -> State:
         onnx.load_model_from_string(arrays["model"].tobytes()), statistics, schemes[0] if schemes else None, tuple(head["notes"]),
         {node: dict(row) for node, row in head["harm"].items()},
         passes=tuple(head["passes"]), choices=head["choices"], bolder=tuple(schemes[1:]),
-        cut_short=head.get("cut_short", False),
+        cut_short=head.get("cut_short", False), removed=_removed(head.get("removed")),
     )  # fmt: skip
+
+
+def _removed(row: Any) -> Shrink | None:
+    if row is None:
+        return None
+    keep, without = row
+    return Shrink({number: tuple(units) for number, units in keep}, tuple(without))
 
 
 def _schemes(state: State) -> tuple[Scheme, ...]:

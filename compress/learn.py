@@ -14,10 +14,10 @@ import torch
 
 from compress import graph, ladder
 from compress.channels import survivors
-from compress.compensate import Stay, compensated
+from compress.compensate import MADE_UP_ON, Stay, compensated
 from compress.data import Part, whole_runs
 from compress.graph import Array
-from compress.ladder import Onward, Rung
+from compress.ladder import Rung
 from compress.measure import Runner, answers, divergence
 from compress.passes.place import find_layers
 from compress.recipe import RecipeTraining
@@ -33,11 +33,9 @@ from compress.weights import encode
 from skills.wire import decode_json, encode_json
 
 VIEWS = 4
-MADE_UP_ON = 512  # inputs on which a smaller network is made to answer as the one before
 ASKED = 64  # inputs that tell how long the teacher takes for all
 UNTIMED_STEPS = 2
 TIMED_STEPS = 4
-AGAIN_RATE = 0.3  # of the learning rate, where a rung is trained again
 LEAST_WEIGHTS = 256  # a layer with fewer stays in 8 bits: narrower ones would save nothing
 
 
@@ -77,7 +75,7 @@ class Lesson:
     say: Callable[[str, float], None]
     multiple: int = 0  # of channels, as `shrinking.choose` takes it; and `block`
     block: int = 1
-    onward: Callable[[], Onward] = lambda: "smaller"  # what to train next, asked once the last training was judged
+    onward: Callable[[], bool] = lambda: True  # whether to train a smaller one, asked once the last was judged
 
     def kept(self, key: str, make: Callable[[], bytes]) -> bytes:
         """Return what is kept under a key, or make and keep it."""
@@ -100,10 +98,10 @@ class Lesson:
 def climb(model: Any, lesson: Lesson, planned: Sequence[Stage] | None = None) -> Iterator[Reached]:
     """Yield what each stage comes to, until the time is spent or, with `planned`, those stages are done again.
 
-    `model` is the canonicalised float graph. Each stage trains the same network again or a smaller one, as `lesson.onward`
-    says, and starts from the weights of the one before.
+    `model` is the canonicalised float graph. Each stage trains a smaller network, as long as `lesson.onward`
+    says so, and starts from the weights of the one before.
     """
-    model = with_biases(model)
+    model = graph.with_biases(model)
     full, done = model, Shrink()
     stages: tuple[Stage, ...] = ()
     x = lesson.calibrate.x  # moved: what the original answers to inputs that it was trained on says little
@@ -112,25 +110,20 @@ def climb(model: Any, lesson: Lesson, planned: Sequence[Stage] | None = None) ->
     wanted = answers(lesson.original, few)
     views = Views(lesson.train.x, lesson.teacher, planned[0].views if planned else VIEWS, lesson.seed, lesson.kept)
     usual = ladder.rungs(lesson.goal, lesson.widths)
-    rung = -1
     bits: dict[str, float] = {}
     harm: Harm = {}
     for at in range(len(planned) if planned is not None else len(ladder.SHARES)):
-        step = lesson.onward() if at and planned is None else "smaller"
-        if step == "stop":
+        if at and planned is None and not lesson.onward():
             return
-        rung += step == "smaller"
         known = planned[at] if planned is not None else lesson.plan(at)
         if known is not None:
             shrink, bits = known.shrink, dict(known.bits)
             harm = lesson.harm(at) if planned is None else {}
-        elif step == "again":
-            shrink = done
         else:
             lesson.say("choosing what to remove", 0.0)
             # Fewer bits save bytes at less harm than fewer channels do: these go for time, unless bytes are all that counts.
             shrink = choose(
-                full, done, few, wanted, usual[rung].kept, "size" if lesson.goal == "size" else "latency",
+                full, done, few, wanted, usual[at].kept, "size" if lesson.goal == "size" else "latency",
                 lambda share: lesson.say("choosing what to remove", share), lesson.multiple, lesson.block,
             )  # fmt: skip
         small = shrink.apply(full)
@@ -138,8 +131,8 @@ def climb(model: Any, lesson: Lesson, planned: Sequence[Stage] | None = None) ->
             lesson.say("making up for what was removed", 0.0)
             several = whole_runs(lesson.original.inputs[0], x, MADE_UP_ON)
             small = compensated(done.apply(full), small, _stay(model, done, shrink), several)
-        if known is None and step == "smaller":
-            bits, harm = _widths(small, lesson, usual[rung], few, wanted)
+        if known is None:
+            bits, harm = _widths(small, lesson, usual[at], few, wanted)
         layers = [
             dataclasses.replace(layer, bits=bits[layer.node])
             for layer in find_layers(small)
@@ -149,7 +142,7 @@ def climb(model: Any, lesson: Lesson, planned: Sequence[Stage] | None = None) ->
         if known is not None:
             settings = known.settings
         else:
-            settings = _settings(student, views, lesson, at, again=step == "again")
+            settings = _settings(student, views, lesson, at)
             if settings.steps == 0:
                 return  # `ladder.batch` of inputs are too few for one step, or the time is too short
         plan = encode_json(write(at, Stage(shrink, bits, settings, views.count)))
@@ -174,22 +167,6 @@ def climb(model: Any, lesson: Lesson, planned: Sequence[Stage] | None = None) ->
 def heavy(model: Any) -> list[Layer]:
     """Return the layers whose weights are trained to codes: not tables and recurrent ones."""
     return [layer for layer in find_layers(model) if layer.op in HEAVY]
-
-
-def with_biases(model: Any) -> Any:
-    """Return the graph with a bias at every convolution: what is trained behind it ends there."""
-    changed = graph.copy(model)
-    values = graph.arrays(model)
-    for node in changed.graph.node:
-        if node.op_type not in ("Conv", "ConvTranspose") or len(node.input) > 2 or node.input[1] not in values:
-            continue
-        weight = values[node.input[1]]
-        groups = int(graph.attributes(node).get("group", 1))
-        width = weight.shape[0] if node.op_type == "Conv" else weight.shape[1] * groups
-        name = f"{node.output[0]}.bias"
-        changed.graph.initializer.append(graph.tensor(name, np.zeros(width, np.float32)))
-        node.input.append(name)
-    return changed
 
 
 def sensitivity(
@@ -234,12 +211,10 @@ def _widths(small: Any, lesson: Lesson, rung: Rung, x: Array, wanted: Array) -> 
     return {node: width for node, width in chosen.items() if width < 8}, harm
 
 
-def _settings(student: Student, views: Views, lesson: Lesson, at: int, *, again: bool) -> Settings:
+def _settings(student: Student, views: Views, lesson: Lesson, at: int) -> Settings:
     """Return the settings of training number `at`, its steps counted out from how long a few of them take."""
     batch = ladder.batch(len(views.x))
     settings = Settings(TIMED_STEPS, batch=batch, threads=lesson.threads, seed=lesson.seed)
-    if again:  # at the full rate it first forgets what it had learnt, and ends no better
-        settings = dataclasses.replace(settings, rate=settings.rate * AGAIN_RATE)
     if len(views.x) < batch:
         return dataclasses.replace(settings, steps=0)
     rows = np.arange(min(batch, len(views.x)))

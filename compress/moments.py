@@ -13,9 +13,11 @@ from compress import graph
 from compress.graph import Array
 from compress.operators.site import Site
 from compress.operators.windows import Windows, as_torch
+from compress.rounding import damped
 from compress.scheme import Layer
 
 PLACES = 20_000  # rows summed for a layer, over all samples
+HELD_BY_FEW = 4.0  # so much stronger are weights held where they are, where rows are few
 CHUNK = 1 << 22  # numbers gathered at once
 
 Tensor = Any
@@ -41,6 +43,19 @@ class Moments:
             return self.gram, self.cross
         mean = self.inputs[:, :, None]
         return self.gram + mean * self.inputs[:, None, :], self.cross + mean * self.missing[:, None, :]
+
+    def few(self) -> float:
+        """Return how few rows there are for the inputs, 0..1."""
+        return min(1.0, float(self.gram.shape[-1]) / self.count)
+
+    def nearest(self, rows: Array, ridge: float, *, takes_bias: bool) -> Array:
+        """Return weights [groups, outputs, inputs] that answer nearest to what is wanted, held to `rows` by `ridge`."""
+        gram, cross = self.about(takes_bias=takes_bias)
+        return rows + np.linalg.solve(damped(gram, ridge + HELD_BY_FEW * self.few()), cross).transpose(0, 2, 1)
+
+    def shift(self, change: Array) -> Array:
+        """Return the bias that is missing once the weights have changed by so much."""
+        return np.asarray((self.missing - (change @ self.inputs[..., None])[..., 0]).reshape(-1))
 
 
 def rows_of(layer: Layer, weight: Array) -> Array:

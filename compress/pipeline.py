@@ -5,9 +5,10 @@ stays valid, its inputs and outputs stay as they were, and a pass that says it k
 model that came in.
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from compress.measure import answers
 from compress.metrics import Metric
 from compress.recipe import Recipe
 from compress.scheme import Candidate, Scheme
+from compress.shrinking import Shrink
 from compress.statistics import Statistics
 from skills import ort
 from skills.errors import SkerryError
@@ -48,6 +50,7 @@ class State:
     choices: Mapping[str, str] = dataclasses.field(default_factory=dict)
     bolder: tuple[Scheme, ...] = ()
     cut_short: bool = False  # the time ended before the search for stored bits did
+    removed: Shrink | None = None  # without training
 
     def seen(self) -> Statistics:
         """Return the statistics; a pass that needs them runs after `ranges`."""
@@ -91,10 +94,22 @@ class Pass:
     keeps_function: bool = True
 
 
+@contextlib.contextmanager
+def named(step: str) -> Iterator[None]:
+    """Let every error of a pass begin with its name; one that no pass should raise becomes a SkerryError."""
+    try:
+        yield
+    except SkerryError as error:
+        raise type(error)(f"pass '{step}': {error}") from error
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+        raise SkerryError(f"pass '{step}' failed: {type(error).__name__}: {error}") from error
+
+
 def apply(
     passes: Sequence[Pass], state: State, bench: Callable[[Pass], Bench], reference: Array | None = None
 ) -> State:
-    """Run `passes` in order. `reference` is what the original answered on the first calibration inputs.
+    """Run `passes` in order. `reference` is what the original answered on the first calibration inputs;
+    behind a pass that changes the function it is what the changed model answers.
 
     Raises:
         SkerryError: a pass failed or broke a promise; the message begins with its name.
@@ -102,13 +117,11 @@ def apply(
     for step in passes:
         tools = bench(step)
         tools.say(0.0, "")
-        try:
+        with named(step.name):
             new = step.run(state, tools)
-        except SkerryError as error:
-            raise type(error)(f"pass '{step.name}': {error}") from error
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
-            raise SkerryError(f"pass '{step.name}' failed: {type(error).__name__}: {error}") from error
         check(step, state, new, tools, reference)
+        if reference is not None and not step.keeps_function and new.model is not state.model:
+            reference = _answered(new, tools, len(reference))
         if new.model is not state.model or new.statistics is not state.statistics or new.scheme is not state.scheme:
             new = dataclasses.replace(new, passes=(*new.passes, step.name))
         state = new
@@ -141,14 +154,18 @@ def check(step: Pass, before: State, after: State, bench: Bench, reference: Arra
 
 
 def _same_answers(step: Pass, after: State, bench: Bench, reference: Array) -> None:
-    samples = bench.splits.calibrate.x[: len(reference)]
-    got = answers(ort.session(after.model.SerializeToString(), bench.threads), samples)
+    got = _answered(after, bench, len(reference))
     scale = float(np.abs(reference).max()) or 1.0
     worst = float(np.abs(got - reference).max()) / scale if got.shape == reference.shape else float("inf")
     if not worst <= SAME_FUNCTION:  # written so that NaN fails too
         raise SkerryError(
             f"pass '{step.name}' changed what the model answers by {worst:.2g} of its range, at most {SAME_FUNCTION:g} is allowed"
         )
+
+
+def _answered(state: State, bench: Bench, count: int) -> Array:
+    session = ort.session(state.model.SerializeToString(), bench.threads)
+    return answers(session, bench.splits.calibrate.x[:count])
 
 
 def _inits(model: Any) -> set[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from compress.images import Preprocessing
+from compress.scheme import Scheme
 from skills.files import read_bytes
 from skills.profile import Profile
 from skills.wire import Doc, Limits, decode_yaml, encode_yaml
@@ -39,6 +40,14 @@ class RecipeGroup:
 
     group: Annotated[int, Doc("its number in the order in which compress/channels.py finds groups"), Limits(min=0)]
     kept: Annotated[tuple[Count, ...], Doc("the units that stay, ascending"), Limits(min=1)]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RecipeRemoved:
+    """What was removed and made up for without training."""
+
+    groups: Annotated[tuple[RecipeGroup, ...], Doc("channels: groups that are not here were kept whole")] = ()
+    branches: Annotated[tuple[str, ...], Doc("residual branches removed: the names of their Adds")] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -87,11 +96,18 @@ class Recipe:
     inputs: Annotated[Mapping[str, Sha256], Doc("sha256 of the model, the teacher and each array of the data")] = (
         dataclasses.field(default_factory=dict)
     )
+    removed: Annotated[RecipeRemoved | None, Doc("by the pass `prune`; absent: nothing")] = None
     format: Literal["recipe/v1"] = "recipe/v1"
 
     def encode(self) -> bytes:
         """Return the bytes of `recipe.yaml`."""
         return encode_yaml(self, HEADER).encode()
+
+
+def recipe_layers(scheme: Scheme) -> tuple[RecipeLayer, ...]:
+    """Return what a recipe says of each layer of a scheme."""
+    before = scheme.bits_before
+    return tuple(RecipeLayer(item.node, item.compute, item.bits, before.get(item.node)) for item in scheme.layers)
 
 
 def load_recipe(text: str, source: str) -> Recipe:

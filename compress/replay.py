@@ -4,10 +4,11 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from compress.channels import branches, groups
-from compress.learn import with_biases
+from compress.graph import with_biases
 from compress.passes.place import find_layers
+from compress.passes.prune import PRUNE
 from compress.pipeline import Pass
-from compress.recipe import Recipe
+from compress.recipe import Recipe, RecipeRemoved, RecipeTraining
 from compress.stage import Stage, read
 from skills.errors import FormatError
 
@@ -32,15 +33,22 @@ def check(recipe: Recipe, model: Any, known: Collection[str]) -> None:
                 f"the recipe is for another model: it names the layer '{name}', which this one does not have"
             )
     missing = sorted(layers - {layer.name for layer in recipe.layers})
-    if missing and recipe.layers and not recipe.training:
+    shorter = bool(recipe.training) or bool(recipe.removed and recipe.removed.branches)
+    if missing and recipe.layers and not shorter:
         raise FormatError(f"the recipe is for another model: it says nothing of the layer '{missing[0]}'")
+    if (PRUNE.name in recipe.passes) != (recipe.removed is not None):
+        raise FormatError(
+            f"the recipe {'says' if recipe.removed else 'does not say'} what is removed and has the passes {recipe.passes}"
+        )
+    if recipe.removed is not None:
+        _check_removed((recipe.removed,), with_biases(model))
     if recipe.training:
-        _check_removed(recipe, with_biases(model))
+        _check_removed(recipe.training, with_biases(model))
 
 
-def _check_removed(recipe: Recipe, model: Any) -> None:
+def _check_removed(rows: Sequence[RecipeTraining | RecipeRemoved], model: Any) -> None:
     sizes, adds = [group.size for group in groups(model)], {branch.add for branch in branches(model)}
-    for row in recipe.training:
+    for row in rows:
         for group in row.groups:
             if group.group >= len(sizes) or max(group.kept) >= sizes[group.group]:
                 raise FormatError(

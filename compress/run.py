@@ -36,7 +36,9 @@ from compress.passes.crop import CROP
 from compress.passes.equalize import EQUALIZE
 from compress.passes.guard import GUARD
 from compress.passes.place import PLACE, PLACE_FLOAT
+from compress.passes.prune import KEPT, PRUNE
 from compress.passes.ranges import RANGES
+from compress.passes.shortcut import SHORTCUT
 from compress.passes.turn import TURN
 from compress.passes.weight_only import WEIGHT_ONLY
 from compress.pipeline import Bench, Pass
@@ -51,7 +53,20 @@ from skills.files import sha256_file, sha256_hex
 from skills.profile import Profile
 from skills.wire import encode_json
 
-PASSES: tuple[Pass, ...] = (CANONICALISE, CROP, TURN, RANGES, EQUALIZE, PLACE, GUARD, BIAS, BITS, WEIGHT_ONLY)
+PASSES: tuple[Pass, ...] = (
+    CANONICALISE,
+    CROP,
+    TURN,
+    SHORTCUT,
+    PRUNE,
+    RANGES,
+    EQUALIZE,
+    PLACE,
+    GUARD,
+    BIAS,
+    BITS,
+    WEIGHT_ONLY,
+)
 WEIGHTS_ONLY: tuple[Pass, ...] = (
     CANONICALISE,
     CROP,
@@ -107,7 +122,7 @@ def run(
     learns = splits.train is not None and not samples.synthetic and not whole_numbers(original)
     warnings = (*warnings, *untaught(original, splits, again))
     work.calibrated = min(1.0, max(CALIBRATED_SHARE, CALIBRATED_S / budget)) if learns else 1.0
-    most = 2 + MOST_BOLDER + len(ladder.SHARES) * learns
+    most = 2 + MOST_BOLDER + len(ladder.SHARES if learns else KEPT)
     work.ending = ending(most, len(splits.report), _seconds_an_input(original, splits.select.x))
     if samples.synthetic:
         passes = WEIGHTS_ONLY

@@ -7,6 +7,7 @@ everything is measured anew, since harms do not add up.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from compress import graph
+from compress.beside import held_batches
 from compress.channels import Branch, Group, branches, groups, params, rounded, shrink, work
 from compress.graph import Array
 from compress.measure import divergence
@@ -56,33 +58,37 @@ def cost(model: Any, whole: Any, goal: Goal, block: int = 1) -> float:
 
 def choose(
     model: Any, now: Shrink, x: Array, original: Array, target: float, goal: Goal,
-    say: Callable[[float], None] = lambda _share: None, multiple: int = 0, block: int = 1,
+    say: Callable[[float], None] = lambda _share: None, multiple: int = 0, block: int = 1, *,
+    rounds: int = ROUNDS, left: Callable[[], float] = lambda: math.inf,
 ) -> Shrink:  # fmt: skip
     """Return `now` and more to remove, until at most `target` of the cost of `model` is left or nothing more can go.
 
     `original` is what the network answered to `x` before anything was removed; channels are kept in multiples of
-    `multiple`, or of 8 in wide layers and 4 in narrow ones where it is 0. `block` is that of `cost`.
+    `multiple`, or of 8 in wide layers and 4 in narrow ones where it is 0. `block` is that of `cost`. What there is to choose
+    from is weighed anew in each of `rounds`; where no seconds are `left` before one ends, what it began is not done.
     """
     probe = _Probe(model, x, original, multiple, block)
-    left = cost(now.apply(model), model, goal, block)
-    for turn in range(ROUNDS):
-        if left <= target:
+    rest = cost(now.apply(model), model, goal, block)
+    for turn in range(rounds):
+        if rest <= target:
             break
-        until = target + (left - target) * (ROUNDS - 1 - turn) / (ROUNDS - turn)
+        until = target + (rest - target) * (rounds - 1 - turn) / (rounds - turn)
         plain = probe.harm(now)
         found = []
         steps = list(probe.candidates(now))
         for at, step in enumerate(steps):
-            saved = left - cost(step.apply(model), model, goal, block)
+            if left() <= 0:
+                return now
+            saved = rest - cost(step.apply(model), model, goal, block)
             if saved > 0:
                 found.append((max(probe.harm(step) - plain, 0.0) / saved, at, step))
-            say((turn + (at + 1) / len(steps)) / ROUNDS)
+            say((turn + (at + 1) / len(steps)) / rounds)
         if not found:
             break
         for _, _, step in sorted(found, key=lambda row: row[:2]):
             now = _joined(now, step)
-            left = cost(now.apply(model), model, goal, block)
-            if left <= until:
+            rest = cost(now.apply(model), model, goal, block)
+            if rest <= until:
                 break
     say(1.0)
     return now
@@ -120,9 +126,10 @@ class _Probe:
     """The network with parts of it at zero, and how far its answers then are from the original's."""
 
     def __init__(self, model: Any, x: Array, original: Array, multiple: int, block: int) -> None:
-        self.model, self.original, self.multiple, self.block = model, original, multiple, block
+        self.parts = [torch.from_numpy(np.array(part)) for part in held_batches(model, x)]
+        self.original = original[: sum(map(len, self.parts))]
+        self.model, self.multiple, self.block = model, multiple, block
         self.twin = Twin(model).eval()
-        self.x = torch.from_numpy(np.ascontiguousarray(x))
         self.groups: tuple[Group, ...] = groups(model)
         self.branches: dict[str, Branch] = {branch.add: branch for branch in branches(model)}
         self.values = graph.arrays(model)
@@ -137,7 +144,7 @@ class _Probe:
         """Return the distance to the original's answers with these parts removed."""
         self._mask(state)
         with torch.no_grad():
-            return divergence(self.original, self.twin(self.x).numpy())
+            return divergence(self.original, np.concatenate([self.twin(part).numpy() for part in self.parts]))
 
     def candidates(self, state: Shrink) -> list[Shrink]:
         """Return the next steps: each branch that is left, and the least channels of each group that is wide enough."""
@@ -187,11 +194,15 @@ class _Probe:
         reads = [m for group in self.groups for m in group.members if m.role == "reads"]
         sizes = {m.tensor: self.values[m.weight].shape[m.axis] for m in reads}
         fed = set(self.twin.inputs)
+        wanted = [name for name in sizes if name not in fed]
+        sums: dict[str, Array] = {}
         with torch.no_grad():
-            found = self.twin.run({self.twin.inputs[0]: self.x}, [name for name in sizes if name not in fed])
-        for name, value in found.items():
-            over = [axis for axis in range(value.ndim) if axis != _channel_axis(value, sizes[name])]
-            self.power[name] = (value.double() ** 2).mean(over).numpy()
+            for part in self.parts:
+                for name, value in self.twin.run({self.twin.inputs[0]: part}, wanted).items():
+                    over = [axis for axis in range(value.ndim) if axis != _channel_axis(value, sizes[name])]
+                    mean = (value.double() ** 2).mean(over).numpy() * len(part)
+                    sums[name] = sums[name] + mean if name in sums else mean
+        self.power |= {name: total / len(self.original) for name, total in sums.items()}
 
 
 def _channel_axis(value: Any, size: int) -> int:

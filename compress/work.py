@@ -79,13 +79,13 @@ class Work:
         if self.cache is not None:
             self.cache.put(self.about + "seconds", str(self.noted - self.began).encode())
 
-    def passed(self, at: int, profile: Profile, make: Callable[[], State]) -> State:
-        """Return what pass number `at` made of the model: as kept, or made now and kept."""
-        raw = self.get(f"pass-{at}")
+    def passed(self, name: str, profile: Profile, make: Callable[[], State]) -> State:
+        """Return what a pass made of the model, or several did: as kept under `name`, or made now and kept."""
+        raw = self.get(f"pass-{name}")
         if raw is not None:
             return kept.unpack(raw, profile)
         state = make()
-        self.put(f"pass-{at}", kept.pack(state))
+        self.put(f"pass-{name}", kept.pack(state))
         return state
 
     def say(self, stage: str, share: float) -> None:

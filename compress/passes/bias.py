@@ -12,7 +12,7 @@ from compress.passes.reconstruct import rebuild
 from compress.pipeline import Bench, Pass, State
 from compress.scheme import Scheme
 from skills import ort
-from skills.errors import FormatError
+from skills.errors import DeadlineExceeded, FormatError
 
 
 def distance(state: State, scheme: Scheme, bench: Bench) -> float:
@@ -26,8 +26,10 @@ def _run(state: State, bench: Bench) -> State:
     if not scheme.layers:
         return state
     try:
-        better = rebuild(state.model, scheme, bench.splits.calibrate.x, lambda share: bench.say(0.8 * share, ""))
-    except FormatError as error:  # a graph with operators that have no torch counterpart
+        better = rebuild(
+            state.model, scheme, bench.splits.calibrate.x, lambda share: bench.say(0.8 * share, ""), bench.left
+        )
+    except (DeadlineExceeded, FormatError) as error:  # or a graph with operators that have no torch counterpart
         note = f"Weights are rounded to nearest and biases not corrected: {error}"
         return dataclasses.replace(state, notes=(*state.notes, note))
     without, corrected = (distance(state, tried, bench) for tried in (scheme, better))

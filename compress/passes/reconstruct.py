@@ -7,27 +7,24 @@ of each layer is what the float model gives there (asymmetric calibration, as in
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
 from compress import graph
+from compress.beside import Beside
 from compress.emit import BIAS_LIMIT, layer_codes
 from compress.graph import Array
-from compress.measure import batches
 from compress.moments import Moments, measurable, moments, rows_of, weight_of
 from compress.rounding import damped, loss, settle
 from compress.scheme import Layer, Scheme
-from compress.to_torch import Twin
 from compress.weights import Codes
-from skills.ort import Port
+from skills.errors import DeadlineExceeded
 
 DAMPING = 0.01  # of the mean second moment, and more where there are few rows for the inputs
 RIDGE = 0.1  # how strongly weights are held where they are, likewise
-HELD_BY_FEW = 4.0  # so much stronger are they held than damped where rows are few
-MOST_HELD = 1 << 26  # numbers of the largest activation that are kept at once: more samples than that are left out
 
 Tensor = Any
 
@@ -57,14 +54,13 @@ class Problem:
         """Return codes of this width whose answers come nearest to the wanted ones, and the bias that goes with them."""
         seen, rows = self.moments, rows_of(self.layer, self.weight).astype(np.float64)
         gram, cross = seen.about(takes_bias=self.takes_bias)
-        few = min(1.0, gram.shape[-1] / seen.count)
-        wanted = rows + np.linalg.solve(damped(gram, RIDGE + HELD_BY_FEW * few), cross).transpose(0, 2, 1)
-        codes, scales = settle(wanted, damped(gram, DAMPING + few), bits, self.range_bits, self.floor)
+        wanted = seen.nearest(rows, RIDGE, takes_bias=self.takes_bias)
+        codes, scales = settle(wanted, damped(gram, DAMPING + seen.few()), bits, self.range_bits, self.floor)
         change = codes * scales[..., None].astype(np.float64) - rows
         error = float(loss(change, gram).sum() - 2 * (change * cross.transpose(0, 2, 1)).sum())
         bias = None
         if self.takes_bias:
-            bias = (seen.missing - (change @ seen.inputs[..., None])[..., 0]).reshape(-1).astype(np.float32)
+            bias = seen.shift(change).astype(np.float32)
         stored = Codes(weight_of(self.layer, codes), scales.reshape(-1).astype(np.float32), self.layer.axis, bits)
         return Fit(stored, bias, error)
 
@@ -84,78 +80,48 @@ def walk(
     Raises:
         FormatError: an operator of the graph has no torch counterpart.
     """
-    pair = _Pair(_with_biases(model, scheme), scheme, x)
+    pair = _Rounded(_with_biases(model, scheme), scheme, x)
+    count = len(model.graph.node)
     with torch.no_grad():
-        took = 0.0
-        for at, node in enumerate(pair.nodes):
-            fits, begun = node.name in pair.layers, left()
-            if fits and begun <= took:
-                return False
-            pair.run_exact(node)
-            pair.fit(node, choose)
-            pair.run_coded(node)
-            pair.forget(at)
-            if fits and begun < math.inf:
-                took = begun - left()
-            say((at + 1) / len(pair.nodes))
+        before, took = left(), 0.0
+        for at, node in enumerate(pair.beside.nodes()):
+            layer = pair.layers.get(node.name)
+            if layer is not None:
+                if left() <= took:
+                    return False
+                pair.fit(layer, node, choose)
+                if before < math.inf:
+                    took = before - left()
+            before = left()
+            say((at + 1) / count)
     return True
 
 
-class _Pair:
-    """The float model and its rounded form, and the tensors of both that are still needed, batch by batch."""
+class _Rounded:
+    """The float model and its rounded form side by side."""
 
     def __init__(self, model: Any, scheme: Scheme, x: Array) -> None:
-        self.exact, self.coded = Twin(model), Twin(model)
-        self.nodes = list(model.graph.node)
-        self.values = graph.arrays(model)
-        self.scheme = scheme
+        self.values, self.scheme = graph.arrays(model), scheme
+        self.beside = Beside(model, model, x, shown=self._coded)
+        self.weights = self.beside.changed.weights
         self.layers = {layer.node: layer for layer in scheme.layers}
-        self.readers = graph.consumers(model)
-        self.last = {name: at for at, node in enumerate(self.nodes) for name in node.input}
-        self.last |= dict.fromkeys(graph.outputs(model), len(self.nodes))
-        name = model.graph.input[0].name
-        self.flows: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
-        for batch in held_batches(model, x):
-            value = torch.from_numpy(np.array(batch))
-            self.flows.append(({name: value}, {name: self._coded(name, value)}))
 
-    def run_exact(self, node: Any) -> None:
-        for first, _ in self.flows:
-            first.update(self._outputs(self.exact, node, first))
-
-    def run_coded(self, node: Any) -> None:
-        for _, second in self.flows:
-            made = self._outputs(self.coded, node, second)
-            second.update({name: self._coded(name, value) for name, value in made.items()})
-
-    def fit(self, node: Any, choose: Choose) -> None:
-        """Let the node's layer, if it is one, be rounded."""
-        layer = self.layers.get(node.name)
-        if layer is None:
-            return
+    def fit(self, layer: Layer, node: Any, choose: Choose) -> None:
+        """Let a node's layer be rounded."""
         if not measurable(layer, node):
             if layer.bits < 32:
                 codes = layer_codes(layer, self.values[layer.weight], self.scheme.profile.weight_bits)
-                self.coded.weights[layer.weight].copy_(torch.from_numpy(codes.restore()))
+                self.weights[layer.weight].copy_(torch.from_numpy(codes.restore()))
             return
         fit = choose(self._problem(layer, node))
         if fit is not None:
-            self.coded.weights[layer.weight].copy_(torch.from_numpy(fit.codes.restore()))
+            self.weights[layer.weight].copy_(torch.from_numpy(fit.codes.restore()))
             if fit.bias is not None:
-                self.coded.weights[node.input[2]].copy_(torch.from_numpy(fit.bias))
-
-    def forget(self, at: int) -> None:
-        """Drop what no node behind number `at` reads."""
-        for flows in self.flows:
-            for flow in flows:
-                for name in self.nodes[at].input:
-                    if self.last.get(name) == at:
-                        flow.pop(name, None)
+                self.weights[node.input[2]].copy_(torch.from_numpy(fit.bias))
 
     def _problem(self, layer: Layer, node: Any) -> Problem:
         weight, scheme = self.values[layer.weight], self.scheme
-        pairs = [(second[node.input[0]], self._wanted(node, first, second)) for first, second in self.flows]
-        takes_bias = layer.op in ("Conv", "Gemm") and len(node.input) > 2 and node.input[2] in self.coded.weights
+        takes_bias = layer.op in ("Conv", "Gemm") and len(node.input) > 2 and node.input[2] in self.weights
         groups = layer.groups if layer.op == "Conv" else 1
         floor = np.zeros(layer.shape[layer.axis], np.float32)
         feed = scheme.ranges.get(node.input[0])
@@ -163,24 +129,8 @@ class _Pair:
             scale = feed.quant(scheme.profile.activation)[0]
             floor = (2 * np.abs(self.values[node.input[2]]) / (scale * BIAS_LIMIT)).astype(np.float32)
         range_bits = scheme.profile.weight_bits if layer.compute == "int8" else 8
-        found = moments(layer, node, weight, pairs)
+        found = moments(layer, node, weight, self.beside.pairs(node))
         return Problem(layer, weight, found, takes_bias, range_bits, floor.reshape(groups, -1))
-
-    def _wanted(self, node: Any, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Tensor:
-        """Return what a layer should answer; where only an addition reads it, also what the other term is off by."""
-        name = node.output[0]
-        after = self.readers.get(name, [])
-        added = after[0].input if len(after) == 1 and after[0].op_type == "Add" else ()
-        for other in added:
-            known = other != name and other in first and other in second
-            if known and first[other].shape == first[name].shape:
-                return first[name] + (first[other] - second[other])
-        return first[name]
-
-    def _outputs(self, twin: Twin, node: Any, flow: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        feeds = {name: flow[name] for name in node.input if name in flow}
-        wanted = [name for name in node.output if name in self.last]
-        return twin.run(feeds, wanted) if feeds and wanted else {}
 
     def _coded(self, name: str, value: Tensor) -> Tensor:
         """Return what is left of an activation in 8-bit codes, if it carries any."""
@@ -192,8 +142,16 @@ class _Pair:
         return torch.fake_quantize_per_tensor_affine(value, scale, zero, low, low + 255)
 
 
-def rebuild(model: Any, scheme: Scheme, x: Array, say: Callable[[float], None] = lambda _share: None) -> Scheme:
-    """Return the scheme with codes and biases for the width that each of its layers has."""
+def rebuild(
+    model: Any, scheme: Scheme, x: Array, say: Callable[[float], None] = lambda _share: None,
+    left: Callable[[], float] = lambda: math.inf,
+) -> Scheme:  # fmt: skip
+    """Return the scheme with codes and biases for the width that each of its layers has.
+
+    Raises:
+        DeadlineExceeded: no seconds were `left` before the last layer.
+        FormatError: an operator of the graph has no torch counterpart.
+    """
     codes: dict[str, Codes] = {}
     biases: dict[str, Array] = {}
 
@@ -207,18 +165,9 @@ def rebuild(model: Any, scheme: Scheme, x: Array, say: Callable[[float], None] =
             biases[layer.node] = fit.bias
         return fit
 
-    walk(model, scheme, x, choose, say)
+    if not walk(model, scheme, x, choose, say, left):
+        raise DeadlineExceeded("the time ended before all layers were fitted")
     return scheme.with_codes(codes).with_biases(biases)
-
-
-def held_batches(model: Any, x: Array) -> list[Array]:
-    """Cut the samples as the model takes them, and no more of them than memory holds."""
-    item = model.graph.input[0]
-    shape = tuple(d.dim_value or -1 for d in item.type.tensor_type.shape.dim)
-    largest = max((abs(int(np.prod(size[1:]))) for size in graph.shapes(model).values() if len(size) > 1), default=1)
-    if shape[0] < 1:
-        x = x[: max(1, MOST_HELD // largest)]
-    return batches(Port(item.name, x.dtype.name, shape), x)
 
 
 def _with_biases(model: Any, scheme: Scheme) -> Any:

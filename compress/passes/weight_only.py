@@ -57,7 +57,7 @@ def _run(state: State, bench: Bench) -> State:
     scheme = state.planned()
     if bench.planned is not None:
         asked = bench.planned.choices.get(WEIGHT_ONLY.name)
-        return state if asked is None else _kept(state, _tried(state, bench, asked), asked, "As the recipe says:")
+        return state if asked is None else _kept(state, _tried(state, bench, asked), asked, "Given:")
     if bench.profile.runtime != "onnxruntime" or not large(state.model, scheme, SIZES[-1]):
         return state
     if not neural.available():

@@ -9,7 +9,7 @@ import pytest
 from compress import graph
 from compress.channels import branches, groups, survivors
 from compress.compensate import compensated
-from compress.learn import with_biases
+from compress.graph import with_biases
 from compress.measure import answers
 from compress.passes.canonicalise import canonicalise
 from compress.shrinking import Shrink, choose

@@ -42,7 +42,7 @@ def test_a_net_of_any_kind_comes_out_valid_smaller_and_within_the_budget(
 def test_a_net_of_any_kind_can_be_trained_or_is_left_as_it_is(
     kind: str, small_net: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compress.ladder.steps", lambda at, *_, again=False: 0 if at or again else 8)
+    monkeypatch.setattr("compress.ladder.steps", lambda at, *_: 0 if at else 8)
     net = small_net(kind)
     data = with_training(net)
     (tmp_path / "model.onnx").write_bytes(net.model.SerializeToString())
@@ -68,7 +68,7 @@ def with_training(net: Any) -> dict[str, Any]:
 def test_a_broken_rung_is_caught_and_what_was_good_before_it_is_the_result(
     small_net: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compress.ladder.steps", lambda at, *_, again=False: 0 if at or again else 8)
+    monkeypatch.setattr("compress.ladder.steps", lambda at, *_: 0 if at else 8)
     real = learn.fit
 
     def broken(*arguments: Any, **named: Any) -> Any:
@@ -92,7 +92,7 @@ def test_a_broken_rung_is_caught_and_what_was_good_before_it_is_the_result(
 def test_a_rung_that_its_runtime_does_not_take_is_left_out_and_said(
     small_net: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compress.ladder.steps", lambda at, *_, again=False: 0 if at or again else 8)
+    monkeypatch.setattr("compress.ladder.steps", lambda at, *_: 0 if at else 8)
     real = judge.write
 
     def refused(name: str, *arguments: Any) -> Any:
@@ -111,7 +111,7 @@ def test_a_rung_that_its_runtime_does_not_take_is_left_out_and_said(
 def test_no_row_is_in_two_parts_of_a_run_with_training(
     small_net: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compress.ladder.steps", lambda at, *_, again=False: 0 if at or again else 8)
+    monkeypatch.setattr("compress.ladder.steps", lambda at, *_: 0 if at else 8)
     learned: list[Any] = []
     real = learn.fit
 

@@ -8,7 +8,7 @@ import pytest
 
 from compress import graph
 from compress.channels import branches
-from compress.learn import with_biases
+from compress.graph import with_biases
 from compress.measure import answers, divergence
 from compress.passes.canonicalise import canonicalise
 from compress.shrinking import Shrink, _Probe, choose, cost, lift

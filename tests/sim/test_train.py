@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from compress import graph, train
-from compress.learn import heavy, with_biases
+from compress.graph import with_biases
+from compress.learn import heavy
 from compress.measure import answers
 from compress.passes.canonicalise import canonicalise
 from compress.student import Student, _Round, spreads

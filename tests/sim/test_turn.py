@@ -10,7 +10,7 @@ from onnx import helper
 
 from compress import channels, graph, profiles
 from compress.emit import emit
-from compress.learn import with_biases
+from compress.graph import with_biases
 from compress.passes.canonicalise import canonicalise
 from compress.passes.place import PLACE
 from compress.passes.ranges import RANGES

@@ -10,7 +10,6 @@ import pytest
 from onnx import helper
 
 from compress import graph, neural, profiles
-from compress.conclude import recipe_layers
 from compress.data import Data
 from compress.emit import emit
 from compress.judge import check_audit
@@ -24,7 +23,7 @@ from compress.passes.ranges import RANGES
 from compress.passes.weight_only import WEIGHT_ONLY, in_blocks, large
 from compress.pieces import pieces
 from compress.pipeline import Bench, State
-from compress.recipe import Recipe, RecipeLayer, load_recipe
+from compress.recipe import Recipe, RecipeLayer, load_recipe, recipe_layers
 from compress.splits import split
 from compress.weights import Blocks
 from skills import ort

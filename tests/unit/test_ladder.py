@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from compress import ladder
 from compress.ladder import (
-    HOPEFUL,
     HOPELESS,
     LEAST_STEPS,
     MOST_EPOCHS,
@@ -16,9 +15,9 @@ from compress.ladder import (
     SHARES,
     assign,
     batch,
-    onward,
     rungs,
     steps,
+    worthwhile,
 )
 
 WIDTHS = (4, 3, 2)
@@ -40,18 +39,11 @@ def test_without_narrow_widths_or_for_latency_alone_weights_stay_in_8_bits() -> 
     assert rungs("both", (8, 4)) == RUNGS
 
 
-def test_a_rung_that_lost_much_is_trained_again_and_given_up_where_that_did_not_help() -> None:
-    assert onward([], 1.0) == "smaller"  # its runtime refused it: nothing is known
-    assert onward([HOPEFUL], 1.0) == "smaller"
-    assert onward([HOPEFUL + 0.1], 1.0) == "again"
-    assert onward([HOPEFUL + 0.1], 2.0) == "smaller"
-    assert onward([HOPELESS + 1], 1.0) == "again"
-    assert onward([HOPELESS + 2, HOPELESS + 1], 1.0) == "stop"
-    assert (
-        onward([HOPEFUL + 1, HOPEFUL + 1], 1.0) == "smaller"
-    )  # as good as it gets: how good that is, select does not tell
-    assert onward([2 * HOPELESS, HOPELESS + 1], 1.0) == "again"
-    assert onward([HOPELESS + 1, HOPEFUL - 1], 1.0) == "smaller"
+def test_a_smaller_network_is_trained_until_one_lost_hopelessly_much() -> None:
+    assert worthwhile(None, 1.0)  # its runtime refused it: nothing is known
+    assert worthwhile(HOPELESS, 1.0)
+    assert not worthwhile(HOPELESS + 0.1, 1.0)
+    assert worthwhile(HOPELESS + 0.1, 2.0)
 
 
 @settings(deadline=None)
