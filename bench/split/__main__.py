@@ -22,6 +22,7 @@ from typing import Any
 import cells
 import cold
 import nets
+import switching
 import table
 import throughput
 import trace_run
@@ -39,10 +40,10 @@ from skills.network import Link
 REFERENCE = Path(os.environ.get("SKERRY_REFERENCE", Path(__file__).parents[3] / "shared" / "data"))
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skerry-bench" / "split"
 GRIDS = tuple(net.name for net in nets.NETS)
-ROWS = (*GRIDS, "bbr", "cold", "trace", "tail")
-MIDDLE = "efficientnet"  # the net of trace and tail
+ROWS = (*GRIDS, "bbr", "cold", "trace", "switch", "tail")
+MIDDLE = "efficientnet"  # the net of trace, switch and tail
 TRACE_SLOWDOWN = 10.0
-QUICK_ROWS = (*GRIDS, "cold", "trace", "tail")
+QUICK_ROWS = (*GRIDS, "cold", "trace", "switch", "tail")
 QUICK_LINKS = (Link(1, 5), Link(5, 50), Link(20, 5))
 QUICK_RUNS, FULL_RUNS, BBR_RUNS = 6, cells.RUNS, 6
 JSON_MBIT, QUICK_JSON_MBIT = 5.0, 20.0
@@ -94,7 +95,8 @@ class _Run:
             missing.append("cold requests, the trace and bbr, for which a proxy is no link")
             wanted = [name for name in wanted if name not in ("cold", "trace", "bbr")]
         work: dict[str, Callable[[], Any]] = {name: partial(self._grid, name, "cubic") for name in GRIDS}
-        work |= {"bbr": self._bbr, "cold": self._cold, "trace": self._trace, "tail": self._tail}
+        work |= {"bbr": self._bbr, "cold": self._cold, "trace": self._trace}
+        work |= {"switch": self._switch, "tail": self._tail}
         done: dict[str, Any] = {}
         for name in ROWS:
             if name in wanted:
@@ -106,7 +108,7 @@ class _Run:
         grid = [cell for name in GRIDS for cell in done.get(name, ())]
         return table.Found(
             self._about(time.monotonic() - start), wire.KINDS[self._on.kind], checks, grid, done.get("bbr", ()),
-            done.get("cold", ()), done.get("trace"), done.get("tail"), missing,
+            done.get("cold", ()), done.get("trace"), done.get("switch"), done.get("tail"), missing,
         )  # fmt: skip
 
     def _bbr(self) -> list[dict[str, Any]]:
@@ -158,6 +160,12 @@ class _Run:
         found: dict[str, Any] = self._store.get(
             "trace", facts, lambda: trace_run.measure(device, self._on, phase_s, least, in_outage)
         )
+        return found
+
+    def _switch(self) -> dict[str, Any]:
+        planned, switches = self._planned(MIDDLE), 40 if self._quick else 1000
+        facts = {"switches": switches, "plan": (planned.plan.cuts, planned.plan.replies)}
+        found: dict[str, Any] = self._store.get("switch", facts, lambda: switching.measure(planned, switches))
         return found
 
     def _tail(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import cold
+import switching
 import throughput
 import trace_run
 from arms import AUTO_SPLIT, DADS, OUR_CHOICE
@@ -28,6 +29,7 @@ class Found:
     bbr: Sequence[Cell]
     cold: Sequence[Mapping[str, Any]]
     trace: Mapping[str, Any] | None
+    switch: Mapping[str, Any] | None
     tail: Mapping[str, Any] | None
     missing: Sequence[str]
 
@@ -95,6 +97,11 @@ def _summary(found: Found) -> list[str]:
                 f"| regret with the link and speed that the device learnt itself, {len(learnt)} cells | – | "
                 f"median {statistics.median(learnt):.1%}, p95 {share_at(learnt, 0.95):.1%} |"
             )
+    return lines + _beyond_the_grid(found)
+
+
+def _beyond_the_grid(found: Found) -> list[str]:
+    lines = []
     for one in found.cold:
         if one["control"] == "cubic":
             sizes = [
@@ -111,11 +118,14 @@ def _summary(found: Found) -> list[str]:
                 f"{said['in_outage']:.0f} in the outage ({said['missed_outage'] - said['missed_outage_control']:+.2f}) |"
             ),
             f"| trace: unanswered, or answered wrongly | 0 | **{said['unanswered']:.0f}** |",
-            (
-                f"| trace: what a switch adds to what the device itself does for its request, p99 | < 5 ms | "
-                f"**{said['held_up_p99_ms']:.2f} ms** (requests without one: {said['usual_p99_ms']:.2f} ms) |"
-            ),
         ]
+    if found.switch:
+        said = switching.judge(found.switch)
+        lines.append(
+            f"| what a switch adds on the device, p99 of {said['switches']:.0f} among {found.switch['ways']} ways | < 5 ms | "
+            f"**{said['p99_ms']:.2f} ms**, median {said['p50_ms']:.2f} (the next request: {said['usual_p99_ms']:.2f}, "
+            f"{said['usual_p50_ms']:.2f}) |"
+        )
     if found.tail:
         for key in _keys(found.tail):
             kind, clients = key.rsplit(" ", 1)

@@ -25,7 +25,6 @@ from nets import Planned
 
 from cloud.tail.store import install
 from edge_agent.infer import Ran, SplitModel
-from edge_agent.tail_client import LinkClient
 from skills import codec, ort
 from skills.errors import Unreachable
 from skills.network import Link
@@ -54,16 +53,6 @@ def phases(seconds: float) -> tuple[Phase, ...]:
     links = (Link(100, 5), Link(5, 50), Link(1, 5), Link(20, 50))
     first = [Phase(link, seconds) for link in links]
     return (*first, Phase(None, OUTAGE_S), Phase(Link(20, 5), seconds))
-
-
-class Sending(LinkClient):
-    """The product's way to the tail, which also says when a request left."""
-
-    sent_s = 0.0
-
-    def send(self, *given: Any, **more: Any) -> int:
-        self.sent_s = time.monotonic()
-        return super().send(*given, **more)
 
 
 class Watched(SplitModel):
@@ -120,8 +109,8 @@ def measure(planned: Planned, on: wire.Wire, phase_s: float, least: int, least_i
             stack.enter_context(wire.running_link(on, folder / name, target))
         oracle = Device(planned.folder, folder / "oracle")
         stack.callback(oracle.close)
-        tail, answers = Sending(folder / "ours"), Answers(planned)
-        ours = Watched(planned.folder, link=tail, wait_s=WAIT_S)
+        answers = Answers(planned)
+        ours = Watched(planned.folder, link=folder / "ours", wait_s=WAIT_S)
         stack.callback(ours.close)
         control = SplitModel(planned.folder)
         ours.timer = control.timer = Dilated(planned.plan.slowdown)
@@ -142,7 +131,7 @@ def measure(planned: Planned, on: wire.Wire, phase_s: float, least: int, least_i
                 else:
                     on.cut(phase.seconds)
                 arm = best[str(phase.link)] if phase.link is not None else Arm("local", None)
-                _phase(phase, planned, (ours, control, oracle), (tail, answers), arm, told_ms, rows)
+                _phase(phase, planned, (ours, control, oracle), answers, arm, told_ms, rows)
             outages += sum(row["phase"] == "outage" for row in rows[before:])
     return {"rows": rows, "told_ms": told_ms, "best": {link: arm.name for link, arm in best.items()}, "net": planned.net.name,
             "slowdown": planned.plan.slowdown, "wire": on.kind}  # fmt: skip
@@ -167,13 +156,12 @@ def _phase(
     phase: Phase,
     planned: Planned,
     devices: tuple[Watched, SplitModel, Device],
-    beside: tuple[Sending, Answers],
+    answers: Answers,
     best: Arm,
     told_ms: float,
     rows: list[dict[str, Any]],
 ) -> None:
     ours, control, oracle = devices
-    tail, answers = beside
     until, at = time.monotonic() + phase.seconds, 0
     while time.monotonic() < until:
         which = at % len(planned.samples)
@@ -181,11 +169,9 @@ def _phase(
         row: dict[str, Any] = {"phase": str(phase.link) if phase.link is not None else "outage", "at": at}
         for name in itertools.islice(itertools.cycle(("ours", "control", "oracle")), at % 3, at % 3 + 3):
             if name == "ours":
-                start = time.monotonic()
                 answer, ran = ours.answer(sample, told_ms / 1e3), ours.last
-                here_ms = ran.ms if ran.where == "local" else (tail.sent_s - start) * 1e3
                 row |= {"ours": ran.ms, "where": ran.where, "cut": ran.cut, "coding": ran.coding, "choice_us": ours.choice_us,
-                        "here_ms": here_ms, "answered": answers.fits(which, sample, ran, answer)}  # fmt: skip
+                        "answered": answers.fits(which, sample, ran, answer)}  # fmt: skip
             elif name == "control":
                 control.answer(sample)
                 row["control"] = control.last.ms
@@ -208,7 +194,7 @@ def judge(found: Mapping[str, Any]) -> dict[str, float]:
         # Means on both sides, or a hiccup of the machine would count against one of them only.
         ideal += len(some) * min(local, statistics.fmean(pinned) if pinned else local)
     outage = [row for row in rows if row["phase"] == "outage"]
-    switched, stayed = _held_up(rows)
+    ways = [(row["cut"], row["coding"]) for row in rows]
 
     def missed(some: Sequence[Mapping[str, Any]], name: str) -> float:
         return 100.0 * sum(float(row[name]) > limit for row in some) / max(len(some), 1)
@@ -218,26 +204,7 @@ def judge(found: Mapping[str, Any]) -> dict[str, float]:
         "share": ideal / sum(row["ours"] for row in rows), "limit_ms": limit,
         "missed": missed(rows, "ours"), "missed_control": missed(rows, "control"),
         "missed_outage": missed(outage, "ours"), "missed_outage_control": missed(outage, "control"),
-        "switches": len(switched), "held_up_p99_ms": share_at(switched, 0.99) if switched else 0.0,
-        "usual_p99_ms": share_at(stayed, 0.99) if stayed else 0.0, "continued": sum(row["where"] == "continued" for row in rows),
+        "switches": sum(one != other for one, other in itertools.pairwise(ways)),
+        "continued": sum(row["where"] == "continued" for row in rows),
         "choice_p99_ms": share_at([row["choice_us"] for row in rows], 0.99) / 1e3,
     }  # fmt: skip
-
-
-def _held_up(rows: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
-    """Return how much longer the device itself took than it usually does for the same cut and coding, in ms.
-
-    Until the request left, or until the answer where all was computed here: for requests behind a switch, and for the others.
-    """
-    kinds: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
-    for last, row in itertools.pairwise(rows):
-        kind = (row["cut"], row["coding"])
-        switched, stayed = kinds.setdefault(kind, ([], []))
-        (stayed if (last["cut"], last["coding"]) == kind else switched).append(row["here_ms"])
-    found: tuple[list[float], list[float]] = ([], [])
-    for both in kinds.values():
-        if both[1]:
-            usual = statistics.median(both[1])
-            for into, values in zip(found, both, strict=True):
-                into.extend(value - usual for value in values)
-    return found
