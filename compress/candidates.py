@@ -5,10 +5,11 @@ import functools
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from compress import ladder, learn, replay
+from compress.channels import Shrink
 from compress.data import whole_runs
 from compress.emit import widths
 from compress.graph import Array
@@ -21,9 +22,10 @@ from compress.passes.guard import GUARD
 from compress.passes.place import PLACE
 from compress.passes.prune import KEPT, PRUNE, spare
 from compress.passes.ranges import RANGES
-from compress.pipeline import CHECK_SAMPLES, Bench, Pass, State, apply, named
+from compress.passes.weight_only import WEIGHT_ONLY
+from compress.pipeline import CHECK_SAMPLES, Bench, Pass, State, apply, expected, named
 from compress.recipe import Recipe, recipe_layers
-from compress.shrinking import Shrink, cost
+from compress.shrinking import cost
 from compress.stage import Stage, removed
 from compress.work import TRAINED_UP_TO, Work
 from compress.writers import Writer
@@ -31,6 +33,7 @@ from skills.errors import DeadlineExceeded, FormatError, SkerryError, StorageErr
 from skills.units import duration
 
 CALIBRATED_UP_TO = 0.6  # of the progress bar, where nothing is trained
+ROUNDING = (BIAS.name, BITS.name, WEIGHT_ONLY.name)  # from the first of these on, the plain 8-bit form is there
 PLACING: tuple[Pass, ...] = (RANGES, PLACE, GUARD)  # again for each network that training made
 
 
@@ -87,13 +90,17 @@ def _learned(
             name = f"trained {len(reached.stages)}"
             try:
                 emitted = _trained(name, reached, state, bench, work, writer)
+            except StorageError:
+                raise
             except SkerryError as error:  # not to be had on this runtime; the others are
                 work.left_out.append(f"'{name}' was left out: {error}.")
                 continue
             stages[emitted.name] = reached.stages
             work.found(emitted, original, bench.max_drop, trained=True)
             trained.append(emitted)
-    except FormatError as error:  # an operator without torch counterpart: what needs no training is there
+    except StorageError:
+        raise
+    except SkerryError as error:  # such as an operator without torch counterpart: what needs no training is there
         said = f"{'Training ended' if begun else 'Nothing was trained'}: {error}."
         work.left_out.append(said if begun or not original.teacher_sha256 else f"{said} The teacher was not used.")
     else:
@@ -112,11 +119,12 @@ def _pruned(
     able = state.scheme is not None and state.scheme.layers and original.calibrate.dtype.kind == "f"
     if not able or PRUNE not in passes or bench.goal == "size" or writer.second:
         return []  # for bytes alone narrower weights do less harm
-    first = passes[: passes.index(PRUNE)]
     found: list[Emitted] = []
     now, took = Shrink(), 0.0
     try:
-        model = apply(first, State(_parse(original.stripped)), lambda _step: bench, _checked(original)).model
+        model = apply(
+            _rewriting(passes), State(_parse(original.stripped)), lambda _step: bench, _checked(original)
+        ).model
         for at, kept in enumerate(KEPT):
             began = time.monotonic()
             if cost(now.apply(model), model, "latency", bench.profile.channel_block) <= kept:
@@ -168,7 +176,7 @@ def _cut(
     behind = {step.name for step in passes[passes.index(PRUNE) :]}
     place = next((place for place, name in enumerate(names) if name in behind), len(names))
     recipe = Recipe(
-        bench.profile, bench.max_drop, bench.goal, bench.seed,  # type: ignore[arg-type]
+        bench.profile, bench.max_drop, bench.goal, bench.seed,
         (*names[:place], PRUNE.name, *names[place:]), recipe_layers(state.planned()), choices=state.choices,
         removed=removed(shrink),
     )  # fmt: skip
@@ -193,13 +201,14 @@ def replayed(
     Raises:
         FormatError: the recipe is for another model, or trains and there is no training data.
     """
-    model = _parse(original.stripped)
-    replay.check(recipe, canonicalise(model), [step.name for step in known])
     if recipe.training and bench.splits.train is None:
         raise FormatError("the recipe trains the model, and the data has no x_train to train it on")
     bench = dataclasses.replace(bench, say=lambda share, _best: work.say("following the recipe", 0.3 * share))
     steps = replay.before_training(recipe, known)
-    state = apply(steps, State(model), lambda _step: bench, _checked(original))
+    first = [step for step in steps if step in _rewriting(known)]
+    state = apply(first, State(_parse(original.stripped)), lambda _step: bench, _checked(original))
+    replay.check(recipe, state.model)
+    state = apply([step for step in steps if step not in first], state, lambda _step: bench, _checked(original))
     work.before_placing = state.notes
     if not recipe.training:
         return writer.write("calibrated", state)
@@ -207,6 +216,11 @@ def replayed(
     emitted = _trained(f"trained {len(last.stages)}", last, state, bench, work, writer)
     stages[emitted.name] = last.stages
     return emitted
+
+
+def _rewriting(passes: Sequence[Pass]) -> list[Pass]:
+    """Return the passes that make the graph whose layers and channels are numbered and named."""
+    return list(itertools.takewhile(lambda step: step.name not in (PRUNE.name, RANGES.name), passes))
 
 
 def _checked(original: Original) -> Array:
@@ -230,8 +244,8 @@ def _calibrated(
             left=lambda: work.left(work.calibrated),
         )
 
-    first = [step for step in passes if step.name not in ("bias", "bits", "weight-only")]
-    rest = [step for step in passes if step not in first]
+    rounding = next((at for at, step in enumerate(passes) if step.name in ROUNDING), len(passes))
+    first, rest = passes[:rounding], passes[rounding:]
     reference = _checked(original)
 
     def after(steps: Sequence[Pass], state: State) -> State:
@@ -255,11 +269,11 @@ def _climb(
     work: Work,
     planned: Sequence[Stage] | None = None,
     onward: Callable[[], bool] = lambda: True,
-) -> Iterable[learn.Reached]:
+) -> Iterator[learn.Reached]:
     """Train one network after the other."""
     train = bench.splits.train
     if train is None:
-        return ()
+        return
     labels = train.y if original.metric.name in ("top1", "macro_f1") and train.y is not None else None
 
     def say(stage: str, _share: float) -> None:
@@ -267,11 +281,12 @@ def _climb(
         work.say(f"training{left}: {stage}", min(TRAINED_UP_TO, 0.3 + 0.6 * work.spent()))
 
     lesson = learn.Lesson(
-        bench.splits.calibrate, train, original.session, original.teacher, labels, bench.goal,  # type: ignore[arg-type]
+        bench.splits.calibrate, train, original.session, original.teacher, labels, bench.goal,
         widths(state.model, bench.profile), bench.seed, len(os.sched_getaffinity(0)), work.left, work.get, work.put, say,
-        bench.profile.channel_multiple, bench.profile.channel_block, onward,
+        bench.profile.channel_multiple, bench.profile.channel_block, original.metric.classes, onward,
     )  # fmt: skip
-    return learn.climb(state.model, lesson, planned)
+    with expected("training"):
+        yield from learn.climb(state.model, lesson, planned)
 
 
 def _trained(name: str, reached: learn.Reached, before: State, bench: Bench, work: Work, writer: Writer) -> Emitted:

@@ -84,6 +84,18 @@ def survivors(model: Any, keep: Keep) -> dict[str, tuple[int, Array]]:
     return {name: (axis, np.flatnonzero(stays)) for name, (axis, stays) in kept.items() if not stays.all()}
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shrink:
+    """What to remove: the units that stay in each group cut, and the Adds whose residual branch goes."""
+
+    keep: Mapping[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    without: tuple[str, ...] = ()
+
+    def apply(self, model: Any) -> Any:
+        """Return the smaller graph."""
+        return shrink(model, self.keep, [branch for branch in branches(model) if branch.add in self.without])
+
+
 def shrink(model: Any, keep: Keep, without: Sequence[Branch] = ()) -> Any:
     """Return the model with only the units in `keep`, and without these residual branches.
 

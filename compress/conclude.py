@@ -108,8 +108,7 @@ def report(run: Run, walked: Sequence[Judged], all_judged: Sequence[Judged], pla
         weights=counted(channels.params, original.stripped, emitted.state.model),
         macs=counted(channels.macs, original.stripped, emitted.state.model),
         samples_for_proof=_samples_for_proof(walked, run.max_drop),
-        least_runtime=f"onnxruntime {_version(least_runtime(scheme))}"
-        if scheme is not None and run.profile.runtime == "onnxruntime" else "",
+        least_runtime=_needs(emitted),
         npu=run.compiled.estimate if run.compiled is not None else None,
         timed_on=platform.machine() if run.profile.arch != platform.machine() else "",
     )  # fmt: skip
@@ -205,7 +204,7 @@ def _point(one: Judged, chosen: Judged, times: Mapping[str, ort.Timing], at: int
         emitted.name, len(emitted.file), len(zstd.compress(emitted.file, PACKAGE_LEVEL)), round(one.drop.points, 4),
         (round(one.drop.lo, 4), round(one.drop.hi, 4)), round(emitted.drop_select, 4), round(times[name].p50_ms, 4),
         one is chosen, f"model.{kind}" if one is chosen else f"pareto/{at}.{kind}",
-        round(one.pooled, 4) if one is not chosen and judge.doubted(one, max_drop) else None,
+        _needs(emitted), round(one.pooled, 4) if one is not chosen and judge.doubted(one, max_drop) else None,
     )  # fmt: skip
 
 
@@ -239,6 +238,14 @@ def counted(count: Callable[[Any], Mapping[str, int]], original: bytes, after: o
 def _samples_for_proof(walked: Sequence[Judged], max_drop: float) -> int | None:
     needed = [measure.samples_for_proof(one.drop, max_drop) for one in walked]
     return None if None in needed else max(count for count in needed if count is not None)
+
+
+def _needs(emitted: Emitted) -> str:
+    """Return the least version of its runtime that an ONNX file needs; a .tflite says so itself."""
+    scheme = emitted.state.scheme
+    if scheme is None or scheme.profile.runtime != "onnxruntime":
+        return ""
+    return f"onnxruntime {_version(least_runtime(scheme))}"
 
 
 def _stored(scheme: Scheme | None) -> tuple[str, ...]:

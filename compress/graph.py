@@ -1,5 +1,6 @@
 """Small views of an ONNX graph that every pass needs; nothing here changes one."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -75,19 +76,30 @@ def tensor(name: str, value: Array) -> Any:
     return numpy_helper.from_array(np.asarray(value, order="C"), name)
 
 
-def with_biases(model: Any) -> Any:
-    """Return the graph with a bias at every convolution: what is trained behind it ends there."""
+def with_biases(
+    model: Any, wanted: Callable[[Any], bool] = lambda node: node.op_type in ("Conv", "ConvTranspose")
+) -> Any:
+    """Return the graph with a bias of its own, one number a channel, at every convolution: what is fitted behind it ends there.
+
+    Or at each Conv, ConvTranspose and Gemm that is `wanted`. A bias that is computed stays as it is.
+    """
     changed = copy(model)
-    values = arrays(model)
+    values, readers = arrays(model), consumers(model)
     for node in changed.graph.node:
-        if node.op_type not in ("Conv", "ConvTranspose") or len(node.input) > 2 or node.input[1] not in values:
+        if not wanted(node) or node.input[1] not in values:
             continue
-        weight = values[node.input[1]]
-        groups = int(attributes(node).get("group", 1))
-        width = weight.shape[0] if node.op_type == "Conv" else weight.shape[1] * groups
-        name = f"{node.output[0]}.bias"
-        changed.graph.initializer.append(tensor(name, np.zeros(width, np.float32)))
+        weight, given = values[node.input[1]], node.input[2] if len(node.input) > 2 else ""
+        said = attributes(node)
+        made_first = node.op_type == "Conv" or (node.op_type == "Gemm" and said.get("transB"))
+        width = weight.shape[0] if made_first else weight.shape[1] * int(said.get("group", 1))
+        old = values.get(given, np.zeros(width, np.float32))
+        if given and (given not in values or (old.shape == (width,) and len(readers[given]) == 1)):
+            continue
+        name = f"{node.output[0]}.own bias" if given else f"{node.output[0]}.bias"
+        changed.graph.initializer.append(tensor(name, np.broadcast_to(old.reshape(-1), (width,)).astype(np.float32)))
+        del node.input[2:]
         node.input.append(name)
+    drop_dead(changed)
     return changed
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from compress.channels import Shrink
 from compress.graph import Array
 from compress.pipeline import State
 from compress.scheme import Layer, Range, Scheme
-from compress.shrinking import Shrink
 from compress.statistics import Observed
 from compress.weights import Blocks, Codes
 from skills.profile import Profile

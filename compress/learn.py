@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from compress import graph, ladder
-from compress.channels import survivors
+from compress import Goal, graph, ladder
+from compress.beside import held_batches
+from compress.channels import Shrink, survivors
 from compress.compensate import MADE_UP_ON, Stay, compensated
 from compress.data import Part, whole_runs
 from compress.graph import Array
@@ -22,7 +23,7 @@ from compress.measure import Runner, answers, divergence
 from compress.passes.place import find_layers
 from compress.recipe import RecipeTraining
 from compress.scheme import HEAVY, Layer
-from compress.shrinking import SAMPLES, Goal, Shrink, choose
+from compress.shrinking import SAMPLES, choose
 from compress.shrinking import lift as put_back
 from compress.stage import Stage, read, write
 from compress.student import Student, spreads
@@ -30,6 +31,7 @@ from compress.to_torch import Twin
 from compress.train import Checkpoint, Settings, Trained, fit, half_precision, training_device
 from compress.views import Views, movable, moved
 from compress.weights import encode
+from skills.errors import DeadlineExceeded
 from skills.wire import decode_json, encode_json
 
 VIEWS = 4
@@ -75,6 +77,7 @@ class Lesson:
     say: Callable[[str, float], None]
     multiple: int = 0  # of channels, as `shrinking.choose` takes it; and `block`
     block: int = 1
+    classes: bool = True  # the outputs are class scores
     onward: Callable[[], bool] = lambda: True  # whether to train a smaller one, asked once the last was judged
 
     def kept(self, key: str, make: Callable[[], bytes]) -> bytes:
@@ -108,37 +111,26 @@ def climb(model: Any, lesson: Lesson, planned: Sequence[Stage] | None = None) ->
     x = moved(x, np.arange(len(x)), 1, lesson.seed) if movable(x) else x
     few = whole_runs(lesson.original.inputs[0], x, SAMPLES)
     wanted = answers(lesson.original, few)
-    views = Views(lesson.train.x, lesson.teacher, planned[0].views if planned else VIEWS, lesson.seed, lesson.kept)
+    views = Views(lesson.train.x, lesson.teacher, planned[0].views if planned else VIEWS, lesson.seed, lesson.kept,
+                  classes=lesson.classes)  # fmt: skip
     usual = ladder.rungs(lesson.goal, lesson.widths)
-    bits: dict[str, float] = {}
-    harm: Harm = {}
     for at in range(len(planned) if planned is not None else len(ladder.SHARES)):
         if at and planned is None and not lesson.onward():
             return
         known = planned[at] if planned is not None else lesson.plan(at)
-        if known is not None:
-            shrink, bits = known.shrink, dict(known.bits)
-            harm = lesson.harm(at) if planned is None else {}
-        else:
-            lesson.say("choosing what to remove", 0.0)
-            # Fewer bits save bytes at less harm than fewer channels do: these go for time, unless bytes are all that counts.
-            shrink = choose(
-                full, done, few, wanted, usual[at].kept, "size" if lesson.goal == "size" else "latency",
-                lambda share: lesson.say("choosing what to remove", share), lesson.multiple, lesson.block,
-            )  # fmt: skip
+        shrink = known.shrink if known is not None else _less(full, done, few, wanted, usual[at], lesson)
+        if shrink is None:
+            return
         small = shrink.apply(full)
         if shrink != done:
             lesson.say("making up for what was removed", 0.0)
             several = whole_runs(lesson.original.inputs[0], x, MADE_UP_ON)
             small = compensated(done.apply(full), small, _stay(model, done, shrink), several)
-        if known is None:
-            bits, harm = _widths(small, lesson, usual[at], few, wanted)
-        layers = [
-            dataclasses.replace(layer, bits=bits[layer.node])
-            for layer in find_layers(small)
-            if layer.op in HEAVY and layer.node in bits
-        ]
-        student = Student(small, layers, spreads(small, x))
+        weighed = _widths(small, lesson, usual[at], few, wanted) if known is None else (known.bits, lesson.harm(at))
+        if weighed is None:
+            return
+        bits, harm = weighed
+        student = _student(small, bits, x)
         if known is not None:
             settings = known.settings
         else:
@@ -164,39 +156,65 @@ def climb(model: Any, lesson: Lesson, planned: Sequence[Stage] | None = None) ->
         yield Reached(trained, bits, stages, harm)
 
 
+def _less(full: Any, done: Shrink, x: Array, wanted: Array, rung: Rung, lesson: Lesson) -> Shrink | None:
+    """Return what is removed on a rung, `done` and more; None where the time has ended."""
+    if lesson.left() <= 0:
+        return None
+    lesson.say("choosing what to remove", 0.0)
+    # Fewer bits save bytes at less harm than fewer channels do: these go for time, unless bytes are all that counts.
+    return choose(
+        full, done, x, wanted, rung.kept, "size" if lesson.goal == "size" else "latency",
+        lambda share: lesson.say("choosing what to remove", share), lesson.multiple, lesson.block,
+        left=lesson.left, classes=lesson.classes,
+    )  # fmt: skip
+
+
+def _student(small: Any, bits: Mapping[str, float], x: Array) -> Student:
+    layers = [dataclasses.replace(layer, bits=bits[layer.node]) for layer in heavy(small) if layer.node in bits]
+    return Student(small, layers, spreads(small, x))
+
+
 def heavy(model: Any) -> list[Layer]:
     """Return the layers whose weights are trained to codes: not tables and recurrent ones."""
     return [layer for layer in find_layers(model) if layer.op in HEAVY]
 
 
 def sensitivity(
-    model: Any,
-    layers: Sequence[Layer],
-    widths: Sequence[float],
-    x: Array,
-    original: Array,
-    say: Callable[[float], None],
+    model: Any, layers: Sequence[Layer], widths: Sequence[float], x: Array, original: Array, lesson: Lesson
 ) -> dict[str, dict[float, float]]:
-    """Return how far each layer alone, rounded to each width, moves the answers from the original's."""
+    """Return how far each layer alone, rounded to each width, moves the answers from the original's, on as many inputs as memory
+    holds.
+
+    Raises:
+        DeadlineExceeded: the lesson's time ended before every layer was weighed.
+    """
     twin = Twin(model).eval()
     values = graph.arrays(model)
-    inputs = torch.from_numpy(np.ascontiguousarray(x))
+    parts = [torch.from_numpy(np.ascontiguousarray(part)) for part in held_batches(model, x)]
+    original = original[: sum(map(len, parts))]
     found: dict[str, dict[float, float]] = {}
+
+    def apart() -> float:
+        return divergence(original, np.concatenate([twin(part).numpy() for part in parts]), classes=lesson.classes)
+
     with torch.no_grad():
-        plain = divergence(original, twin(inputs).numpy())
+        plain = apart()
         for at, layer in enumerate(layers):
+            if lesson.left() <= 0:
+                raise DeadlineExceeded("the time ended before every layer was weighed")
             row = found[layer.node] = {}
             for width in widths:
                 rounded = torch.from_numpy(encode(values[layer.weight], layer.axis, width).restore())
                 twin.on_weight[layer.weight] = lambda _weight, rounded=rounded: rounded
-                row[width] = max(divergence(original, twin(inputs).numpy()) - plain, 0.0)
+                row[width] = max(apart() - plain, 0.0)
             del twin.on_weight[layer.weight]
-            say((at + 1) / len(layers))
+            lesson.say("weighing the layers", (at + 1) / len(layers))
     return found
 
 
-def _widths(small: Any, lesson: Lesson, rung: Rung, x: Array, wanted: Array) -> tuple[dict[str, float], Harm]:
-    """Return the layers that are stored narrower than in 8 bits, how narrow, and what each width alone costs a layer."""
+def _widths(small: Any, lesson: Lesson, rung: Rung, x: Array, wanted: Array) -> tuple[dict[str, float], Harm] | None:
+    """Return the layers that are stored narrower than in 8 bits, how narrow, and what each width alone costs a layer; None where
+    the time ended before that was known."""
     able = [layer for layer in heavy(small) if layer.count >= LEAST_WEIGHTS and not layer.depthwise]
     narrow = tuple(width for width in lesson.widths if 2 <= width < 8)
     if not able or not narrow or rung.bits >= 8:
@@ -204,7 +222,9 @@ def _widths(small: Any, lesson: Lesson, rung: Rung, x: Array, wanted: Array) -> 
     before = torch.get_num_threads()
     torch.set_num_threads(lesson.threads)
     try:
-        harm = sensitivity(small, able, narrow, x, wanted, lambda share: lesson.say("weighing the layers", share))
+        harm = sensitivity(small, able, narrow, x, wanted, lesson)
+    except DeadlineExceeded:
+        return None
     finally:
         torch.set_num_threads(before)
     chosen = ladder.assign({layer.node: layer.count for layer in able}, harm, narrow, rung.bits)

@@ -191,13 +191,13 @@ def foretold(original: Array, output: Array) -> Array:
     return np.asarray(100 * (odds[rows, original.argmax(axis=1)] - odds[rows, output.argmax(axis=1)]))
 
 
-def divergence(original: Array, output: Array) -> float:
+def divergence(original: Array, output: Array, *, classes: bool) -> float:
     """Return how far two models' answers are apart without needing labels, 0 for equal.
 
-    Kullback-Leibler divergence of the class probabilities where the output is class scores, else the squared error
+    Kullback-Leibler divergence of the class probabilities where the outputs are `classes`' scores, else the squared error
     relative to the original's variance.
     """
-    if output.ndim == 2 and output.shape[1] > 1:
+    if classes:
         p, q = log_probabilities(original), log_probabilities(output)
         return float((np.exp(p) * (p - q)).sum(axis=1).mean())
     spread = float(original.astype(np.float64).var()) or 1.0

@@ -39,6 +39,7 @@ class Metric:
     higher_is_better: bool = True
     bounded: bool = True
     needs_labels: bool = True
+    classes: bool = True  # the outputs are rows of class scores, so that answers lie apart as distributions do
 
     @property
     def unit(self) -> str:
@@ -83,6 +84,7 @@ def choose(data: Data, output: Array, few: Array) -> Metric:
     if metric.needs_labels and data.y is None:
         raise FormatError(f"the metric {metric.name} needs y, the data has only x: add y, or leave the metric out")
     _check(metric.name, data, output, few)
+    metric = dataclasses.replace(metric, classes=_classes(metric.name, data, output, few))
     if metric.name in ("mse", "psnr"):  # without y of that size the target is the input, which every part has
         against_y = data.y is not None and data.y[0].size == output[0].size
         metric = dataclasses.replace(metric, needs_labels=against_y)
@@ -176,6 +178,14 @@ def _check(name: str, data: Data, output: Array, few: Array) -> None:
         raise FormatError(
             f"roc_auc needs one or two scores a sample or a reconstruction of the input, the output is {list(output.shape)}"
         )
+
+
+def _classes(name: str, data: Data, output: Array, few: Array) -> bool:
+    """Return whether rows of the output are class scores and not boxes, embeddings or a reconstruction."""
+    if name in ("top1", "macro_f1", "agreement"):
+        return True
+    labels = data.y is None or (data.y.dtype.kind in "iu" and data.y.ndim == 1)
+    return labels and _scores(output) and output.shape != few.shape and name not in ("mse", "psnr", "cosine")
 
 
 def _scores(output: Array) -> bool:

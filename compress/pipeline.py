@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import onnx
 
+from compress import Goal
+from compress.channels import Shrink
 from compress.data import Splits
 from compress.graph import Array
 from compress.measure import answers
 from compress.metrics import Metric
 from compress.recipe import Recipe
 from compress.scheme import Candidate, Scheme
-from compress.shrinking import Shrink
 from compress.statistics import Statistics
 from skills import ort
 from skills.errors import SkerryError
@@ -75,7 +76,7 @@ class Bench:
     original_calibrate: Array
     original_select: Array
     max_drop: float
-    goal: str
+    goal: Goal
     say: Callable[[float, str], None]  # share of this pass done, the best so far in words
     threads: int = 1
     timing_rounds: int = 40
@@ -95,14 +96,22 @@ class Pass:
 
 
 @contextlib.contextmanager
-def named(step: str) -> Iterator[None]:
-    """Let every error of a pass begin with its name; one that no pass should raise becomes a SkerryError."""
+def expected(step: str) -> Iterator[None]:
+    """Let an error that `step` should not raise become a SkerryError that names it: what other steps made is still there."""
     try:
         yield
-    except SkerryError as error:
-        raise type(error)(f"pass '{step}': {error}") from error
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
-        raise SkerryError(f"pass '{step}' failed: {type(error).__name__}: {error}") from error
+        raise SkerryError(f"{step} failed: {type(error).__name__}: {error}") from error
+
+
+@contextlib.contextmanager
+def named(step: str) -> Iterator[None]:
+    """Let every error of a pass begin with its name."""
+    with expected(f"pass '{step}'"):
+        try:
+            yield
+        except SkerryError as error:
+            raise type(error)(f"pass '{step}': {error}") from error
 
 
 def apply(

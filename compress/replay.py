@@ -1,6 +1,6 @@
 """Do again what a recipe says: whether it fits the model, and what it says that went in."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compress.channels import branches, groups
@@ -15,17 +15,12 @@ from skills.errors import FormatError
 TRAIN = "train"  # stands among a recipe's passes where training was
 
 
-def check(recipe: Recipe, model: Any, known: Collection[str]) -> None:
-    """Hold a recipe against the canonicalised model that it is to be used on; `known` are the names of passes.
+def check(recipe: Recipe, model: Any) -> None:
+    """Hold a recipe against the model that it is to be used on, rewritten by its passes before channels are removed.
 
     Raises:
-        FormatError: it names a pass, layer, group of channels or residual branch that is not there, or leaves a layer out.
+        FormatError: it names a layer, group of channels or residual branch that is not there, or leaves a layer out.
     """
-    for name in recipe.passes:
-        if name not in known and name != TRAIN:
-            raise FormatError(f"the recipe asks for the pass '{name}'; there are {', '.join(known)}")
-    if (TRAIN in recipe.passes) != bool(recipe.training):
-        raise FormatError(f"the recipe has {len(recipe.training)} stages of training and the passes {recipe.passes}")
     layers = {layer.node for layer in find_layers(model)}
     for name in (*(layer.name for layer in recipe.layers), *(name for row in recipe.training for name in row.bits)):
         if name not in layers:
@@ -66,8 +61,17 @@ def stages(recipe: Recipe) -> tuple[Stage, ...]:
 
 
 def before_training(recipe: Recipe, passes: Sequence[Pass]) -> list[Pass]:
-    """Return the passes that come before training, or all where there is none, in the recipe's order."""
+    """Return the passes that come before training, or all where there is none, in the recipe's order.
+
+    Raises:
+        FormatError: the recipe names a pass that there is none of, or passes and training do not fit.
+    """
     named = {step.name: step for step in passes}
+    for name in recipe.passes:
+        if name not in named and name != TRAIN:
+            raise FormatError(f"the recipe asks for the pass '{name}'; there are {', '.join(named)}")
+    if (TRAIN in recipe.passes) != bool(recipe.training):
+        raise FormatError(f"the recipe has {len(recipe.training)} stages of training and the passes {recipe.passes}")
     before = recipe.passes[: recipe.passes.index(TRAIN)] if recipe.training else recipe.passes
     return [named[name] for name in before]
 

@@ -66,6 +66,7 @@ class Point:
     latency_ms_p50: float | None = None
     chosen: bool = False
     file: str = ""  # inside the result folder; empty where the file was not kept
+    least_runtime: str = ""  # as in `Details`
     over: float | None = (
         None  # drop on all parts of the data together, of a file that was passed over for it (`judge.doubted`)
     )

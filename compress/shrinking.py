@@ -8,7 +8,7 @@ everything is measured anew, since harms do not add up.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 
 from compress import graph
 from compress.beside import held_batches
-from compress.channels import Branch, Group, branches, groups, params, rounded, shrink, work
+from compress.channels import Branch, Group, Shrink, branches, groups, params, rounded, work
 from compress.graph import Array
 from compress.measure import divergence
 from compress.saliency import contribution
@@ -28,47 +28,33 @@ CHUNK = 0.25  # of a group's channels go at once
 LEAST_KEPT = 0.25  # of a group's channels stay
 WIDE = 32  # from so many channels on, kept counts are multiples of 8; of 4 below
 
-Goal = Literal["size", "latency", "both"]
+Spared = Literal["size", "latency"]  # what removing is for
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Shrink:
-    """What to remove: the units that stay in each group cut, and the Adds whose residual branch goes."""
-
-    keep: Mapping[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
-    without: tuple[str, ...] = ()
-
-    def apply(self, model: Any) -> Any:
-        """Return the smaller graph."""
-        return shrink(model, self.keep, [branch for branch in branches(model) if branch.add in self.without])
-
-
-def cost(model: Any, whole: Any, goal: Goal, block: int = 1) -> float:
-    """Return what is left of a network's cost, 0..1: weights for size, work for latency, half and half for both.
+def cost(model: Any, whole: Any, spared: Spared, block: int = 1) -> float:
+    """Return what is left of a network's cost, 0..1: weights for size, work for latency.
 
     `block` is how many channels the runtime computes at once: fewer take as long.
     """
-    parts = []
-    if goal != "latency":
-        parts.append(sum(params(model).values()) / max(1, sum(params(whole).values())))
-    if goal != "size":
-        parts.append(work(model, block) / max(1, work(whole, block)))
-    return sum(parts) / len(parts)
+    if spared == "size":
+        return sum(params(model).values()) / max(1, sum(params(whole).values()))
+    return work(model, block) / max(1, work(whole, block))
 
 
 def choose(
-    model: Any, now: Shrink, x: Array, original: Array, target: float, goal: Goal,
+    model: Any, now: Shrink, x: Array, original: Array, target: float, spared: Spared,
     say: Callable[[float], None] = lambda _share: None, multiple: int = 0, block: int = 1, *,
-    rounds: int = ROUNDS, left: Callable[[], float] = lambda: math.inf,
+    rounds: int = ROUNDS, left: Callable[[], float] = lambda: math.inf, classes: bool = True,
 ) -> Shrink:  # fmt: skip
     """Return `now` and more to remove, until at most `target` of the cost of `model` is left or nothing more can go.
 
     `original` is what the network answered to `x` before anything was removed; channels are kept in multiples of
     `multiple`, or of 8 in wide layers and 4 in narrow ones where it is 0. `block` is that of `cost`. What there is to choose
-    from is weighed anew in each of `rounds`; where no seconds are `left` before one ends, what it began is not done.
+    from is weighed anew in each of `rounds`; where no seconds are `left` before one ends, what it began is not done. `classes`
+    is as `measure.divergence` takes it.
     """
-    probe = _Probe(model, x, original, multiple, block)
-    rest = cost(now.apply(model), model, goal, block)
+    probe = _Probe(model, x, original, multiple, block, classes=classes)
+    rest = cost(now.apply(model), model, spared, block)
     for turn in range(rounds):
         if rest <= target:
             break
@@ -79,7 +65,7 @@ def choose(
         for at, step in enumerate(steps):
             if left() <= 0:
                 return now
-            saved = rest - cost(step.apply(model), model, goal, block)
+            saved = rest - cost(step.apply(model), model, spared, block)
             if saved > 0:
                 found.append((max(probe.harm(step) - plain, 0.0) / saved, at, step))
             say((turn + (at + 1) / len(steps)) / rounds)
@@ -87,7 +73,7 @@ def choose(
             break
         for _, _, step in sorted(found, key=lambda row: row[:2]):
             now = _joined(now, step)
-            rest = cost(now.apply(model), model, goal, block)
+            rest = cost(now.apply(model), model, spared, block)
             if rest <= until:
                 break
     say(1.0)
@@ -125,10 +111,10 @@ def _joined(one: Shrink, other: Shrink) -> Shrink:
 class _Probe:
     """The network with parts of it at zero, and how far its answers then are from the original's."""
 
-    def __init__(self, model: Any, x: Array, original: Array, multiple: int, block: int) -> None:
+    def __init__(self, model: Any, x: Array, original: Array, multiple: int, block: int, *, classes: bool) -> None:
         self.parts = [torch.from_numpy(np.array(part)) for part in held_batches(model, x)]
         self.original = original[: sum(map(len, self.parts))]
-        self.model, self.multiple, self.block = model, multiple, block
+        self.model, self.multiple, self.block, self.classes = model, multiple, block, classes
         self.twin = Twin(model).eval()
         self.groups: tuple[Group, ...] = groups(model)
         self.branches: dict[str, Branch] = {branch.add: branch for branch in branches(model)}
@@ -144,7 +130,8 @@ class _Probe:
         """Return the distance to the original's answers with these parts removed."""
         self._mask(state)
         with torch.no_grad():
-            return divergence(self.original, np.concatenate([self.twin(part).numpy() for part in self.parts]))
+            got = np.concatenate([self.twin(part).numpy() for part in self.parts])
+        return divergence(self.original, got, classes=self.classes)
 
     def candidates(self, state: Shrink) -> list[Shrink]:
         """Return the next steps: each branch that is left, and the least channels of each group that is wide enough."""

@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Mapping
 
+from compress.channels import Shrink
 from compress.recipe import RecipeGroup, RecipeRemoved, RecipeTraining
-from compress.shrinking import Shrink
 from compress.train import Settings
 
 

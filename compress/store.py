@@ -131,7 +131,7 @@ class Plain(_Writer):
         return [Piece(self.taken(), (weight, made))], weight, made
 
     def float_weights(self, codes: Codes, bias: Array | None) -> Unfolded:
-        weight = self.to_float(self.constant(codes.values), self.constant(along(codes.scales, codes)), codes)
+        weight = self.to_float(self.constant(codes.values), self.constant(codes.factors()), codes)
         return [Piece(self.taken(), (weight,))], weight, "" if bias is None else self.constant(bias)
 
     def finish(self) -> tuple[list[Any], list[Any]]:
@@ -162,7 +162,7 @@ class Compact(_Writer):
 
     def float_weights(self, codes: Codes, bias: Array | None) -> Unfolded:
         scales, floats = self._scales(codes, bias)
-        shape = along(codes.scales, codes).shape
+        shape = codes.factors().shape
         if codes.axis != codes.values.ndim - 1:
             scales = self.make("Reshape", [scales, self.once(np.asarray([-1, *shape[codes.axis + 1 :]], np.int64))])
         weight = self.to_float(self._codes(codes), scales, codes)
@@ -230,13 +230,6 @@ class Compact(_Writer):
         inputs = [source] if sizes is None else [source, self.once(np.asarray(sizes, np.int64))]
         facts = {"num_outputs": len(names)} if sizes is None else {}
         self.nodes.append(onnx.helper.make_node("Split", inputs, names, **facts))
-
-
-def along(scales: Array, codes: Codes) -> Array:
-    """Return scales in the shape that multiplies the codes."""
-    shape = [1] * codes.values.ndim
-    shape[codes.axis] = -1
-    return scales.reshape(shape)
 
 
 def whole_bias(bias: Array, scales: Array, input_scale: float) -> tuple[Array, Array]:

@@ -98,7 +98,7 @@ class Student:
     """A twin made ready to train: `rounded` layers see their weights as codes, convolutions are normalised."""
 
     def __init__(self, model: Any, rounded: Sequence[Layer], spreads: Mapping[str, Spread]) -> None:
-        self.source = _with_biases(model, spreads)
+        self.source = graph.with_biases(model)
         self.twin = Twin(self.source)
         values = graph.arrays(self.source)
         self.rounding = {layer.weight: _Rounding(layer, values[layer.weight]) for layer in rounded}
@@ -191,21 +191,3 @@ def spreads(model: Any, x: Array, batch: int = 64) -> dict[str, Spread]:
         mean = first / count
         found[name] = (mean, np.sqrt(np.maximum(second / count - mean**2, 0.0)))
     return found
-
-
-def _with_biases(model: Any, spreads: Mapping[str, Spread]) -> Any:
-    """Return the graph with a bias at every convolution that is normalised, for the fold to go into."""
-    changed = graph.copy(model)
-    values = graph.arrays(model)
-    for node in changed.graph.node:
-        if node.op_type not in ("Conv", "ConvTranspose") or node.output[0] not in spreads:
-            continue
-        if len(node.input) > 2 and node.input[2] in values and len(graph.consumers(model)[node.input[2]]) == 1:
-            continue
-        name = f"{node.output[0]}.bias"
-        width = len(spreads[node.output[0]][0])
-        old = values.get(node.input[2]) if len(node.input) > 2 else None
-        changed.graph.initializer.append(graph.tensor(name, np.zeros(width, np.float32) if old is None else old))
-        del node.input[2:]
-        node.input.append(name)
-    return changed

@@ -105,7 +105,7 @@ def fit(
                 group["lr"] = group["base"] * rate(step, settings.steps)
             with torch.autocast(device.type, torch.bfloat16, enabled=half_precision(device.type)):
                 answer = student.twin(x)
-            found = distance(answer.float(), target, truth, settings)
+            found = distance(answer.float(), target, truth, settings, classes=views.classes)
             optimizer.zero_grad(set_to_none=True)
             found.backward()
             torch.nn.utils.clip_grad_norm_(modules.parameters(), LARGEST_GRADIENT)
@@ -146,12 +146,12 @@ def rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + float(np.cos(np.pi * step / max(1, steps))))
 
 
-def distance(answer: Tensor, target: Tensor, truth: Tensor | None, settings: Settings) -> Tensor:
+def distance(answer: Tensor, target: Tensor, truth: Tensor | None, settings: Settings, *, classes: bool) -> Tensor:
     """Return the loss: cross-entropy against the teacher's softened classes and the labels, or the squared error.
 
-    Where the output is no row of class scores, the squared error is taken relative to the spread of the teacher's answers.
+    Where outputs are no `classes`' scores, the squared error is taken relative to the spread of the teacher's answers.
     """
-    if answer.ndim != 2 or answer.shape[1] < 2:
+    if not classes:
         return ((answer - target) ** 2).mean() / target.var().clamp_min(1e-12)
     heat = settings.temperature
     said, wanted = _scores(answer), _scores(target)

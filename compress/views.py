@@ -5,11 +5,13 @@ teacher (Beyer et al., CVPR 2022, arXiv 2106.05237). The inputs as they are stay
 and what it says to them tells little. Each view is answered once and kept, which makes it as cheap as a label.
 """
 
+import functools
 import hashlib
 from collections.abc import Callable
 
 import numpy as np
 
+from compress.data import whole_runs
 from compress.graph import Array
 from compress.measure import Runner, answers
 
@@ -23,15 +25,17 @@ ASKED_AT_ONCE = 2000
 class Views:
     """The training inputs `x` in `count` views, or as they are where nothing is known of how they may be moved.
 
-    `kept(key, make)` returns the bytes kept under a key, or makes and keeps them.
+    `kept(key, make)` returns the bytes kept under a key, or makes and keeps them; `classes` says whether the teacher's answers
+    are rows of class scores.
     """
 
     def __init__(
-        self, x: Array, teacher: Runner, count: int, seed: int, kept: Callable[[str, Callable[[], bytes]], bytes]
-    ) -> None:
+        self, x: Array, teacher: Runner, count: int, seed: int, kept: Callable[[str, Callable[[], bytes]], bytes],
+        *, classes: bool = True,
+    ) -> None:  # fmt: skip
         self.x, self.teacher, self.seed, self.kept = x, teacher, seed, kept
         self.first = 1 if movable(x) else 0
-        self.count = count if movable(x) else 1
+        self.count, self.classes = count if movable(x) else 1, classes
         self._answers: dict[int, Array] = {}
 
     def inputs(self, view: int, rows: Array) -> Array:
@@ -43,11 +47,16 @@ class Views:
         if view not in self._answers:
             known = hashlib.sha256(f"{self.seed}:{view}:{len(self.x)}".encode()).hexdigest()[:16]
             raw = self.kept(f"teacher-{known}", lambda: self._ask(view, say).tobytes())
-            flat = np.frombuffer(raw, np.float32)
-            self._answers[view] = flat.reshape(len(self.x), *self.teacher.outputs[0].shape[1:]) if (
-                -1 not in self.teacher.outputs[0].shape[1:]
-            ) else flat.reshape(len(self.x), -1)  # fmt: skip
+            self._answers[view] = np.frombuffer(raw, np.float32).reshape(len(self.x), *self._size)
         return self._answers[view]
+
+    @functools.cached_property
+    def _size(self) -> tuple[int, ...]:
+        """The teacher's answer to one input, where its graph leaves sizes open that of the first."""
+        said = self.teacher.outputs[0].shape[1:]
+        if -1 not in said:
+            return tuple(said)
+        return answers(self.teacher, whole_runs(self.teacher.inputs[0], self.x, 1)).shape[1:]
 
     def _ask(self, view: int, say: Callable[[float], None]) -> Array:
         found = []

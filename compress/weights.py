@@ -24,7 +24,11 @@ class Codes:
 
     def restore(self) -> Array:
         """Return the float weights that the codes stand for."""
-        return np.asarray(self.values.astype(np.float32) * along(self.scales, self.axis, self.values.ndim))
+        return np.asarray(self.values.astype(np.float32) * self.factors())
+
+    def factors(self) -> Array:
+        """Return the scales in the shape that multiplies the codes."""
+        return along(self.scales, self.axis, self.values.ndim)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -54,6 +54,7 @@ class Work:
                 f"There was nothing to resume in {self.out}: what an interrupted run kept there is of another model, other data "
                 "or options, or another version. This run started anew."
             )
+            folder.forget(self.out)
         self.began -= float(seconds or 0)
         best = self.get("best")
         if best is not None and folder.best_folder(self.out).is_dir():

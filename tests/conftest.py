@@ -169,7 +169,7 @@ class SmallNet:
         return {"x": self.x, "y": self.y}
 
 
-PICTURES = ("plain", "residual", "depthwise", "silu", "hardswish", "squeeze", "transposed")
+PICTURES = ("plain", "residual", "shortcut", "depthwise", "silu", "hardswish", "squeeze", "transposed")
 SERIES = ("conv1d", "lstm", "gru", "transformer")
 SMALL_NETS = (*PICTURES, *SERIES)
 
@@ -203,16 +203,17 @@ def make_small_net(kind: str) -> SmallNet:  # noqa: C901 - one branch a kind of 
         name = f"m{len(nodes)}"
         return node("MatMul", source, constant(name, chance.standard_normal((into, out)) * into**-0.5))
 
-    def conv(source: str, into: int, out: int, size: int, *, act: str = "Relu", groups: int = 1) -> str:
+    def conv(
+        source: str, into: int, out: int, size: int, *, act: str = "Relu", groups: int = 1, stride: int = 1
+    ) -> str:
         name = f"c{len(nodes)}"
         kernel = (size,) * (1 if kind in SERIES else 2)
         weight = (
             chance.standard_normal((out, into // groups, *kernel)) * (2 * groups / (into * size ** len(kernel))) ** 0.5
         )
         pads = [size // 2] * 2 * len(kernel)
-        nodes.append(
-            helper.make_node("Conv", [source, constant(name + "w", weight)], [name], name, pads=pads, group=groups)
-        )
+        facts = {"pads": pads, "group": groups, "strides": [stride] * len(kernel)}
+        nodes.append(helper.make_node("Conv", [source, constant(name + "w", weight)], [name], name, **facts))
         norm = [
             0.5 + chance.random(out),
             0.2 * chance.standard_normal(out),
@@ -263,6 +264,11 @@ def make_small_net(kind: str) -> SmallNet:  # noqa: C901 - one branch a kind of 
                 nodes.append(helper.make_node("Add", [conv(conv(last, 16, 16, 3), 16, 16, 3, act=""), last], ["sum"]))
                 nodes.append(helper.make_node("Relu", ["sum"], ["summed"]))
                 last = "summed"
+            case "shortcut":
+                few = conv(last, 16, 8, 1)
+                ends = (whole(f"cut {at}", value) for at, value in enumerate(([0, 0], [99, 99], [2, 3], [2, 2])))
+                more = node("Pad", node("Slice", few, *ends), whole("pads", [0, 4, 0, 0, 0, 4, 0, 0]))
+                last = node("Relu", node("Add", conv(few, 8, 16, 3, act="", stride=2), more))
             case "depthwise":
                 last = conv(last, 16, 16, 3, act="Clip", groups=16)
                 last = conv(last, 16, 16, 1, act="Clip")

@@ -1,6 +1,6 @@
 """What `skerry compress` makes of the reference models, beside what other tools make of them: size, speed, accuracy.
 
-    SKERRY_REFERENCE=../shared/data python -P bench/compress [--row NAME ...] [--skip-baselines] [--time-only]
+    SKERRY_REFERENCE=../shared/data python -P bench/compress [--row NAME ...] [--baselines TOOL ...] [--time-only]
 
 The reference folder brings the models, the data and a `load.py` that reads them. Everything that is made or measured is
 kept under --work and taken from there the next time, unless what it was made from has changed: an interrupted bench goes
@@ -45,6 +45,9 @@ def main() -> None:
     )
     parser.add_argument("--our-out", type=Path, metavar="DIR", help="a result of ours, or a folder of them by row")
     parser.add_argument("--skip-baselines", action="store_true", help="only our result")
+    parser.add_argument(
+        "--baselines", nargs="+", metavar="TOOL", help="of the other tools' results only these, as onnxruntime-tuned"
+    )
     parser.add_argument("--skip-ours", action="store_true", help="only the other tools' results")
     parser.add_argument(
         "--time-only", action="store_true", help="measure the speeds anew, of what is there; make nothing"
@@ -106,10 +109,11 @@ def _outcome(row: Row, load: Any, work: Path, given: argparse.Namespace) -> tabl
 
 
 def _made(row: Row, prepared: Prepared, work: Path, given: argparse.Namespace) -> list[Made]:
+    wanted = [one for one in candidates.baselines(row) if given.baselines is None or one.name in given.baselines]
     if given.time_only:
-        found = (candidates.earlier(item, row, work) for item in candidates.baselines(row))
+        found = (candidates.earlier(item, row, work) for item in wanted)
         return [item for item in found if item is not None]
-    return [candidates.make(item, row, prepared, REFERENCE, work, say) for item in candidates.baselines(row)]
+    return [candidates.make(item, row, prepared, REFERENCE, work, say) for item in wanted]
 
 
 def _our_folder(row: Row, prepared: Prepared, work: Path, given: argparse.Namespace) -> Path | None:

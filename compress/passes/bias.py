@@ -18,7 +18,9 @@ from skills.errors import DeadlineExceeded, FormatError
 def distance(state: State, scheme: Scheme, bench: Bench) -> float:
     """Return how far the emitted scheme answers from the original on calibration data."""
     session = ort.session(emit(state.model, scheme, state.seen()).SerializeToString(), bench.threads)
-    return divergence(bench.original_calibrate, answers(session, bench.splits.calibrate.x))
+    return divergence(
+        bench.original_calibrate, answers(session, bench.splits.calibrate.x), classes=bench.metric.classes
+    )
 
 
 def _run(state: State, bench: Bench) -> State:

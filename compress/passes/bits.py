@@ -61,7 +61,7 @@ def expected_drop(bench: Bench, got: Array) -> float:
     n, changed = len(got), (original.argmax(axis=1) != got.argmax(axis=1)).mean()
     heat = temperature(original, part.y)
     lost = foretold(log_probabilities(original) / heat, got)
-    by_answers, by_distance = float(lost.mean()), POINTS_A_NAT * divergence(original, got)
+    by_answers, by_distance = float(lost.mean()), POINTS_A_NAT * divergence(original, got, classes=True)
     estimates = [
         (measured, 1e4 * (changed + 1 / n) / n),
         (by_answers, (FORETOLD_ERROR * by_answers) ** 2 + (float(lost.var()) + 625 / n) / n),
@@ -132,7 +132,7 @@ class Search:
         """Emit a scheme and run it."""
         file = emit(self.state.model, scheme, self.state.seen()).SerializeToString()
         session = ort.session(file, self.bench.threads)
-        distance = divergence(self.bench.original_calibrate, answers(session, self.bench.splits.calibrate.x))
+        distance = self._apart(session, slice(None))
         drop = expected_drop(self.bench, answers(session, self.bench.splits.select.x))
         return Candidate(len(file), distance, drop, scheme)
 
@@ -195,7 +195,12 @@ class Search:
     def _distance(self, scheme: Scheme) -> float:
         session = ort.session(emit(self.state.model, scheme, self.state.seen()).SerializeToString(), self.bench.threads)
         part = slice(0, self.held) if self.held else slice(None)
-        return divergence(self.bench.original_calibrate[part], answers(session, self.bench.splits.calibrate.x[part]))
+        return self._apart(session, part)
+
+    def _apart(self, session: ort.Session, part: slice) -> float:
+        """Return how far a file's answers to a part of the calibration data are from the original's."""
+        got = answers(session, self.bench.splits.calibrate.x[part])
+        return divergence(self.bench.original_calibrate[part], got, classes=self.bench.metric.classes)
 
     def options(self) -> list[list[Option]]:
         """Return each layer's widths with what they weigh in the file and what they harm."""

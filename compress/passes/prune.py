@@ -7,13 +7,13 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from compress.channels import survivors
+from compress.channels import Shrink, survivors
 from compress.compensate import MADE_UP_ON, compensated
 from compress.data import whole_runs
 from compress.graph import Array, with_biases
 from compress.passes.canonicalise import canonicalise
 from compress.pipeline import Bench, Pass, State
-from compress.shrinking import SAMPLES, Shrink, choose
+from compress.shrinking import SAMPLES, choose
 from compress.stage import shrink_of
 from skills import ort
 
@@ -31,7 +31,7 @@ def spare(
     few = whole_runs(runner.inputs[0], bench.splits.calibrate.x, SAMPLES)
     return choose(
         with_biases(model), now, few, bench.original_calibrate[: len(few)], kept, "latency", say,
-        bench.profile.channel_multiple, bench.profile.channel_block, rounds=1, left=bench.left,
+        bench.profile.channel_multiple, bench.profile.channel_block, rounds=1, left=bench.left, classes=bench.metric.classes,
     )  # fmt: skip
 
 

@@ -80,7 +80,9 @@ def walk(
     Raises:
         FormatError: an operator of the graph has no torch counterpart.
     """
-    pair = _Rounded(_with_biases(model, scheme), scheme, x)
+    own = {layer.node: layer for layer in scheme.layers if layer.op in ("Conv", "Gemm")}
+    model = graph.with_biases(model, lambda node: node.name in own and measurable(own[node.name], node))
+    pair = _Rounded(model, scheme, x)
     count = len(model.graph.node)
     with torch.no_grad():
         before, took = left(), 0.0
@@ -168,24 +170,3 @@ def rebuild(
     if not walk(model, scheme, x, choose, say, left):
         raise DeadlineExceeded("the time ended before all layers were fitted")
     return scheme.with_codes(codes).with_biases(biases)
-
-
-def _with_biases(model: Any, scheme: Scheme) -> Any:
-    """Give every Conv and Gemm of the scheme a bias, so that it can be corrected."""
-    model = graph.copy(model)
-    layers = {layer.node: layer for layer in scheme.layers if layer.op in ("Conv", "Gemm")}
-    stored = graph.arrays(model)
-    for node in model.graph.node:
-        layer = layers.get(node.name)
-        if layer is None or not measurable(layer, node):
-            continue
-        size = layer.shape[layer.axis]
-        given = node.input[2] if len(node.input) > 2 else ""
-        if given and (given not in stored):
-            continue
-        value = stored[given].reshape(-1) if given else np.zeros(size, np.float32)
-        name = f"{node.name}.own bias"
-        model.graph.initializer.append(graph.tensor(name, np.broadcast_to(value, (size,)).astype(np.float32)))
-        del node.input[2:]
-        node.input.append(name)
-    return model

@@ -1,13 +1,11 @@
 """Remove what no runtime reads: metadata, doc strings, dead nodes and initializers. The size baseline is taken here."""
 
-import dataclasses
 from typing import Any
 
 import numpy as np
 import onnx
 
 from compress import graph
-from compress.pipeline import Bench, Pass, State
 
 
 def strip(model: Any) -> Any:
@@ -81,10 +79,3 @@ def _constant(node: Any) -> Any:
         case _:
             return None
     return value
-
-
-def _run(state: State, _bench: Bench) -> State:
-    return dataclasses.replace(state, model=strip(state.model))
-
-
-STRIP = Pass("strip", "removing what does not compute", _run)

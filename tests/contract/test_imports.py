@@ -37,6 +37,10 @@ def test_the_command_line_starts_without_the_workshop_and_the_controller() -> No
     assert not loaded_by("import cloud.cli") & (HEAVY - {"typer", "rich"})
 
 
+def test_a_plan_is_made_without_torch() -> None:
+    assert "torch" not in loaded_by("import compress.passes.canonicalise, cloud.split.plan")
+
+
 def test_telemetry_of_onnxruntime_is_off_before_it_is_imported() -> None:
     code = (
         "import os; os.environ.pop('ORT_DISABLE_TELEMETRY', None); from skills import ort; ort.versions(); "

@@ -125,6 +125,22 @@ def test_an_interrupted_climb_takes_up_its_plan_and_its_checkpoint(
     assert set(whole.bits) <= set(whole.harm)
 
 
+def test_nothing_is_weighed_once_the_time_has_ended(
+    small_net: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compress.learn.choose", lambda *_, **__: pytest.fail("the time has ended"))
+    assert climbed(small_net("plain"), left=lambda: 0.0) == []
+
+
+def test_no_more_is_weighed_where_the_time_ends_meanwhile(
+    small_net: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    time = iter((1.0, 0.0))
+    monkeypatch.setattr("compress.learn.choose", lambda _full, done, *_, **__: done)
+    monkeypatch.setattr("compress.learn._settings", lambda *_: pytest.fail("the time has ended"))
+    assert climbed(small_net("plain"), left=lambda: next(time)) == []
+
+
 def test_no_time_means_no_rung(small_net: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ladder, "steps", lambda *_: 0)
     assert climbed(small_net("plain")) == []

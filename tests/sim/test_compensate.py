@@ -35,7 +35,7 @@ def apart(wanted: Any, model: Any, x: Any) -> float:
 @pytest.mark.parametrize("kind", KINDS)
 def test_its_answers_come_nearer_to_those_of_the_network_before(kind: str, small_net: Callable[[str], Any]) -> None:
     model, x, wanted = prepared(small_net(kind))
-    found = choose(model, Shrink(), x[:48], wanted[:48], 0.7, "both")
+    found = choose(model, Shrink(), x[:48], wanted[:48], 0.7, "latency")
     small = found.apply(model)
     better = compensated(model, small, survivors(model, found.keep), x)
     assert [node.output[0] for node in better.graph.node] == [node.output[0] for node in small.graph.node]
@@ -58,6 +58,18 @@ def test_a_channel_that_says_what_another_says_is_not_missed(small_net: Callable
     small = without.apply(twins)
     better = compensated(twins, small, survivors(twins, without.keep), x)
     assert apart(wanted, small, x) > 100 * apart(wanted, better, x)
+
+
+def test_layers_that_share_a_bias_are_each_given_their_own(small_net: Callable[[str], Any]) -> None:
+    model = graph.copy(prepared(small_net("residual"))[0])
+    convs = [node for node in model.graph.node if node.op_type == "Conv"][:3]  # of one width
+    for node in convs:
+        node.input[2] = convs[0].input[2]
+    parted = with_biases(model)
+    own = [node.input[2] for node in parted.graph.node if node.op_type == "Conv"][:3]
+    assert len(set(own)) == len(convs)
+    shared = graph.arrays(model)[convs[0].input[2]]
+    assert all(np.array_equal(graph.arrays(parted)[name], shared) for name in own)
 
 
 def test_where_nothing_went_nothing_changes_and_a_branch_that_went_is_made_up_for(

@@ -104,7 +104,7 @@ def at_width(scheme: Scheme, bits: float) -> Scheme:
 
 def off(state: State, bench: Bench, scheme: Scheme) -> float:
     session = ort.session(emit(state.model, scheme, state.seen()).SerializeToString())
-    return divergence(bench.original_select, answers(session, bench.splits.select.x))
+    return divergence(bench.original_select, answers(session, bench.splits.select.x), classes=True)
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ def trained_on(folder: Path) -> str:
     return str(json.loads((folder / "lineage.json").read_text()).get("trained_on", ""))
 
 
-@pytest.mark.parametrize("kind", ["residual", "transformer"])
+@pytest.mark.parametrize("kind", ["residual", "shortcut", "transformer"])
 def test_a_recipe_gives_the_same_bytes_again(kind: str, small_net: Build, tmp_path: Path) -> None:
     net = small_net(kind)
     path, bytes_before, recipe = first(net, net.data, tmp_path, 3.0)
@@ -64,11 +64,12 @@ def test_a_recipe_gives_the_same_bytes_again(kind: str, small_net: Build, tmp_pa
     assert same == recipe
 
 
+@pytest.mark.parametrize("kind", ["residual", "shortcut"])
 def test_a_recipe_with_training_gives_the_same_bytes_again(
-    small_net: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, small_net: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few_steps(monkeypatch)
-    net = small_net("residual")
+    net = small_net(kind)
     path, bytes_before, recipe = first(net, with_training(net), tmp_path, 90.0)
     assert [row.stage for row in recipe.training] == ["rung 1", "rung 2"]
     assert "train" in recipe.passes
@@ -105,6 +106,20 @@ def test_a_model_that_cannot_be_trained_keeps_what_needs_no_training_and_no_reci
     with pytest.raises(FormatError, match="QuantizeLinear"):
         run(tmp_path / "model.onnx", with_training(net), tmp_path / "third", recipe=path)
     assert not (tmp_path / "third").exists()
+
+
+def test_training_that_breaks_leaves_what_needs_none(
+    small_net: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("not enough memory")
+
+    monkeypatch.setattr("compress.learn.fit", broken)
+    net = small_net("plain")
+    (tmp_path / "model.onnx").write_bytes(net.model.SerializeToString())
+    report = run(tmp_path / "model.onnx", with_training(net), tmp_path / "out", device="x86-avx2", max_drop=20.0)
+    assert "Nothing was trained: training failed: RuntimeError: not enough memory." in report.details.warnings
+    assert report.verdict != "not_reached"
 
 
 def quantized_at_its_input(model: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compress import graph, kept, profiles
+from compress import folder, graph, kept, profiles
 from compress.data import Data
 from compress.emit import emit
 from compress.measure import answers
@@ -146,11 +146,13 @@ def test_what_was_kept_for_other_inputs_is_not_used(small_net: Build, tmp_path: 
     first = Work(tmp_path / "out", 0.0, 100.0, lambda *_: None)
     first.open("one", resume=False)
     first.put("key", b"value")
+    folder.write_folder(folder.best_folder(tmp_path / "out"), {"model.onnx": b"the best of the first"})
     for about, resume, found in (("one", True, b"value"), ("two", True, None), ("one", False, None)):
         later = Work(tmp_path / "out", 0.0, 100.0, lambda *_: None)
         later.open(about, resume=resume)
         assert later.get("key") == found
         assert ["nothing to resume" in said for said in later.left_out] == ([True] if about == "two" else [])
+        assert folder.best_folder(tmp_path / "out").is_dir() == (found is not None)
 
 
 def test_the_time_that_an_interrupted_run_took_counts_against_the_budget(

@@ -1,7 +1,7 @@
 """Which parts go, and that removed parts really count as zeros everywhere."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from compress.channels import branches
 from compress.graph import with_biases
 from compress.measure import answers, divergence
 from compress.passes.canonicalise import canonicalise
-from compress.shrinking import Shrink, _Probe, choose, cost, lift
+from compress.shrinking import Shrink, Spared, _Probe, choose, cost, lift
 from skills import ort
 
 KINDS = ["plain", "residual", "depthwise", "squeeze", "conv1d", "transformer"]
@@ -29,10 +29,10 @@ def test_as_much_goes_as_was_asked_for_and_the_ends_of_the_graph_stay(
     kind: str, small_net: Callable[[str], Any]
 ) -> None:
     model, x, wanted = prepared(small_net(kind))
-    for goal in ("size", "latency"):
-        found = choose(model, Shrink(), x, wanted, 0.7, goal)  # type: ignore[arg-type]
+    for spared in get_args(Spared):
+        found = choose(model, Shrink(), x, wanted, 0.7, spared)
         small = found.apply(model)
-        assert cost(small, model, goal) <= 0.7  # type: ignore[arg-type]
+        assert cost(small, model, spared) <= 0.7
         for before, after in zip(model.graph.input, small.graph.input, strict=True):
             assert before == after
         assert [item.name for item in small.graph.output] == [item.name for item in model.graph.output]
@@ -41,23 +41,23 @@ def test_as_much_goes_as_was_asked_for_and_the_ends_of_the_graph_stay(
 
 def test_what_is_chosen_later_goes_on_from_what_went_before(small_net: Callable[[str], Any]) -> None:
     model, x, wanted = prepared(small_net("residual"))
-    first = choose(model, Shrink(), x, wanted, 0.8, "both")
-    second = choose(model, first, x, wanted, 0.6, "both")
+    first = choose(model, Shrink(), x, wanted, 0.8, "latency")
+    second = choose(model, first, x, wanted, 0.6, "latency")
     assert set(first.without) <= set(second.without)
     for number, kept in first.keep.items():
         assert set(second.keep[number]) <= set(kept)
-    assert choose(model, second, x, wanted, 0.9, "both") == second
+    assert choose(model, second, x, wanted, 0.9, "latency") == second
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_harm_by_masks_is_that_of_the_really_smaller_graph(kind: str, small_net: Callable[[str], Any]) -> None:
     model, x, wanted = prepared(small_net(kind))
-    probe = _Probe(model, x, wanted, 0, 1)
+    probe = _Probe(model, x, wanted, 0, 1, classes=True)
     assert probe.harm(Shrink()) == pytest.approx(0, abs=1e-5)
     steps = probe.candidates(Shrink())
     assert steps
     for step in steps:
-        real = divergence(wanted, answers(ort.session(step.apply(model).SerializeToString()), x))
+        real = divergence(wanted, answers(ort.session(step.apply(model).SerializeToString()), x), classes=True)
         assert probe.harm(step) == pytest.approx(real, rel=1e-2, abs=1e-5)
 
 
@@ -66,7 +66,7 @@ def test_lifting_puts_every_weight_back_and_shrinking_again_gives_the_same_bytes
     kind: str, small_net: Callable[[str], Any]
 ) -> None:
     model, x, wanted = prepared(small_net(kind))
-    done = choose(model, Shrink(), x, wanted, 0.7, "both")
+    done = choose(model, Shrink(), x, wanted, 0.7, "latency")
     trained = done.apply(model)
     chance = np.random.default_rng(1)
     for item in trained.graph.initializer:

@@ -38,7 +38,9 @@ def test_resnet20_keeps_its_accuracy_and_is_never_slower(reference: Path, tmp_pa
     assert report.drop <= 1.0
     assert report.ratio_file > 5
     assert report.speedup > 0.95
-    first, *others = report.details.layers  # a machine may have no fast int8 kernel for three channels: the guard raced it
+    first, *others = (
+        report.details.layers
+    )  # a machine may have no fast int8 kernel for three channels: the guard raced it
     assert first.compute == "float" or first.kernel == "QLinearConv"
     assert all(row.kernel.startswith("QLinear") or row.kernel == "QGemm" for row in others)
 

@@ -33,9 +33,15 @@ def test_a_verdict_is_proven_only_when_the_worse_end_is_inside_the_budget() -> N
 
 def test_equal_answers_are_at_no_distance() -> None:
     scores = np.random.default_rng(0).standard_normal((20, 5))
-    assert divergence(scores, scores) == pytest.approx(0)
+    assert divergence(scores, scores, classes=True) == pytest.approx(0)
     assert not foretold(scores, scores).any()
-    assert divergence(scores, scores[::-1]) > 0.1
+    assert divergence(scores, scores[::-1], classes=True) > 0.1
+
+
+def test_numbers_that_are_no_class_scores_are_apart_where_all_of_a_row_moved_alike() -> None:
+    boxes = np.random.default_rng(0).standard_normal((20, 4))
+    assert divergence(boxes, boxes + 1, classes=True) == pytest.approx(0)
+    assert divergence(boxes, boxes + 1, classes=False) == pytest.approx(1 / boxes.var())
 
 
 def test_a_changed_answer_costs_what_the_original_thought_of_it() -> None:

@@ -86,6 +86,26 @@ def test_the_metric_that_fits_is_taken_when_none_is_asked_for(
     assert choose(Data(X, y), np.zeros(output), X).name == name
 
 
+@pytest.mark.parametrize(
+    ("output", "y", "name", "classes"),
+    [
+        ((8, 4), np.arange(8) % 4, None, True),
+        ((8, 4), np.arange(8) % 4, lambda out, y: (out.argmax(1) == y).astype(float), True),
+        ((8, 3), np.arange(8) % 3, "macro_f1", True),  # shaped like the input, and yet asked for as scores
+        ((8, 4), None, None, True),
+        ((8, 4), np.zeros((8, 4)), None, False),  # boxes
+        ((8, 4), np.zeros((8, 4)), lambda out, y: abs(out - y).mean(1).clip(0, 1), False),
+        ((8, 4), None, "cosine", False),  # embeddings
+        ((8, 3), np.arange(8) % 2, "roc_auc", False),  # an autoencoder
+        ((8, 1), np.arange(8) % 2, None, False),
+    ],
+)
+def test_outputs_are_class_scores_where_the_metric_and_the_labels_say_so(
+    output: tuple[int, ...], y: Array | None, name: Any, classes: bool
+) -> None:
+    assert choose(Data(X, y, metric=name), np.zeros(output), X).classes is classes
+
+
 def test_without_y_the_target_of_a_reconstruction_is_its_input() -> None:
     x = np.arange(12, dtype=np.float32).reshape(4, 3)
     judged = metric("mse", x, x)

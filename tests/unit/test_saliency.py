@@ -18,17 +18,6 @@ GROUP = Group(
 )
 
 
-def test_magnitude_is_the_norm_of_what_makes_a_unit() -> None:
-    assert saliency.magnitude(WEIGHTS, GROUP).tolist() == [5, 1]
-    assert saliency.magnitude(WEIGHTS, GROUP, 1).tolist() == [7, 1]
-
-
-def test_taylor_is_the_squared_first_order_change_of_the_loss() -> None:
-    gradients = {"w": np.array([[1.0, 9.0], [9.0, -2.0]]), "b": np.array([-0.5, 7.0])}
-    assert saliency.taylor(WEIGHTS, gradients, GROUP).tolist() == [1, 4]
-    assert saliency.taylor(WEIGHTS, {}, GROUP).tolist() == [0, 0]
-
-
 def test_contribution_is_the_share_of_what_the_readers_take_in() -> None:
     power = {"flat": np.array([1.0, 1.0, 5.0, 3.0])}
     assert saliency.contribution(WEIGHTS, GROUP, power).tolist() == pytest.approx([5 / 8, 3 / 8])

@@ -91,6 +91,17 @@ def test_what_is_no_series_or_picture_or_not_float_is_shown_as_it_is() -> None:
     assert np.array_equal(views.inputs(0, np.array([3, 1])), x[[3, 1]])
 
 
+def test_answers_of_a_size_that_the_teacher_leaves_open_keep_their_shape() -> None:
+    class Picture(Teacher):
+        outputs = (Port("y", "float32", (-1, 1, -1, -1)),)
+
+        def run(self, feeds: Mapping[str, Any], names: list[str] | None = None) -> dict[str, Any]:
+            return {"y": feeds["x"][:, :, ::2, ::4]}
+
+    teacher: Any = Picture()
+    assert Views(some((1, 8, 8)), teacher, 2, 0, remembering({})).answers(1).shape == (40, 1, 4, 2)
+
+
 def test_the_teacher_answers_each_view_once_and_what_it_said_is_kept() -> None:
     x, kept = some((1, 8, 8)), dict[str, bytes]()
     teacher: Any = Teacher()
