@@ -52,7 +52,7 @@ def compensated(before: Any, after: Any, stay: Stay, x: Array) -> Any:
 
 
 def _fit(weights: Mapping[str, Tensor], layer: Layer, node: Any, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    weight = weights[layer.weight].detach().numpy()
+    weight = weights[layer.weight].detach().numpy().copy()  # what it was: the tensor changes below
     bias = node.input[2] if len(node.input) > 2 and node.input[2] in weights else None
     old, seen = rows_of(layer, weight), moments(layer, node, weight, pairs)
     rows = seen.nearest(old, RIDGE, takes_bias=bias is not None)
