@@ -9,27 +9,23 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from compress import ladder, learn, replay
-from compress.channels import Shrink
 from compress.data import whole_runs
 from compress.emit import widths
 from compress.graph import Array
 from compress.judge import Emitted, Original
-from compress.measure import answers
 from compress.passes.bias import BIAS
-from compress.passes.bits import BITS, BOLD, expected_drop
+from compress.passes.bits import BITS
 from compress.passes.canonicalise import canonicalise
 from compress.passes.guard import GUARD
 from compress.passes.place import PLACE
-from compress.passes.prune import KEPT, PRUNE, spare
 from compress.passes.ranges import RANGES
 from compress.passes.weight_only import WEIGHT_ONLY
-from compress.pipeline import CHECK_SAMPLES, Bench, Pass, State, apply, expected, named
-from compress.recipe import Recipe, recipe_layers
-from compress.shrinking import cost
-from compress.stage import Stage, removed
+from compress.pipeline import CHECK_SAMPLES, Bench, Pass, State, apply, expected
+from compress.recipe import Recipe
+from compress.stage import Stage
 from compress.work import TRAINED_UP_TO, Work
 from compress.writers import Writer
-from skills.errors import DeadlineExceeded, FormatError, SkerryError, StorageError
+from skills.errors import FormatError, SkerryError, StorageError
 from skills.units import duration
 
 CALIBRATED_UP_TO = 0.6  # of the progress bar, where nothing is trained
@@ -48,8 +44,7 @@ def searched(
 ) -> tuple[tuple[Sequence[Emitted], ...], Emitted | None]:
     """Return two families of candidates, and the plain int8 form if known.
 
-    The first needs no training; the second was trained or, where nothing can be, has channels removed. How each trained one
-    came about is put into `stages`.
+    The first needs no training, the second was trained. How each trained one came about is put into `stages`.
     """
     state, plain = _calibrated(passes, State(_parse(original.stripped)), bench, original, work, learns)
     candidates = writer.family("calibrated", state)
@@ -67,10 +62,7 @@ def searched(
     for at, scheme in enumerate(state.bolder):
         candidates.append(writer.write(f"bolder {at + 1}", dataclasses.replace(state, scheme=scheme)))
         work.offer(candidates[-1], original, bench.max_drop)
-    if learns:
-        others = _learned(state, bench, original, work, stages, writer)
-    else:
-        others = _pruned(passes, state, bench, original, work, writer)
+    others = _learned(state, bench, original, work, stages, writer) if learns else []
     return (candidates, others), candidates[0] if plain is not None else None
 
 
@@ -109,84 +101,6 @@ def _learned(
     return trained
 
 
-def _pruned(
-    passes: Sequence[Pass], state: State, bench: Bench, original: Original, work: Work, writer: Writer
-) -> list[Emitted]:
-    """Return the files of networks with ever fewer channels, each what the recipe of `state` makes of the smaller one.
-
-    The last is foreseen to take no more than the boldest scheme may.
-    """
-    able = state.scheme is not None and state.scheme.layers and original.calibrate.dtype.kind == "f"
-    if not able or PRUNE not in passes or bench.goal == "size" or writer.second:
-        return []  # for bytes alone narrower weights do less harm
-    found: list[Emitted] = []
-    now, took = Shrink(), 0.0
-    try:
-        model = apply(
-            _rewriting(passes), State(_parse(original.stripped)), lambda _step: bench, _checked(original)
-        ).model
-        for at, kept in enumerate(KEPT):
-            began = time.monotonic()
-            if cost(now.apply(model), model, "latency", bench.profile.channel_block) <= kept:
-                continue  # a coarse step went farther than it had to
-            cut = functools.partial(_cut, model, now, at, passes, state, bench, original, work, took)
-            smaller = work.passed(f"{PRUNE.name}-{at}", bench.profile, cut)
-            if smaller.removed is None:
-                break
-            now, took = smaller.removed, max(took, time.monotonic() - began)
-            emitted = writer.write(f"pruned {len(found) + 1}", smaller)
-            if expected_drop(bench, answers(emitted.runner, bench.splits.select.x)) > BOLD * bench.max_drop:
-                break
-            work.found(emitted, original, bench.max_drop)
-            found.append(emitted)
-    except StorageError:
-        raise
-    except SkerryError as error:  # the other candidates are there
-        work.left_out.append(f"{'Fewer' if found else 'No'} channels were removed: {error}.")
-    return found
-
-
-def _cut(
-    model: Any, now: Shrink, at: int, passes: Sequence[Pass], state: State, bench: Bench, original: Original, work: Work,
-    took: float,
-) -> State:  # fmt: skip
-    """Return what the passes that made `state` make of the network with `KEPT[at]` of its work left.
-
-    Where nothing more can be removed, that is `state` itself.
-
-    Raises:
-        DeadlineExceeded: there is no time for it, `took` seconds and more.
-    """
-    stage = f"removing channels down to {KEPT[at]:.0%} of the work"
-
-    def say(share: float) -> None:
-        work.say(stage, CALIBRATED_UP_TO + (TRAINED_UP_TO - CALIBRATED_UP_TO) * (at + share) / len(KEPT))
-
-    if work.left() <= took:
-        raise DeadlineExceeded(f"the time ended before the network was cut to {KEPT[at]:.0%} of its work")
-    timed = dataclasses.replace(bench, say=lambda share, _best: say(0.5 + 0.5 * share), left=work.left)
-    with named(PRUNE.name):
-        shrink = spare(model, now, KEPT[at], timed, original.session, lambda share: say(0.5 * share))
-    if shrink == now:
-        if work.left() <= 0:
-            raise DeadlineExceeded(f"the time ended before it was known what to cut for {KEPT[at]:.0%} of the work")
-        return state
-    # Where bits are chosen, layers are fitted again as a whole: what was fitted before them is not used.
-    names = [name for name in state.passes if name != BIAS.name or BITS.name not in state.passes]
-    behind = {step.name for step in passes[passes.index(PRUNE) :]}
-    place = next((place for place, name in enumerate(names) if name in behind), len(names))
-    recipe = Recipe(
-        bench.profile, bench.max_drop, bench.goal, bench.seed,
-        (*names[:place], PRUNE.name, *names[place:]), recipe_layers(state.planned()), choices=state.choices,
-        removed=removed(shrink),
-    )  # fmt: skip
-    planned = dataclasses.replace(timed, planned=recipe)
-    steps = replay.before_training(recipe, passes)
-    smaller = apply(steps, State(_parse(original.stripped)), lambda _step: planned, _checked(original))
-    note = "Stored bits and the sensitivity of layers are those of the whole network."
-    return dataclasses.replace(smaller, harm=state.harm, notes=(*smaller.notes, note))
-
-
 def replayed(
     recipe: Recipe,
     known: Sequence[Pass],
@@ -220,7 +134,7 @@ def replayed(
 
 def _rewriting(passes: Sequence[Pass]) -> list[Pass]:
     """Return the passes that make the graph whose layers and channels are numbered and named."""
-    return list(itertools.takewhile(lambda step: step.name not in (PRUNE.name, RANGES.name), passes))
+    return list(itertools.takewhile(lambda step: step.name != RANGES.name, passes))
 
 
 def _checked(original: Original) -> Array:

@@ -23,7 +23,7 @@ from compress.pieces import pieces
 from compress.recipe import Recipe, recipe_layers
 from compress.report import Baseline, DataLevel, Details, LayerRow, Moment, Point, Report, Result
 from compress.scheme import Scheme
-from compress.stage import Stage, removed, write
+from compress.stage import Stage, write
 from compress.train import training_machine
 from skills import ort, zstd
 from skills.errors import FormatError
@@ -146,7 +146,6 @@ def files(run: Run, done: Report, chosen: Judged, all_judged: Sequence[Judged]) 
         run.profile, run.max_drop, run.goal, run.seed, emitted.state.passes,
         () if scheme is None else recipe_layers(scheme),
         choices=emitted.state.choices,
-        removed=removed(emitted.state.removed),
         training=tuple(write(at, stage) for at, stage in enumerate(run.stages.get(emitted.name, ()))),
         metric=done.metric_name, preprocessing=run.samples.preprocessing, least_runtime=details.least_runtime,
         inputs=inputs,

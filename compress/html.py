@@ -6,7 +6,7 @@ from importlib import resources
 
 from compress import charts, layer_chart, words
 from compress.lineage import Lineage
-from compress.recipe import Recipe, RecipeRemoved, RecipeTraining
+from compress.recipe import Recipe
 from compress.report import LayerRow, NpuEstimate, Point, Report
 from compress.svg import key, piece_colour, width_colour
 from skills.units import duration, readable
@@ -319,20 +319,14 @@ def _recipe(recipe: Recipe) -> str:
             ("passes", escape(" → ".join(recipe.passes)))]  # fmt: skip
     if recipe.choices:
         rows.append(("settled on", escape(", ".join(f"{name}: {option}" for name, option in recipe.choices.items()))))
-    if recipe.removed is not None:
-        rows.append(("without training", _removed(recipe.removed)))
     for stage in recipe.training:
-        smaller = f"{escape(stage.stage)}: {_removed(stage)}; "
+        gone = f", {len(stage.branches)} residual branches removed" if stage.branches else ""
+        smaller = f"{escape(stage.stage)}: {len(stage.groups)} groups of channels made smaller{gone}; "
         rows.append(("training", f"{smaller}{stage.steps:,} steps of {stage.batch}, rate {stage.rate:g}"))
     return (
         "<p><code>skerry compress MODEL --data DATA -o OUT --recipe recipe.yaml</code> gives the same bytes again without a "
         f"search.</p>{_rows(('', ''), rows, 'words headless')}"
     )
-
-
-def _removed(row: RecipeRemoved | RecipeTraining) -> str:
-    gone = f", {len(row.branches)} residual branches removed" if row.branches else ""
-    return f"{len(row.groups)} groups of channels made smaller{gone}"
 
 
 def _ms(value: float) -> str:

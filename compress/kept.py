@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from compress.channels import Shrink
 from compress.graph import Array
 from compress.pipeline import State
 from compress.scheme import Layer, Range, Scheme
@@ -21,8 +20,6 @@ def pack(state: State) -> bytes:
     arrays: dict[str, Array] = {"model": np.frombuffer(state.model.SerializeToString(), np.uint8)}
     head: dict[str, Any] = {"notes": state.notes, "passes": state.passes, "choices": dict(state.choices)}
     head["cut_short"] = state.cut_short
-    if state.removed is not None:
-        head["removed"] = [list(state.removed.keep.items()), state.removed.without]
     head["harm"] = {node: list(row.items()) for node, row in state.harm.items()}
     if state.statistics is not None:
         head["seen"] = []
@@ -54,15 +51,8 @@ def unpack(raw: bytes, profile: Profile) -> State:
         onnx.load_model_from_string(arrays["model"].tobytes()), statistics, schemes[0] if schemes else None, tuple(head["notes"]),
         {node: dict(row) for node, row in head["harm"].items()},
         passes=tuple(head["passes"]), choices=head["choices"], bolder=tuple(schemes[1:]),
-        cut_short=head.get("cut_short", False), removed=_removed(head.get("removed")),
+        cut_short=head.get("cut_short", False),
     )  # fmt: skip
-
-
-def _removed(row: Any) -> Shrink | None:
-    if row is None:
-        return None
-    keep, without = row
-    return Shrink({number: tuple(units) for number, units in keep}, tuple(without))
 
 
 def _schemes(state: State) -> tuple[Scheme, ...]:

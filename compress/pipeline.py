@@ -15,7 +15,6 @@ import numpy as np
 import onnx
 
 from compress import Goal
-from compress.channels import Shrink
 from compress.data import Splits
 from compress.graph import Array
 from compress.measure import answers
@@ -51,7 +50,6 @@ class State:
     choices: Mapping[str, str] = dataclasses.field(default_factory=dict)
     bolder: tuple[Scheme, ...] = ()
     cut_short: bool = False  # the time ended before the search for stored bits did
-    removed: Shrink | None = None  # without training
 
     def seen(self) -> Statistics:
         """Return the statistics; a pass that needs them runs after `ranges`."""
@@ -117,8 +115,7 @@ def named(step: str) -> Iterator[None]:
 def apply(
     passes: Sequence[Pass], state: State, bench: Callable[[Pass], Bench], reference: Array | None = None
 ) -> State:
-    """Run `passes` in order. `reference` is what the original answered on the first calibration inputs;
-    behind a pass that changes the function it is what the changed model answers.
+    """Run `passes` in order. `reference` is what the original answered on the first calibration inputs.
 
     Raises:
         SkerryError: a pass failed or broke a promise; the message begins with its name.
@@ -129,8 +126,6 @@ def apply(
         with named(step.name):
             new = step.run(state, tools)
         check(step, state, new, tools, reference)
-        if reference is not None and not step.keeps_function and new.model is not state.model:
-            reference = _answered(new, tools, len(reference))
         if new.model is not state.model or new.statistics is not state.statistics or new.scheme is not state.scheme:
             new = dataclasses.replace(new, passes=(*new.passes, step.name))
         state = new
@@ -163,18 +158,14 @@ def check(step: Pass, before: State, after: State, bench: Bench, reference: Arra
 
 
 def _same_answers(step: Pass, after: State, bench: Bench, reference: Array) -> None:
-    got = _answered(after, bench, len(reference))
+    samples = bench.splits.calibrate.x[: len(reference)]
+    got = answers(ort.session(after.model.SerializeToString(), bench.threads), samples)
     scale = float(np.abs(reference).max()) or 1.0
     worst = float(np.abs(got - reference).max()) / scale if got.shape == reference.shape else float("inf")
     if not worst <= SAME_FUNCTION:  # written so that NaN fails too
         raise SkerryError(
             f"pass '{step.name}' changed what the model answers by {worst:.2g} of its range, at most {SAME_FUNCTION:g} is allowed"
         )
-
-
-def _answered(state: State, bench: Bench, count: int) -> Array:
-    session = ort.session(state.model.SerializeToString(), bench.threads)
-    return answers(session, bench.splits.calibrate.x[:count])
 
 
 def _inits(model: Any) -> set[str]:

@@ -43,14 +43,6 @@ class RecipeGroup:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class RecipeRemoved:
-    """What was removed and made up for without training."""
-
-    groups: Annotated[tuple[RecipeGroup, ...], Doc("channels: groups that are not here were kept whole")] = ()
-    branches: Annotated[tuple[str, ...], Doc("residual branches removed: the names of their Adds")] = ()
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
 class RecipeTraining:
     """One stage of training, as it was carried out: where the time budget ended it early, these are the steps it came to."""
 
@@ -96,7 +88,6 @@ class Recipe:
     inputs: Annotated[Mapping[str, Sha256], Doc("sha256 of the model, the teacher and each array of the data")] = (
         dataclasses.field(default_factory=dict)
     )
-    removed: Annotated[RecipeRemoved | None, Doc("by the pass `prune`; absent: nothing")] = None
     format: Literal["recipe/v1"] = "recipe/v1"
 
     def encode(self) -> bytes:

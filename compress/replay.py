@@ -6,9 +6,8 @@ from typing import Any
 from compress.channels import branches, groups
 from compress.graph import with_biases
 from compress.passes.place import find_layers
-from compress.passes.prune import PRUNE
 from compress.pipeline import Pass
-from compress.recipe import Recipe, RecipeRemoved, RecipeTraining
+from compress.recipe import Recipe, RecipeTraining
 from compress.stage import Stage, read
 from skills.errors import FormatError
 
@@ -28,20 +27,13 @@ def check(recipe: Recipe, model: Any) -> None:
                 f"the recipe is for another model: it names the layer '{name}', which this one does not have"
             )
     missing = sorted(layers - {layer.name for layer in recipe.layers})
-    shorter = bool(recipe.training) or bool(recipe.removed and recipe.removed.branches)
-    if missing and recipe.layers and not shorter:
+    if missing and recipe.layers and not recipe.training:
         raise FormatError(f"the recipe is for another model: it says nothing of the layer '{missing[0]}'")
-    if (PRUNE.name in recipe.passes) != (recipe.removed is not None):
-        raise FormatError(
-            f"the recipe {'says' if recipe.removed else 'does not say'} what is removed and has the passes {recipe.passes}"
-        )
-    if recipe.removed is not None:
-        _check_removed((recipe.removed,), with_biases(model))
     if recipe.training:
         _check_removed(recipe.training, with_biases(model))
 
 
-def _check_removed(rows: Sequence[RecipeTraining | RecipeRemoved], model: Any) -> None:
+def _check_removed(rows: Sequence[RecipeTraining], model: Any) -> None:
     sizes, adds = [group.size for group in groups(model)], {branch.add for branch in branches(model)}
     for row in rows:
         for group in row.groups:

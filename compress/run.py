@@ -36,7 +36,6 @@ from compress.passes.crop import CROP
 from compress.passes.equalize import EQUALIZE
 from compress.passes.guard import GUARD
 from compress.passes.place import PLACE, PLACE_FLOAT
-from compress.passes.prune import KEPT, PRUNE
 from compress.passes.ranges import RANGES
 from compress.passes.shortcut import SHORTCUT
 from compress.passes.turn import TURN
@@ -58,7 +57,6 @@ PASSES: tuple[Pass, ...] = (
     CROP,
     TURN,
     SHORTCUT,
-    PRUNE,
     RANGES,
     EQUALIZE,
     PLACE,
@@ -122,7 +120,7 @@ def run(
     learns = splits.train is not None and not samples.synthetic and not whole_numbers(original)
     warnings = (*warnings, *untaught(original, splits, again))
     work.calibrated = min(1.0, max(CALIBRATED_SHARE, CALIBRATED_S / budget)) if learns else 1.0
-    most = 2 + MOST_BOLDER + len(ladder.SHARES if learns else KEPT)
+    most = 2 + MOST_BOLDER + len(ladder.SHARES) * learns
     work.ending = ending(most, len(splits.report), _seconds_an_input(original, splits.select.x))
     if samples.synthetic:
         passes = WEIGHTS_ONLY

@@ -44,21 +44,21 @@ def cost(model: Any, whole: Any, spared: Spared, block: int = 1) -> float:
 def choose(
     model: Any, now: Shrink, x: Array, original: Array, target: float, spared: Spared,
     say: Callable[[float], None] = lambda _share: None, multiple: int = 0, block: int = 1, *,
-    rounds: int = ROUNDS, left: Callable[[], float] = lambda: math.inf, classes: bool = True,
+    left: Callable[[], float] = lambda: math.inf, classes: bool = True,
 ) -> Shrink:  # fmt: skip
     """Return `now` and more to remove, until at most `target` of the cost of `model` is left or nothing more can go.
 
     `original` is what the network answered to `x` before anything was removed; channels are kept in multiples of
     `multiple`, or of 8 in wide layers and 4 in narrow ones where it is 0. `block` is that of `cost`. What there is to choose
-    from is weighed anew in each of `rounds`; where no seconds are `left` before one ends, what it began is not done. `classes`
+    from is weighed anew in each of `ROUNDS`; where no seconds are `left` before one ends, what it began is not done. `classes`
     is as `measure.divergence` takes it.
     """
     probe = _Probe(model, x, original, multiple, block, classes=classes)
     rest = cost(now.apply(model), model, spared, block)
-    for turn in range(rounds):
+    for turn in range(ROUNDS):
         if rest <= target:
             break
-        until = target + (rest - target) * (rounds - 1 - turn) / (rounds - turn)
+        until = target + (rest - target) * (ROUNDS - 1 - turn) / (ROUNDS - turn)
         plain = probe.harm(now)
         found = []
         steps = list(probe.candidates(now))
@@ -68,7 +68,7 @@ def choose(
             saved = rest - cost(step.apply(model), model, spared, block)
             if saved > 0:
                 found.append((max(probe.harm(step) - plain, 0.0) / saved, at, step))
-            say((turn + (at + 1) / len(steps)) / rounds)
+            say((turn + (at + 1) / len(steps)) / ROUNDS)
         if not found:
             break
         for _, _, step in sorted(found, key=lambda row: row[:2]):

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from compress.channels import Shrink
-from compress.recipe import RecipeGroup, RecipeRemoved, RecipeTraining
+from compress.recipe import RecipeGroup, RecipeTraining
 from compress.train import Settings
 
 
@@ -28,7 +28,7 @@ def write(at: int, stage: Stage) -> RecipeTraining:
         planned=settings.steps if ended < settings.steps else None, views=stage.views,
         temperature=settings.temperature, labels=settings.labels, decay=settings.decay, threads=settings.threads,
         seed=settings.seed, bits={node: float(width) for node, width in stage.bits.items()}, branches=stage.shrink.without,
-        groups=_groups(stage.shrink),
+        groups=tuple(RecipeGroup(number, tuple(kept)) for number, kept in sorted(stage.shrink.keep.items())),
     )  # fmt: skip
 
 
@@ -38,18 +38,4 @@ def read(row: RecipeTraining) -> Stage:
         row.steps if row.planned is None else row.planned, row.rate, row.batch, row.temperature, row.labels, row.decay,
         row.threads, row.seed, stop=None if row.planned is None else row.steps,
     )  # fmt: skip
-    return Stage(shrink_of(row), row.bits, settings, row.views)
-
-
-def removed(shrink: Shrink | None) -> RecipeRemoved | None:
-    """Return what was removed without training as a recipe has it."""
-    return None if shrink is None else RecipeRemoved(_groups(shrink), shrink.without)
-
-
-def shrink_of(row: RecipeTraining | RecipeRemoved) -> Shrink:
-    """Return what a recipe's row removes."""
-    return Shrink({group.group: group.kept for group in row.groups}, row.branches)
-
-
-def _groups(shrink: Shrink) -> tuple[RecipeGroup, ...]:
-    return tuple(RecipeGroup(number, tuple(kept)) for number, kept in sorted(shrink.keep.items()))
+    return Stage(Shrink({group.group: group.kept for group in row.groups}, row.branches), row.bits, settings, row.views)

@@ -21,7 +21,6 @@ NAMES = {
     "plain int8": "every layer in 8 bits",
     "calibrated": "made without training, in stored bits that are expected to take at most half of the budget",
     "bolder": "the same in fewer bits, a higher number for a smaller file",
-    "pruned": "the same with fewer channels, a higher number for less work",
     "trained": "made smaller and trained as many times as its number says",
     "float activations": "weights as codes, computed in float",
 }  # what is in a candidate's name

@@ -119,9 +119,7 @@ def test_a_model_of_a_fixed_batch_is_run_in_whole_batches(
     report = run(tmp_path / "model.onnx", given, tmp_path / "out", device="x86-avx2", max_drop=20.0)
     assert report.verdict != "not_reached"
     assert report.batch == batch
-    later = [moment.what for moment in report.details.trail][1:]
-    assert later == (["trained 1"] if trains else [f"pruned {at + 1}" for at in range(len(later))])
-    assert not any("channels were removed" in warning for warning in report.details.warnings)
+    assert [moment.what for moment in report.details.trail][1:] == ["trained 1"] * trains
     shape = onnx.load(tmp_path / "out" / "model.onnx").graph.input[0].type.tensor_type.shape
     assert shape.dim[0].dim_value == batch
 

@@ -68,7 +68,7 @@ STAGE = RecipeTraining(
     "rung 1", 900, 128, 0.002, bits={"a": 1.6}, groups=(RecipeGroup(2, (0, 3, 4)),), branches=("add_1",)
 )
 RECIPE = Recipe(
-    PROFILE, 1.0, "both", 3, ("canonicalise", "prune"), (RecipeLayer("a", "int8", 1.6), RecipeLayer("b", "float", 32)),
+    PROFILE, 1.0, "both", 3, ("canonicalise", "train"), (RecipeLayer("a", "int8", 1.6), RecipeLayer("b", "float", 32)),
     {"bias": "sequential"}, (STAGE,), "top1", inputs={"model": "a" * 64},
 )  # fmt: skip
 TRACE = Lineage("b" * 64, {"model": "a" * 64}, {"onnx": "1"}, 3, "board", {"report": 5000}, {"report": "c" * 64})
