@@ -12,6 +12,7 @@ from cloud.split.export import commented
 from cloud.split.graph import Flow, observed_types, read_flow
 from cloud.split.images import recognise
 from cloud.split.inputs import check_fit, read_data, read_model
+from cloud.split.joint import FOLDER as SMALL_FOLDER
 from cloud.split.live import LiveDevice, device_facts, measured_slowdown
 from cloud.split.memory import measured_mb
 from cloud.split.privacy import audited
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
     Arrays = Mapping[str, NDArray[Any]]
 
 SHORT_ROUNDS = 8
+# All that `split` and `split joint` write to a plan's folder: one that holds anything else is nobody's to replace.
+WRITTEN = frozenset(
+    ("split.yaml", "segments", "report.json", "report.html", "head.onnx", "tail.onnx", "head_tail.bin", SMALL_FOLDER)
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -85,13 +90,15 @@ def split(
     used either. `head_tail` also writes head.onnx and tail.onnx of the best true cut, for runtimes that know no segments.
 
     Raises:
-        UsageError: `out` exists and is no split plan, a value is out of range, or `min_cut` is no tensor of a private plan's.
+        UsageError: `out` exists and is no split plan or holds other files too, which stay; a value is out of range; or
+            `min_cut` is no tensor of a private plan's.
         NotFound, FormatError: the model or the data is missing or not what it should be.
         StorageError: the disk is full; `out` is as it was.
         Refused, Unreachable, DeadlineExceeded: a live device does not measure; `out` is as it was.
     """
     start = time.monotonic()
-    _check(out, slowdown, max_drop, links)
+    check_limits(slowdown, max_drop, links)
+    _check_replaceable(out)
     if min_cut is not None and not private:
         raise UsageError(f"the minimum cut {min_cut!r} counts only for a private plan: give --private as well")
     policy = _policy(objective, slo_ms)
@@ -190,15 +197,31 @@ def split(
     return SplitReport(plan, plan_hash(plan), plan.verdicts, out, details)
 
 
-def _check(out: Path, slowdown: float, max_drop: float, links: Sequence[Link]) -> None:
+def check_limits(slowdown: float, max_drop: float, links: Sequence[Link]) -> None:
+    """Refuse figures that no plan can be made with.
+
+    Raises:
+        UsageError: one is out of range, or there is no link.
+    """
     if not 1 <= slowdown <= 1000:
         raise UsageError(f"the slowdown is {slowdown:g}: it says how many times slower the device is, from 1 to 1000")
     if not 0 <= max_drop <= 100:
         raise UsageError(f"the largest drop is {max_drop:g}: it is in percentage points, from 0 to 100")
     if not links:
         raise UsageError("no link was given: name at least one, like 20mbit/30ms")
-    if out.exists() and not (out / "split.yaml").is_file() and not (out.is_dir() and not any(out.iterdir())):
+
+
+def _check_replaceable(out: Path) -> None:
+    """Refuse a folder that is neither empty nor a split plan and nothing else: a new plan takes its place whole."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / "split.yaml").is_file():
         raise UsageError(f"{out} exists and is no split plan: name a folder that does not exist yet")
+    if others := sorted(path.name for path in out.iterdir() if path.name not in WRITTEN):
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise UsageError(
+            f"{out} has a split plan and also {others[0]}{more}, which a new plan would remove: name another folder"
+        )
 
 
 def _policy(objective: str, slo_ms: float | None) -> Policy:
@@ -296,7 +319,12 @@ def _least(cuts: Sequence[Candidate], flow: Flow, min_cut: str | None) -> str | 
 
 
 def _publish(work: Path, out: Path) -> None:
-    """Move the finished folder to its name. A crash leaves the old plan, no plan beside a hidden one, or the new plan."""
+    """Move the finished folder to its name. A crash leaves the old plan, no plan beside a hidden one, or the new plan.
+
+    Raises:
+        UsageError: it holds now what is not of a plan.
+    """
+    _check_replaceable(out)  # the plan took minutes: something may have been put there meanwhile
     with storage_errors(out):
         fsync_directory(work)
         work.chmod(0o755)

@@ -105,6 +105,49 @@ def test_a_plan_is_replaced_whole_and_a_failed_one_leaves_the_old(
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "home") == ["out"]
 
 
+@pytest.mark.parametrize(("name", "folder"), [("skill.yaml", False), ("code", True), (".git", True)])
+def test_a_folder_that_holds_more_than_a_plan_is_never_replaced(
+    small_net: Any, tmp_path: Path, name: str, folder: bool
+) -> None:
+    net, out = small_net("plain"), tmp_path / "my-skill"
+    out.mkdir()
+    (out / "split.yaml").write_text("placement of its stages")
+    if folder:
+        (out / name).mkdir()
+        (out / name / "mine.py").write_text("mine")
+    else:
+        (out / name).write_text("mine")
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    with pytest.raises(UsageError, match=f"has a split plan and also {name}, which a new plan would remove"):
+        plan_it(net.model.SerializeToString(), {"x": net.x}, out)
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+def test_what_is_put_beside_the_old_plan_while_the_new_one_is_made_is_not_removed(
+    small_net: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, out = small_net("plain"), tmp_path / "out"
+    plan_it(net.model.SerializeToString(), {"x": net.x}, out)
+    (out / "small").mkdir()
+    for name in ("small/small.onnx", "head.onnx", "tail.onnx", "head_tail.bin"):  # of split joint, and of --head-tail
+        (out / name).write_bytes(b"")
+    render = planning.render_html
+
+    def late(*given: Any) -> str:
+        (out / "skill.yaml").write_text("mine")
+        return render(*given)
+
+    monkeypatch.setattr(planning, "render_html", late)
+    with pytest.raises(UsageError, match="also skill.yaml,"):
+        plan_it(net.model.SerializeToString(), {"x": net.x}, out)
+    assert (out / "skill.yaml").read_text() == "mine"
+    assert [path.name for path in tmp_path.glob(".*")] == []
+    (out / "skill.yaml").unlink()
+    monkeypatch.undo()
+    plan_it(net.model.SerializeToString(), {"x": net.x}, out)
+    assert not (out / "small").exists()
+
+
 def test_bad_input_is_one_sentence_and_writes_nothing(small_net: Any, tmp_path: Path) -> None:
     net = small_net("plain")
     model, data, out = net.model.SerializeToString(), {"x": net.x}, tmp_path / "out"
