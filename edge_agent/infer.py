@@ -207,8 +207,6 @@ class SplitModel:
             return self._go_on(start, choice, values, size, f"no answer within {patience * 1e3:.0f} ms", request, mine)
         if reply.outputs is not None:
             return self._done(start, choice, "cloud" if cut.name == "input" else "split", size, reply.outputs, "")
-        if reply.kind == "invalid":
-            self._refused_until_s = self._clock() + REFUSED_S
         return self._go_on(start, choice, values, size, reply.error, None, mine)
 
     def _joint(self, start: float, choice: Choice, reason: str, inputs: "Arrays", deadline_s: float | None) -> "Arrays":
@@ -335,9 +333,18 @@ class SplitModel:
         return max(0.0, min(self._wait_s, deadline_s, PATIENCE * predicted_s))
 
     def _look(self, request: int, timeout_s: float, choice: Choice) -> Reply | None:
-        """Return the reply with the model's outputs in it, or as invalid if they cannot be had of it; None: none came yet."""
+        """Return the reply with the model's outputs in it, or as invalid if they cannot be had of it; None: none came yet.
+
+        One that refuses the plan, whenever it comes, gives the plan a rest.
+        """
         reply = self.tail.wait(request, timeout_s) if self.tail is not None else None
-        if reply is None or reply.outputs is None:
+        reply = self._read(reply, choice) if reply is not None else None
+        if reply is not None and reply.kind == "invalid":
+            self._refused_until_s = self._clock() + REFUSED_S
+        return reply
+
+    def _read(self, reply: Reply, choice: Choice) -> Reply:
+        if reply.outputs is None:
             return reply
         outputs, coding = reply.outputs, choice.reply
         if reply.coding:

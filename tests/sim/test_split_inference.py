@@ -216,6 +216,18 @@ def test_a_refused_plan_is_not_tried_again_for_a_minute(bench: Bench) -> None:
     assert bench.model.last.where == "split"
 
 
+@pytest.mark.parametrize("refusal", [Reply(None, "invalid", "no plan 'x' lies here"), Reply({"other": np.zeros(1)})])
+def test_a_refusal_that_comes_while_the_device_goes_on_counts_as_well(bench: Bench, refusal: Reply) -> None:
+    bench.model.use(bench.cut)
+    bench.tail.delay_s, bench.tail.refuse = 0.0401, refusal
+    bench.model._wait_s = 0.04
+    found, right = bench.ask()
+    np.testing.assert_allclose(found, right, atol=1e-5)
+    assert (bench.model.last.where, bench.tail.cancelled) == ("continued", [])
+    bench.ask()
+    assert (bench.model.last.where, bench.model.last.reason) == ("local", "the tail refuses this plan")
+
+
 def test_an_answer_without_an_output_is_no_answer(bench: Bench) -> None:
     bench.model.use(bench.cut)
     bench.tail.refuse = Reply({"other": np.zeros(1)})
