@@ -33,6 +33,7 @@ MARGIN_S = 0.005
 MARGIN_SHARE = 0.15  # of the rest's time: what has not run for a while is slower at first
 MAX_REASON = 200  # characters of a sentence that names what a tail sent
 REFUSED_S = 60.0  # a tail that does not know the plan is not asked again for this long
+LOADING_S = 1.0  # and one that loads it, for this long
 LEAST_PART = 0.2  # of the whole model's time that a part must take to say how fast the device is
 PATIENCE = 1.5  # without a deadline that staying local could meet: how much longer than predicted to wait
 
@@ -98,7 +99,7 @@ class SplitModel:
         self._wait_s, self._private, self._clock = wait_s, private, clock
         self._held: Held | None = None
         self._alpha, self._learnt = 1.0, 0
-        self._refused_until_s = float("-inf")
+        self._refused_until_s, self._refusal = float("-inf"), ""
         self.last, self._away = Ran("local", "local", "", 0.0, 0, 0.0), ""
         self._warm()
         if self.tail is not None:
@@ -171,7 +172,7 @@ class SplitModel:
             return Estimate(assumed.mbit, assumed.rtt_ms, up=False), "no link"
         found = self.tail.estimate()
         refused = now_s < self._refused_until_s
-        reason = "the tail refuses this plan" if refused else "" if found.up else "the tail does not answer"
+        reason = self._refusal if refused else "" if found.up else "the tail does not answer"
         # Unmeasured is not slow: until the first transfer the plan's assumption stands.
         return dataclasses.replace(
             found,
@@ -340,7 +341,9 @@ class SplitModel:
         reply = self.tail.wait(request, timeout_s) if self.tail is not None else None
         reply = self._read(reply, choice) if reply is not None else None
         if reply is not None and reply.kind == "invalid":
-            self._refused_until_s = self._clock() + REFUSED_S
+            self._refused_until_s, self._refusal = self._clock() + REFUSED_S, "the tail refuses this plan"
+        elif reply is not None and reply.kind == "loading":
+            self._refused_until_s, self._refusal = self._clock() + LOADING_S, "the tail is loading this plan"
         return reply
 
     def _read(self, reply: Reply, choice: Choice) -> Reply:

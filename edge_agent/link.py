@@ -20,6 +20,7 @@ rarely, to notice when the way to the tail is another one.
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import os
 import random
 import signal
@@ -43,11 +44,20 @@ PING_DEADLINE_S = 1.0
 MAX_IN_FLIGHT = 32
 MAX_PLANS = 64
 PROBE = {"plan": "probe", "cut": "probe", "codec": "probe"}
+LOADING = ("split-refused", "loading")  # with UNAVAILABLE in the trailer: the plan is not there yet, the tail is
 PROBE_BYTES = 16_384
 PROBE_DEADLINE_US = 5_000_000
 WARM_DEADLINE_S = 30.0
 MAX_KEY_BYTES = 1 << 20
 TLS_FILES = ("ca.pem", "key.pem", "cert.pem")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Call:
+    """A request on its way, and when it was sent."""
+
+    task: asyncio.Task[None]
+    sent_s: float
 
 
 class Link:
@@ -63,8 +73,8 @@ class Link:
         self._target, self._tls, self._clock, self._luck = target, tls, clock, luck
         self._estimator, self._breaker = Estimator(), Breaker()
         self._writers: dict[asyncio.StreamWriter, int] = {}  # how many estimates each was told since it last spoke
-        self._calls: dict[tuple[int, int], asyncio.Task[None]] = {}
-        self._last_use_s = self._last_look_s = float("-inf")
+        self._calls: dict[tuple[int, int], _Call] = {}
+        self._last_use_s = self._last_look_s = self._answered_s = float("-inf")
         self._used = asyncio.Event()
         self._told: tuple[object, ...] = ()
         self._connected_once = False
@@ -93,9 +103,10 @@ class Link:
         finally:
             warm.cancel()
             server.close()
-            for task in [*self._calls.values(), warm]:
+            tasks = [warm, *(call.task for call in self._calls.values())]
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(warm, *self._calls.values(), return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             for writer in list(self._writers):
                 writer.close()
             if self._workers:
@@ -136,7 +147,7 @@ class Link:
         finally:
             self._writers.pop(writer, None)
             for key in [key for key in self._calls if key[0] == id(writer)]:
-                self._calls.pop(key).cancel()
+                self._calls.pop(key).task.cancel()
             writer.close()
 
     def _handle(self, writer: asyncio.StreamWriter, header: Mapping[str, Any], body: memoryview) -> None:
@@ -156,17 +167,17 @@ class Link:
                 self._refuse(writer, number, "exhausted", f"{MAX_IN_FLIGHT} requests are on their way already")
                 return
             task = asyncio.create_task(self._infer(writer, number, header, bytes(body)), name=f"infer-{number}")
-            self._calls[key] = task
+            self._calls[key] = _Call(task, self._clock())
             task.add_done_callback(lambda _: self._calls.pop(key, None))
         elif op == "plan" and len(self._plans) < MAX_PLANS:
             self._plans.add(str(header.get("plan"))[:64])
             self._start_warming()
         elif op == "cancel" and type(number) is int:
-            task_or_none = self._calls.pop((id(writer), number), None)
-            if task_or_none is not None:
-                task_or_none.cancel()
+            call = self._calls.pop((id(writer), number), None)
+            if call is not None:
+                call.task.cancel()
                 if header.get("late") is True:
-                    self._missed()
+                    self._late(call.sent_s)
 
     def _start_probe(self) -> None:
         """Learn the bandwidth while every skill stays local, or none of them would ever find out that the link is better now."""
@@ -231,10 +242,12 @@ class Link:
                 if key.startswith("split-") and str(value).isdigit()
             }
         except grpc.aio.AioRpcError as error:
-            kind = _kind(grpc, error.code())
-            if kind in ("unavailable", "late", "exhausted"):
+            kind = _kind(grpc, error)
+            if kind == "late":
+                self._late(start)
+            elif kind in ("unavailable", "exhausted"):
                 self._missed()
-            else:
+            elif kind != "loading":  # that says nothing of whether the tail computes
                 self._answered()
             self._refuse(writer, number, kind, f"the tail: {error.details() or error.code().name.lower()}")
             return
@@ -316,7 +329,13 @@ class Link:
         self._breaker.on_miss(self._clock(), self._luck(), ping=ping)
         self._tell_all()
 
+    def _late(self, sent_s: float) -> None:
+        """Count a request that took too long, unless the tail answered another one meanwhile: then only this plan is slow."""
+        if self._answered_s <= sent_s:
+            self._missed()
+
     def _answered(self) -> None:
+        self._answered_s = self._clock()
         self._breaker.on_success()
         self._tell_all()
 
@@ -418,12 +437,14 @@ def _assumed_ms(header: Mapping[str, Any]) -> float:
     return float(said) if isinstance(said, (int, float)) and said >= 0 else 0.0
 
 
-def _kind(grpc: Any, code: Any) -> str:
+def _kind(grpc: Any, error: Any) -> str:
     codes = grpc.StatusCode
+    if error.code() is codes.UNAVAILABLE and LOADING in tuple(error.trailing_metadata() or ()):
+        return "loading"
     return {
         codes.UNAVAILABLE: "unavailable", codes.DEADLINE_EXCEEDED: "late", codes.CANCELLED: "late",
         codes.RESOURCE_EXHAUSTED: "exhausted",         codes.UNAUTHENTICATED: "unavailable",
-    }.get(code, "invalid")  # fmt: skip
+    }.get(error.code(), "invalid")  # fmt: skip
 
 
 def _channel(target: str, tls: Path | None) -> Any:

@@ -32,7 +32,7 @@ MAX_FRAME_BYTES = oip.MAX_MESSAGE_BYTES + (1 << 20)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Reply:
-    """The tail's outputs; or why there are none: `kind` is unavailable, late, exhausted or invalid.
+    """The tail's outputs; or why there are none: `kind` is unavailable, late, exhausted, loading or invalid.
 
     With a `coding` the one output is a frame, the answer in that coding of the plan's replies.
     """

@@ -4,7 +4,7 @@ Plain: `model_name` is a plan's hash for the whole model, or `<hash>.<cut>` for 
 Compact: one UINT8 tensor [n] that is an activation frame; the parameters `split.plan`, `split.cut`, `split.codec` say how to
 read it, `split.deadline_us` how much time is left, and `split.reply` which coding of the answer the caller can read. An
 answer in that coding is one UINT8 tensor [n] with the parameter `split.reply`; else it is raw, as in plain mode. The
-answer's trailing metadata say where the time went.
+answer's trailing metadata say where the time went, and a refusal's (`split-refused`) in a word why, as the metrics do.
 """
 
 import concurrent.futures
@@ -260,6 +260,7 @@ class _Refusals:
             if isinstance(error, known):
                 if self._metrics is not None and self.counted:
                     self._metrics.refused(reason)
+                self._context.set_trailing_metadata((("split-refused", reason),))
                 self._context.abort(code, str(error)[:1000])
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     Arrays = Mapping[str, NDArray[Any]]
 
 MAX_LOADED = 16  # plans held in memory; the one used longest ago makes room
-WAIT_S = 0.2  # for somebody else's loading: whoever waits for longer keeps a thread from those who ask for other plans
+WAIT_S = 0.05  # for somebody else's loading: a device should hear of it while it still waits, and a wait keeps a thread
 MEASURE_WAIT_S = 60.0  # the same on a thread that answers nobody
 
 

@@ -13,6 +13,7 @@ from cloud.authority import Authority
 from cloud.split.measure import running_link, running_tail
 from cloud.tail.server import Server
 from cloud.tail.store import Loaded, Store, install
+from edge_agent.link import LOADING
 from edge_agent.links import LinkKeeper
 from edge_agent.tail_client import LinkClient, Tail
 from edge_agent.tail_fake import FakeClock, FakeTail
@@ -271,6 +272,16 @@ def test_a_plan_that_loads_slowly_takes_the_tail_away_from_nobody(
             with pytest.raises(grpc.RpcError, match="is being loaded: ask again") as refused:
                 stub.ModelInfer(request, timeout=30)
             assert refused.value.code() is grpc.StatusCode.UNAVAILABLE  # not now; the plan is not a wrong one
+            assert LOADING in refused.value.trailing_metadata()
+            with running_link(tmp_path / "l", server.port):
+                client = LinkClient(tmp_path / "l")
+                assert client.wait_up(10)
+                for _ in range(3):
+                    reply = client.wait(client.send_plain(name, "input", {"x": planned_net.x[:1]}, 10.0), 10.0)
+                    assert reply is not None
+                    assert reply.kind == "loading"
+                assert client.estimate().up
+                client.close()
             assert stub.ServerLive(pb.ServerLiveRequest(), timeout=30).live
             assert not any(one.result().ready for one in asking)
             go_on.set()

@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from edge_agent.ipc import MAX_ESTIMATES
-from edge_agent.link import IDLE_AFTER_S, KEEP_LOOKING_S, KEEP_WARM_S, Link
+from edge_agent.link import IDLE_AFTER_S, KEEP_LOOKING_S, KEEP_WARM_S, LOADING, Link
 from skills import oip
 from skills.wire import unpack_frame
 
@@ -19,18 +19,18 @@ INFER = {"op": "infer", "id": 1, "plan": PLAN, "cut": "c1", "codec": "u8", "dead
 
 
 class Failed(grpc.aio.AioRpcError):
-    def __init__(self, code: grpc.StatusCode) -> None:
-        super().__init__(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details=code.name.lower())
+    def __init__(self, code: grpc.StatusCode, trailer: tuple[tuple[str, str], ...] = ()) -> None:
+        super().__init__(code, grpc.aio.Metadata(), grpc.aio.Metadata(*trailer), details=code.name.lower())
 
 
 class Call:
     """A request on its way; it ends with the tail's mood at that moment."""
 
-    def __init__(self, tail: "Tail", timeout: float) -> None:
-        self.tail, self.timeout = tail, timeout
+    def __init__(self, tail: "Tail", timeout: float, plan: str) -> None:
+        self.tail, self.timeout, self.slow = tail, timeout, plan in tail.slow
 
     def __await__(self) -> Any:
-        return self.tail.finish(self.timeout, computes=True).__await__()
+        return self.tail.finish(self.timeout, computes=True, slow=self.slow).__await__()
 
     async def trailing_metadata(self) -> list[tuple[str, str]]:
         return self.tail.says
@@ -42,6 +42,8 @@ class Tail:
     def __init__(self) -> None:
         self.up = self.computes = True
         self.refuses: grpc.StatusCode | None = None
+        self.slow: set[str] = set()  # plans that take forever
+        self.trailer: tuple[tuple[str, str], ...] = ()
         self.says = [("split-compute-us", "2000")]
         self.pings: list[float] = []
         self.asked: list[float] = []
@@ -51,14 +53,14 @@ class Tail:
     async def close(self, grace: float) -> None:
         """Stands for the channel's too."""
 
-    async def finish(self, limit_s: float, computes: bool = False) -> Any:
+    async def finish(self, limit_s: float, computes: bool = False, slow: bool = False) -> Any:
         if not self.up:
             raise Failed(grpc.StatusCode.UNAVAILABLE)
-        if computes and not self.computes:
+        if computes and (slow or not self.computes):
             await asyncio.sleep(limit_s)
             raise Failed(grpc.StatusCode.DEADLINE_EXCEEDED)
         if computes and self.refuses is not None:
-            raise Failed(self.refuses)
+            raise Failed(self.refuses, self.trailer)
         await asyncio.sleep(0.01)
         return oip.messages().ModelInferResponse()
 
@@ -72,7 +74,7 @@ class Tail:
 
     def ModelInfer(self, request: Any, timeout: float) -> Call:  # noqa: N802
         self.asked.append(asyncio.get_running_loop().time())
-        return Call(self, timeout)
+        return Call(self, timeout, request.model_name)
 
 
 class Writer:
@@ -117,8 +119,11 @@ class World:
     async def ask(self, **more: Any) -> dict[str, Any]:
         """Send one request and return the answer."""
         self.say(**{**INFER, **more})
-        await asyncio.gather(*self.link._calls.values())
+        await self.answered()
         return self.worker.heard[-1] if self.worker.heard[-1]["op"] == "answer" else self.answers()[-1]
+
+    async def answered(self) -> None:
+        await asyncio.gather(*(one.task for one in self.link._calls.values()))
 
     def answers(self) -> list[dict[str, Any]]:
         return [one for one in self.worker.heard if one["op"] == "answer"]
@@ -269,7 +274,7 @@ def test_many_requests_at_once_that_a_dying_tail_leaves_unanswered_are_one_absen
             world.tail.up = False
         for number in range(8):
             world.say(**{**INFER, "id": number})
-        await asyncio.gather(*world.link._calls.values())
+        await world.answered()
         assert len(world.answers()) == 8
         assert not world.up()
         gone = asyncio.get_running_loop().time()
@@ -289,7 +294,7 @@ def test_a_stock_tail_much_faster_than_the_plan_says_teaches_no_boundless_bandwi
         frame = memoryview(bytes(100_000))
         header = {"op": "plain", "id": 1, "plan": PLAN, "cut": "c1", "deadline_us": 200_000, "tail_ms": 90.0}
         world.link._handle(world.worker, {**header, "tensors": [["x", "UINT8", [100_000], 100_000]]}, frame)  # type: ignore[arg-type]
-        await asyncio.gather(*world.link._calls.values())
+        await world.answered()
         assert world.answers()[-1]["ok"]
         assert world.link._estimate().mbit == 0  # a probe will tell
 
@@ -351,6 +356,59 @@ def test_what_a_worker_gives_up_as_late_counts_against_the_tail_and_frees_its_pl
             await asyncio.sleep(0.25)
             world.say(op="cancel", id=number, late=True)
         assert not world.link._calls
+        assert not world.up()
+
+    simulated(story)
+
+
+def test_a_plan_that_is_being_loaded_says_nothing_for_or_against_the_tail(simulated: Any) -> None:
+    async def story(world: World) -> None:
+        await asyncio.sleep(1)
+        world.tail.refuses, world.tail.trailer = grpc.StatusCode.UNAVAILABLE, (LOADING,)
+        assert [(await world.ask(id=at))["kind"] for at in range(5)] == ["loading"] * 5
+        assert world.up()
+        world.tail.computes = False  # between two of them, requests that a stalled tail leaves unanswered still count
+        assert (await world.ask(id=5))["kind"] == "late"
+        world.tail.computes = True
+        assert (await world.ask(id=6))["kind"] == "loading"
+        world.tail.computes = False
+        assert (await world.ask(id=7))["kind"] == "late"
+        assert not world.up()
+
+    simulated(story)
+
+
+def test_a_tail_that_is_unavailable_without_loading_a_plan_is_left_alone(simulated: Any) -> None:
+    async def story(world: World) -> None:
+        await asyncio.sleep(1)
+        world.tail.refuses, world.tail.trailer = grpc.StatusCode.UNAVAILABLE, (("split-refused", "draining"),)
+        assert [(await world.ask(id=at))["kind"] for at in (1, 2)] == ["unavailable"] * 2
+        assert not world.up()
+
+    simulated(story)
+
+
+@pytest.mark.parametrize("noticed", ["worker", "deadline"])
+def test_a_slow_plan_closes_the_tail_to_nobody_whose_requests_are_answered(simulated: Any, noticed: str) -> None:
+    async def story(world: World) -> None:
+        await asyncio.sleep(1)
+        slow = {**INFER, "plan": "5" * 16, "deadline_us": 9_000_000 if noticed == "worker" else 240_000}
+        world.tail.slow.add(slow["plan"])
+        for number in range(0, 40, 4):
+            for late in (number, number + 1, number + 2):
+                world.say(**{**slow, "id": late})
+            await asyncio.sleep(0.1)
+            world.say(**{**INFER, "id": number + 3})
+            await asyncio.sleep(0.15)
+            for late in (number, number + 1, number + 2):
+                world.say(op="cancel", id=late, late=True)
+            assert world.up()
+        assert sum(one["ok"] for one in world.answers()) == 10
+        world.tail.computes = False  # and now it has stalled for all
+        for number in (50, 51):
+            world.say(**{**INFER, "id": number, "deadline_us": 9_000_000})
+            await asyncio.sleep(0.25)
+            world.say(op="cancel", id=number, late=True)
         assert not world.up()
 
     simulated(story)

@@ -228,6 +228,20 @@ def test_a_refusal_that_comes_while_the_device_goes_on_counts_as_well(bench: Ben
     assert (bench.model.last.where, bench.model.last.reason) == ("local", "the tail refuses this plan")
 
 
+def test_a_plan_that_the_tail_is_loading_rests_for_a_moment(bench: Bench) -> None:
+    bench.model.use(bench.cut)
+    bench.tail.refuse = Reply(None, "loading", "the plan is being loaded")
+    found, right = bench.ask()
+    np.testing.assert_allclose(found, right, atol=1e-5)
+    assert (bench.model.last.where, bench.model.last.reason) == ("continued", "the plan is being loaded")
+    bench.tail.refuse = None
+    bench.ask()
+    assert (bench.model.last.where, bench.model.last.reason) == ("local", "the tail is loading this plan")
+    bench.clock.advance(1.1)
+    bench.ask()
+    assert bench.model.last.where == "split"
+
+
 def test_an_answer_without_an_output_is_no_answer(bench: Bench) -> None:
     bench.model.use(bench.cut)
     bench.tail.refuse = Reply({"other": np.zeros(1)})
