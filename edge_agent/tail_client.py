@@ -234,7 +234,7 @@ class LinkClient:
             self._lose()
         return True
 
-    def _take(self) -> tuple[dict[str, Any], bytes] | None:
+    def _take(self) -> tuple[dict[str, Any], memoryview] | None:
         if len(self._buffer) < 4:
             return None
         (length,) = struct.unpack_from(">I", self._buffer)
@@ -242,12 +242,11 @@ class LinkClient:
             raise FormatError(f"the link announces a frame of {length} bytes")
         if len(self._buffer) < 4 + length:
             return None
-        data = bytes(self._buffer[4 : 4 + length])
+        data = self._buffer[4 : 4 + length]
         del self._buffer[: 4 + length]
-        header, body = unpack_frame(data, MAX_FRAME_BYTES)
-        return header, bytes(body)
+        return unpack_frame(memoryview(data), MAX_FRAME_BYTES)
 
-    def _understand(self, header: dict[str, Any], body: bytes) -> None:
+    def _understand(self, header: dict[str, Any], body: memoryview) -> None:
         if header["op"] == "estimate":
             self._heard += 1
             self._estimate = Estimate(
@@ -269,12 +268,15 @@ class LinkClient:
         self._replies.clear()
 
 
-def _read(header: dict[str, Any], body: bytes) -> Reply:
-    """Return an answer of the tail; one whose tensors are not what they say is this answer's fault, not the link's."""
+def _read(header: dict[str, Any], body: memoryview) -> Reply:
+    """Return an answer of the tail, whose arrays may be written to, as those that are computed here may.
+
+    One whose tensors are not what they say is this answer's fault, not the link's.
+    """
     outputs, at = {}, 0
     try:
         for name, kind, shape, size in header["outputs"]:
-            outputs[name] = oip.from_raw(name, kind, shape, body[at : at + size])
+            outputs[name] = oip.from_raw(name, kind, shape, bytearray(body[at : at + size]))
             at += size
     except FormatError as error:
         return Reply(None, "invalid", f"the tail's answer: {error}"[:MAX_ERROR])

@@ -71,7 +71,7 @@ def obstacle(tensors: Sequence[Live], arrays: Mapping[str, "Array"]) -> str:
 def decode(
     coding: Coding, tensors: Sequence[Live], frame: bytes | memoryview, max_bytes: int = MAX_DECODED_BYTES
 ) -> dict[str, "Array"]:
-    """Return the arrays of a frame by name; never produces more than `max_bytes`.
+    """Return the arrays of a frame by name, which may be written to; never produces more than `max_bytes`.
 
     Raises:
         FormatError: anything about the frame that does not fit `coding` and `tensors`.
@@ -239,7 +239,7 @@ def _decode_one(coding: Coding, at: int, live: Live, shape: tuple[int, ...], bod
     count, dtype = math.prod(shape), np.dtype(DTYPES[live.dtype])
     codes: Array
     if coding.kind == "native" or (coding.kind in CODED_KINDS and dtype.kind != "f"):
-        raw = _exactly(zstd.decompress(body, count * dtype.itemsize), count * dtype.itemsize)
+        raw = bytearray(_exactly(zstd.decompress(body, count * dtype.itemsize), count * dtype.itemsize))
         array = np.frombuffer(raw, dtype).reshape(shape)
         if dtype.kind == "f" and not np.isfinite(array).all():
             raise FormatError(f"the tensor {live.name!r} holds NaN or infinity")

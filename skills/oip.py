@@ -278,8 +278,8 @@ def to_raw(array: "Array") -> bytes:
     return np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
 
 
-def from_raw(name: str, kind: str, shape: Sequence[int], raw: bytes | memoryview) -> "Array":
-    """Return the array that `to_raw` wrote; its memory is the message's and read-only.
+def from_raw(name: str, kind: str, shape: Sequence[int], raw: bytes | bytearray | memoryview) -> "Array":
+    """Return the array that `to_raw` wrote; its memory is that of `raw`, and read-only where that is.
 
     Raises:
         FormatError: the bytes do not fit type and shape.

@@ -63,6 +63,8 @@ def test_every_cut_and_coding_is_answered_near_the_whole_model(tail: Tail, plan:
             found = reply.outputs["logits"]
             assert found.shape == right.shape
             assert found.dtype == right.dtype
+            assert found.flags.writeable
+            assert found.flags.aligned
             assert np.abs(found - right).max() < (1e-4 if coding.kind == "native" else 3.0)
 
 

@@ -45,7 +45,9 @@ def test_an_affine_coding_is_off_by_at_most_half_a_step(seed: int, batch: int, k
 def test_native_codes_travel_bit_for_bit(seed: int, batch: int) -> None:
     codes = np.random.default_rng(seed).integers(0, 256, (batch, 16), np.uint8)
     frame = codec.encode(Coding("native"), (CODES,), {"codes": codes})
-    assert np.array_equal(codec.decode(Coding("native"), (CODES,), frame)["codes"], codes)
+    back = codec.decode(Coding("native"), (CODES,), frame)["codes"]
+    assert np.array_equal(back, codes)
+    back += 1  # as whoever computed it here may
 
 
 def test_several_tensors_share_a_frame_and_integers_stay_exact_beside_floats() -> None:

@@ -1,6 +1,7 @@
 """The worker's side of the link, against a socket whose other end says what the test wants."""
 
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -152,6 +153,27 @@ def test_an_answer_whose_bytes_do_not_fit_is_its_own_fault_and_the_next_one_is_h
         assert good.outputs is not None
         assert good.outputs["y"].tolist() == [97, 98]
         assert client.estimate().up
+        client.close()
+
+
+@pytest.mark.parametrize("padding", range(4))
+def test_a_raw_answer_may_be_written_to_and_its_arrays_share_nothing(listener, padding):
+    path, listening = listener
+    client = LinkClient(path)
+    client.prepare("p")
+    channel, _ = listening.accept()
+    tensors = [["a" * (padding + 1), "FP32", [2], 8], ["b", "FP32", [1], 4]]
+    with channel:
+        request = client.send("p", "c1", "u8", b"frame", 1.0)
+        frame = ipc.frame({"op": "answer", "id": request, "ok": True, "outputs": tensors}, struct.pack("<3f", 1, 2, 3))
+        channel.sendall(frame)
+        reply = client.wait(request, 5)
+        assert reply is not None
+        assert reply.outputs is not None
+        first, second = reply.outputs.values()
+        first -= first.max()  # as the code that follows a model does, here and behind a tail
+        assert (first.tolist(), second.tolist()) == ([-1, 0], [3])
+        assert first.flags.aligned
         client.close()
 
 
