@@ -4,7 +4,7 @@
 
 DIR holds ca.pem, cert.pem and key.pem. Workers connect to the Unix socket and speak frames (edge_agent/ipc.py):
   to the link    infer  {id, plan, cut, codec, reply?, deadline_us} + activation frame · cancel {id, late}
-                 plan   {plan}: have it warmed
+                 plan   {plan}: have it warmed, now and at every return of the tail, while this connection lasts
                  plain  {id, plan, cut, tensors: [[name, datatype, shape, bytes]…], tail_ms, deadline_us} + raw tensors: for
                  stock servers, which know neither frames nor say how long they took; `tail_ms` is what the plan says
                  look {}: a request looked at the estimate and may stay local
@@ -21,12 +21,14 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import os
 import random
 import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ KEEP_LOOKING_S = 0.5  # between two calls while every request stays local: is th
 IDLE_AFTER_S = 5.0
 PING_DEADLINE_S = 1.0
 MAX_IN_FLIGHT = 32
-MAX_PLANS = 64
+MAX_PLANS = 64  # of all workers; what is beyond is loaded with its first request
 PROBE = {"plan": "probe", "cut": "probe", "codec": "probe"}
 LOADING = ("split-refused", "loading")  # with UNAVAILABLE in the trailer: the plan is not there yet, the tail is
 PROBE_BYTES = 16_384
@@ -50,6 +52,7 @@ PROBE_DEADLINE_US = 5_000_000
 WARM_DEADLINE_S = 30.0
 MAX_KEY_BYTES = 1 << 20
 TLS_FILES = ("ca.pem", "key.pem", "cert.pem")
+LOG = logging.getLogger("skerry.link")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -78,7 +81,8 @@ class Link:
         self._used = asyncio.Event()
         self._told: tuple[object, ...] = ()
         self._connected_once = False
-        self._plans: set[str] = set()
+        self._plans: dict[asyncio.StreamWriter, set[str]] = {}
+        self._full_told = False
         self._probing = False
         self._workers: set[asyncio.Task[Any]] = set()
         self._channel: Any = None
@@ -146,6 +150,7 @@ class Link:
             pass  # a worker that speaks nonsense or is gone loses its connection, the others keep theirs
         finally:
             self._writers.pop(writer, None)
+            self._plans.pop(writer, None)
             for key in [key for key in self._calls if key[0] == id(writer)]:
                 self._calls.pop(key).task.cancel()
             writer.close()
@@ -169,15 +174,31 @@ class Link:
             task = asyncio.create_task(self._infer(writer, number, header, bytes(body)), name=f"infer-{number}")
             self._calls[key] = _Call(task, self._clock())
             task.add_done_callback(lambda _: self._calls.pop(key, None))
-        elif op == "plan" and len(self._plans) < MAX_PLANS:
-            self._plans.add(str(header.get("plan"))[:64])
-            self._start_warming()
+        elif op == "plan":
+            self._prepare(writer, str(header.get("plan"))[:64])
         elif op == "cancel" and type(number) is int:
             call = self._calls.pop((id(writer), number), None)
             if call is not None:
                 call.task.cancel()
                 if header.get("late") is True:
                     self._late(call.sent_s)
+
+    def _prepare(self, writer: asyncio.StreamWriter, plan: str) -> None:
+        known = self._in_use()
+        if plan not in known and len(known) >= MAX_PLANS:
+            what = "'the tail loads it with its first request'"
+            LOG.log(
+                logging.DEBUG if self._full_told else logging.WARNING,
+                "link.plan_not_warmed plan=%s limit=%s what=%s", plan, MAX_PLANS, what,
+            )  # fmt: skip
+            self._full_told = True
+            return
+        self._plans.setdefault(writer, set()).add(plan)
+        self._start_warming({plan})
+
+    def _in_use(self) -> set[str]:
+        """Return the plans that the workers who are connected have named."""
+        return set().union(*self._plans.values())
 
     def _start_probe(self) -> None:
         """Learn the bandwidth while every skill stays local, or none of them would ever find out that the link is better now."""
@@ -208,8 +229,8 @@ class Link:
             self._estimator.on_probe(self._clock(), self._clock() - began)
             self._probing = False
 
-    def _start_warming(self) -> None:
-        """Have the tail load the plans in use before a request needs them; one that it does not know shows in the request."""
+    def _start_warming(self, plans: AbstractSet[str]) -> None:
+        """Have the tail load plans before a request needs them; one that it does not know shows in the request."""
 
         async def warm(name: str) -> None:
             import grpc
@@ -218,7 +239,7 @@ class Link:
                 await self._stub.ModelReady(oip.messages().ModelReadyRequest(name=name), timeout=WARM_DEADLINE_S)
 
         if self._connected_once and not self._breaker.open:
-            for name in self._plans:
+            for name in plans:
                 self._background(warm(name), f"warm-{name}")
 
     async def _infer(self, writer: asyncio.StreamWriter, number: int, header: Mapping[str, Any], frame: bytes) -> None:
@@ -319,7 +340,7 @@ class Link:
         self._tell_all()
         if returned:
             self._estimator.on_return()
-            self._start_warming()
+            self._start_warming(self._in_use())
 
     def _use(self) -> None:
         self._last_use_s = self._clock()

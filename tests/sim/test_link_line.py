@@ -8,8 +8,8 @@ from typing import Any
 import grpc
 import pytest
 
-from edge_agent.ipc import MAX_ESTIMATES
-from edge_agent.link import IDLE_AFTER_S, KEEP_LOOKING_S, KEEP_WARM_S, LOADING, Link
+from edge_agent.ipc import MAX_ESTIMATES, frame
+from edge_agent.link import IDLE_AFTER_S, KEEP_LOOKING_S, KEEP_WARM_S, LOADING, MAX_PLANS, Link
 from skills import oip
 from skills.wire import unpack_frame
 
@@ -85,6 +85,12 @@ class Writer:
 
     def is_closing(self) -> bool:
         return False
+
+    def close(self) -> None:
+        """Stands for the socket's."""
+
+    async def drain(self) -> None:
+        """It takes everything."""
 
     def write(self, data: bytes) -> None:
         self.heard.append(dict(unpack_frame(data[4:], 1 << 20)[0]))
@@ -291,9 +297,9 @@ def test_a_stock_tail_much_faster_than_the_plan_says_teaches_no_boundless_bandwi
     async def story(world: World) -> None:
         await asyncio.sleep(1)
         world.tail.says = []
-        frame = memoryview(bytes(100_000))
+        body = memoryview(bytes(100_000))
         header = {"op": "plain", "id": 1, "plan": PLAN, "cut": "c1", "deadline_us": 200_000, "tail_ms": 90.0}
-        world.link._handle(world.worker, {**header, "tensors": [["x", "UINT8", [100_000], 100_000]]}, frame)  # type: ignore[arg-type]
+        world.link._handle(world.worker, {**header, "tensors": [["x", "UINT8", [100_000], 100_000]]}, body)  # type: ignore[arg-type]
         await world.answered()
         assert world.answers()[-1]["ok"]
         assert world.link._estimate().mbit == 0  # a probe will tell
@@ -412,6 +418,40 @@ def test_a_slow_plan_closes_the_tail_to_nobody_whose_requests_are_answered(simul
         assert not world.up()
 
     simulated(story)
+
+
+def test_plans_are_warmed_at_every_return_of_the_tail_while_a_worker_that_named_them_is_there(simulated: Any) -> None:
+    async def story(world: World) -> None:
+        world.say(op="plan", plan="kept")
+        reader, leaver = asyncio.StreamReader(), Writer()
+        for plan in ("kept", "removed"):
+            reader.feed_data(frame({"op": "plan", "plan": plan}))
+        visit = asyncio.create_task(world.link._worker(reader, leaver))  # type: ignore[arg-type]
+        await asyncio.sleep(1)
+        assert set(world.tail.warmed) == {"kept", "removed"}
+        reader.feed_eof()
+        await visit
+        world.tail.warmed.clear()
+        world.tail.up = False
+        await asyncio.sleep(3)
+        world.tail.up = True
+        await asyncio.sleep(3)
+        assert world.tail.warmed == ["kept"]
+
+    simulated(story)
+
+
+def test_more_plans_than_are_warmed_are_said_once(simulated: Any, caplog: pytest.LogCaptureFixture) -> None:
+    async def story(world: World) -> None:
+        for number in range(MAX_PLANS + 2):
+            world.say(op="plan", plan=f"p{number}")
+        world.say(op="plan", plan="p0")
+        await asyncio.sleep(1)
+        assert set(world.tail.warmed) == {f"p{number}" for number in range(MAX_PLANS)}
+
+    simulated(story)
+    (line,) = [one.getMessage() for one in caplog.records if one.name == "skerry.link"]
+    assert line.startswith("link.plan_not_warmed plan=p64 limit=64")
 
 
 def test_a_plain_request_names_model_and_tensors_and_carries_nothing_of_ours() -> None:
