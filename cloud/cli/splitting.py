@@ -21,6 +21,16 @@ if TYPE_CHECKING:
 PANEL = "Models"
 DEFAULT_SLOWDOWN = 10.0
 DATA_HELP = "An .npz with x and, if known, y; or a folder of images with a data.yaml."
+Objective = Annotated[
+    str, typer.Option("--objective", metavar="latency|bytes", help="What the best answer has least of.")
+]
+SloMs = Annotated[
+    float | None,
+    typer.Option("--slo-ms", metavar="MS", help="The slowest answer allowed; --objective bytes needs it."),
+]
+MaxDrop = Annotated[
+    float, typer.Option("--max-drop", metavar="POINTS", help="How much a coding may cost, in percentage points.")
+]
 
 
 class ModelOrCommand(Ordered):
@@ -120,13 +130,8 @@ def split(
             show_default="1, 5, 20, 100mbit/30ms",
         ),
     ] = None,
-    objective: Annotated[
-        str, typer.Option("--objective", metavar="latency|bytes", help="What the best answer has least of.")
-    ] = "latency",
-    slo_ms: Annotated[
-        float | None,
-        typer.Option("--slo-ms", metavar="MS", help="The slowest answer allowed; --objective bytes needs it."),
-    ] = None,
+    objective: Objective = "latency",
+    slo_ms: SloMs = None,
     private: Annotated[
         bool, typer.Option("--private", help="The input may not leave the device, not even compressed or rebuilt.")
     ] = False,
@@ -138,9 +143,7 @@ def split(
             help="With --private: nothing before this tensor (not a cut's name) may leave.",
         ),
     ] = None,
-    max_drop: Annotated[
-        float, typer.Option("--max-drop", metavar="POINTS", help="How much a coding may cost, in percentage points.")
-    ] = 1.0,
+    max_drop: MaxDrop = 1.0,
     head_tail: Annotated[
         bool, typer.Option("--head-tail", help="Also write head.onnx and tail.onnx of the best true cut.")
     ] = False,
@@ -270,11 +273,14 @@ def stages(
             "--link", metavar="RATE/RTT", help="A network to judge; may be repeated.", show_default="four of them"
         ),
     ] = None,
+    objective: Objective = "latency",
+    slo_ms: SloMs = None,
     private: Annotated[bool, typer.Option("--private", help="The skill's input may not leave the device.")] = False,
     min_cut: Annotated[
         str | None,
         typer.Option("--min-cut", metavar="CUT", help="With --private: what leaves from there on (c1, …) may be seen."),
     ] = None,
+    max_drop: MaxDrop = 1.0,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", metavar="FOLDER", help="Where split.yaml with the placement goes.")
     ] = None,
@@ -283,6 +289,8 @@ def stages(
 
     Every placement is measured as a whole, with the messages between the stages in every coding. The result is a table to
     decide by, and with -o a plan. In the skill's folder, with `placement: split.yaml` in skill.yaml, the skill runs by it.
+
+    The device keeps the models of all stages loaded: a profile whose memory_mb they do not fit is refused (79).
     """
     from cloud.cli import findings
     from cloud.split import LINKS
@@ -292,11 +300,12 @@ def stages(
 
     links = tuple(parse_link(text) for text in link) if link else LINKS
     network = links[0] if link else ASSUMED  # what the device assumes until it has measured its own
-    factor, _ = device_limits(device, slowdown)
+    factor, memory_mb = device_limits(device, slowdown)
     with screen.progress("placing") as step:
         plan = plan_stages(
-            folder, data, slowdown=factor, links=links, private=private, min_cut=min_cut, out=out,
-            network=network, progress=lambda stage, done, of: step(stage, done / of if of else 0.0),
+            folder, data, slowdown=factor, links=links, private=private, min_cut=min_cut, max_drop=max_drop, out=out,
+            objective=objective, slo_ms=slo_ms, memory_mb=memory_mb, network=network,
+            progress=lambda stage, done, of: step(stage, done / of if of else 0.0),
         )  # fmt: skip
     facts = {
         "stages": [{"name": one.name, "place": one.place} for one in plan.stages],

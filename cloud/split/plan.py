@@ -101,7 +101,7 @@ def split(
     _check_replaceable(out)
     if min_cut is not None and not private:
         raise UsageError(f"the minimum cut {min_cut!r} counts only for a private plan: give --private as well")
-    policy = _policy(objective, slo_ms)
+    policy = asked_policy(objective, slo_ms)
     raw, graph = read_model(model)
     beside = model.parent if isinstance(model, Path) else None
     given = read_data(data, graph)
@@ -224,7 +224,12 @@ def _check_replaceable(out: Path) -> None:
         )
 
 
-def _policy(objective: str, slo_ms: float | None) -> Policy:
+def asked_policy(objective: str, slo_ms: float | None) -> Policy:
+    """Return the policy of a new plan.
+
+    Raises:
+        UsageError: the objective is none, or `bytes` without a limit on time; or the limit is out of range.
+    """
     if objective not in ("latency", "bytes"):
         raise UsageError(f"the objective is {objective!r}, expected latency or bytes")
     if slo_ms is not None and not 0.001 <= slo_ms <= 3.6e6:

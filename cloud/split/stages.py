@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cloud.split.export import commented
+from cloud.split.memory import measured_mb
+from cloud.split.plan import asked_policy, check_limits
 from cloud.split.profile import gated, measure, measure_coding, possible_codings, scorer
 from cloud.split.verdict import LINKS, judge
 from edge_agent.worker import CallableModel
 from skills.bundle import read_text
 from skills.codec import DTYPES
 from skills.coding import Image, Live
-from skills.errors import FormatError, NotFound, UsageError
+from skills.errors import FormatError, NotFound, Refused, UsageError
 from skills.files import sha256_file, write_atomic
 from skills.manifest import Skill, Tensor, Variant, load_skill
 from skills.network import ASSUMED, Link
@@ -45,6 +47,9 @@ def plan_stages(
     private: bool = False,
     min_cut: str | None = None,
     max_drop: float = 1.0,
+    objective: str = "latency",
+    slo_ms: float | None = None,
+    memory_mb: float | None = None,
     rounds: int = 20,
     out: Path | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, of: None,
@@ -53,13 +58,16 @@ def plan_stages(
 
     `data` holds the skill's inputs by name; without it its probe's are taken. Nobody audits what a message gives away of the
     input, so with `private` none leaves, but those behind `min_cut` (c1: the first stage's): that is its writer's own word.
+    `max_drop`, `objective` and `slo_ms` mean what they mean to `split`. The device keeps the models of all stages loaded,
+    wherever a request goes: so `memory_mb` is held against all of them, and every cut weighs the same.
 
     Raises:
         NotFound, FormatError: the skill or the data is missing or not what it should be.
-        UsageError: the skill has one stage only, the slowdown is out of range, or there is no cut `min_cut`.
+        UsageError: the skill has one stage only, a value is out of range, or there is no cut `min_cut`.
+        Refused: the models of all stages need more than `memory_mb`, or that cannot be told.
     """
-    if not 1 <= slowdown <= 1000:
-        raise UsageError(f"the slowdown is {slowdown:g}: it says how many times slower the device is, from 1 to 1000")
+    check_limits(slowdown, max_drop, links)
+    policy = asked_policy(objective, slo_ms)
     skill = load_skill(read_text(folder / "skill.yaml", "the skill"), str(folder / "skill.yaml"))
     if len(skill.stages) < 2:
         raise UsageError(f"{skill.name} has one stage: there is nothing to place; skerry split cuts its model")
@@ -68,6 +76,7 @@ def plan_stages(
         raise UsageError(f"the minimum cut is {min_cut!r}: with --private, one of {', '.join(names[1:])}")
     unaudited = Leak("inconclusive", "explained variance", 0.0, flat=False) if private and min_cut is None else None
     samples = _samples(skill, folder, data)
+    need_mb = 0.0 if memory_mb is None else _needed_mb(skill, folder, memory_mb)
     chain = StageChain(
         tuple(_stage(skill, folder, at) for at in range(len(skill.stages))), tuple(s.name for s in skill.stages)
     )
@@ -91,11 +100,11 @@ def plan_stages(
         cuts.append(
             Cut(
                 names[after], after, costs[after].device, costs[after].tail, live[after], tuple(judged), raw=after == 0,
-                leak=unaudited if after else None,
+                leak=unaudited if after else None, memory_mb=need_mb,
             )
         )  # fmt: skip
     last = len(skill.stages)
-    cuts.append(Cut("local", last, costs[last].device, Millis(0.0, 0.0)))
+    cuts.append(Cut("local", last, costs[last].device, Millis(0.0, 0.0), memory_mb=need_mb))
     segments = tuple(
         Segment(
             stage.code, sha256_file(folder / stage.code), max((folder / stage.code).stat().st_size, 1),
@@ -106,7 +115,7 @@ def plan_stages(
     plan = Plan(
         sha256_file(folder / "skill.yaml"), live[0], live[-1], segments, tuple(cuts), network, float(slowdown), private,
         min_cut, float(max_drop), score.metric, len(samples),
-        reply_bytes=sum(int(array.nbytes) for array in truths[0].values()), whole=1.0,
+        reply_bytes=sum(int(array.nbytes) for array in truths[0].values()), whole=1.0, policy=policy, memory_mb=memory_mb,
     )  # fmt: skip
     placed = choose_cut(plan, Estimate(network.mbit, network.rtt_ms)).cut
     plan = dataclasses.replace(
@@ -125,6 +134,21 @@ def plan_stages(
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(out / "split.yaml", commented(plan).encode())
     return plan
+
+
+def _needed_mb(skill: Skill, folder: Path, memory_mb: float) -> float:
+    files = dict.fromkeys(folder / _file(skill, stage.model) for stage in skill.stages)
+    found = measured_mb(list(files))
+    if not found:
+        raise Refused(
+            f"what the models of {skill.name} take of memory cannot be measured here: give a profile without memory_mb"
+        )
+    if found[-1] > memory_mb:
+        raise Refused(
+            f"the models of all stages take {found[-1]:.0f} MiB, and the device has {memory_mb:g}: it keeps them all "
+            "loaded, to go on without the tail; a profile with more memory_mb or without it plans all the same"
+        )
+    return found[-1]
 
 
 def _rest(chain: StageChain, after: int) -> "Callable[[Arrays], Arrays]":

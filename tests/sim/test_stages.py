@@ -1,11 +1,13 @@
 """The stages of a skill, placed by the planner that cuts models."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from cloud.cli import run
 from cloud.split.check import unaudited
 from cloud.split.export import commented
 from cloud.split.profile import gated
@@ -114,6 +116,49 @@ def test_private_stages_keep_the_input_here(skill: Path) -> None:
     plan = plan_stages(skill, None, links=(Link(1000, 0.1),), rounds=1, private=True, slowdown=1000)
     assert plan.verdicts[0].cut in ("c1", "local")
     assert plan.stages[0].place == "device"
+
+
+def test_the_fewest_bytes_within_a_limit_and_the_budget_are_asked_for_as_of_a_split(
+    skill: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["split", "stages", str(skill), "--link", "1000mbit/0.1ms", "--objective", "bytes"]
+    assert run(words) == 2
+    assert "--slo-ms" in capsys.readouterr().err
+    out = tmp_path / "placement"
+    assert run([*words, "--slo-ms", "5000", "--max-drop", "50", "-o", str(out)]) == 0
+    plan = load_plan((out / "split.yaml").read_text())
+    assert (plan.policy.minimize, plan.policy.slo_ms, plan.max_drop) == ("bytes", 5000.0, 50.0)
+    assert plan.verdicts[0].cut == "local"  # nothing sends fewer
+    assert run(["split", "stages", str(skill), "--max-drop", "101"]) == 2
+
+
+def test_the_memory_of_a_profile_is_held_against_the_models_of_all_stages(
+    skill: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board, out = tmp_path / "board.yaml", tmp_path / "placement"
+
+    def place(memory_mb: int) -> int:
+        lines = ("format: profile/v1", "name: board", "runtime: onnxruntime", "arch: aarch64", "slowdown: 5")
+        board.write_text("\n".join((*lines, f"memory_mb: {memory_mb}\n")))
+        return run(["split", "stages", str(skill), "--device", str(board), "-o", str(out)])
+
+    asked: list[list[Path]] = []
+
+    def measured(files: Sequence[Path]) -> tuple[float, ...]:
+        asked.append(list(files))
+        return (60.0,)
+
+    monkeypatch.setattr("cloud.split.stages.measured_mb", measured)
+    assert place(59) == 79
+    assert "the models of all stages take 60 MiB, and the device has 59" in capsys.readouterr().err
+    assert not out.exists()
+    assert place(60) == 0
+    assert asked == [[skill / "net.onnx"]] * 2  # both stages use it, and it is loaded once
+    plan = load_plan((out / "split.yaml").read_text())
+    assert (plan.memory_mb, {cut.memory_mb for cut in plan.cuts}) == (60.0, {60.0})
+    monkeypatch.setattr("cloud.split.stages.measured_mb", lambda files: ())
+    assert place(60) == 79
+    assert "cannot be measured here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
