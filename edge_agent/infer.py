@@ -334,10 +334,7 @@ class SplitModel:
         return max(0.0, min(self._wait_s, deadline_s, PATIENCE * predicted_s))
 
     def _look(self, request: int, timeout_s: float, choice: Choice) -> Reply | None:
-        """Return the reply with the model's outputs in it, or as invalid if they cannot be had of it; None: none came yet.
-
-        One that refuses the plan, whenever it comes, gives the plan a rest.
-        """
+        """Return the reply as `_read` does, None where none came yet; one that refuses the plan, whenever it comes, rests it."""
         reply = self.tail.wait(request, timeout_s) if self.tail is not None else None
         reply = self._read(reply, choice) if reply is not None else None
         if reply is not None and reply.kind == "invalid":
@@ -347,6 +344,7 @@ class SplitModel:
         return reply
 
     def _read(self, reply: Reply, choice: Choice) -> Reply:
+        """Return a reply with its outputs decoded and held against the plan, or as invalid; one without outputs as it is."""
         if reply.outputs is None:
             return reply
         outputs, coding = reply.outputs, choice.reply
