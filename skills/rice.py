@@ -33,17 +33,17 @@ def encode(samples: "NDArray[Any]") -> bytes:
     rows = np.asarray(samples, np.int64)
     first = rows[:, :1]
     rows = rows - first
-    orders = np.empty(len(rows), np.uint8)
-    residuals = np.empty_like(rows)
     tried = [_differences(rows, order) for order in ORDERS]
-    costs = np.stack([np.abs(one).sum(1) for one in tried])
-    for at, order in enumerate(costs.argmin(0)):
-        orders[at], residuals[at] = order, tried[order][at]
+    orders = np.stack([np.abs(one).sum(1) for one in tried]).argmin(0).astype(np.uint8)
+    residuals = np.empty_like(rows)
+    for order in ORDERS:
+        these = orders == order
+        residuals[these] = tried[order][these]
     folded = np.where(residuals < 0, -2 * residuals - 1, 2 * residuals)
-    padded = _blocks(folded)
-    means = padded.sum(2) / np.maximum(_lengths(rows.shape[1]), 1)
+    lengths = _lengths(rows.shape[1])
+    means = np.add.reduceat(folded, np.cumsum(lengths) - lengths, 1) / lengths
     widths = np.clip(np.ceil(np.log2(np.maximum(means * SPARE, 0.5))), 0, MAX_WIDTH).astype(np.uint8)
-    each = np.repeat(widths, BLOCK, 1)[:, : rows.shape[1]].ravel().astype(np.int64)
+    each = np.repeat(widths, lengths, 1).ravel().astype(np.int64)
     values = folded.ravel()
     quotients = values >> each
     stops = np.cumsum(quotients + 1) - 1
@@ -85,7 +85,7 @@ def decode(body: bytes | memoryview, rows: int, time: int) -> "NDArray[np.uint16
         raise FormatError("Rice-coded samples are cut short")
     if length > UNARY_BITS * count / 8 + 1:
         raise FormatError(f"Rice-coded samples have {length} bytes of unary codes, too many for {count} samples")
-    each = np.repeat(widths, BLOCK, 1)[:, :time].ravel()
+    each = np.repeat(widths, _lengths(time), 1).ravel()
     rest = memoryview(body)[head + 4 + length :]
     if len(rest) != (int(each.sum(dtype=np.int64)) + 7) // 8:
         raise FormatError("Rice-coded samples are cut short, or something stands behind them")
@@ -96,16 +96,19 @@ def decode(body: bytes | memoryview, rows: int, time: int) -> "NDArray[np.uint16
     _add_fixed(folded, rest, each)
     if folded.max(initial=0) > MAX_FOLDED:
         raise FormatError("Rice-coded samples are out of range")
+    folded = (folded >> 1 ^ -(folded & 1)).reshape(rows, time)
     samples = np.empty((rows, time), np.uint16)
-    for at, (order, row) in enumerate(zip(orders, folded.reshape(rows, time), strict=True)):
-        values = -(row & 1)
-        values ^= row >> 1
-        for _ in range(int(order)):
-            values = np.cumsum(values)
-        values += int(first[at])
-        if values.min(initial=0) < 0 or values.max(initial=0) > 65_535:
-            raise FormatError("Rice-coded samples are out of range")
-        samples[at] = values
+    step = max(1, STEP // max(time, 1))
+    for at in range(0, rows, step):
+        for order in ORDERS:
+            these = at + np.flatnonzero(orders[at : at + step] == order)
+            values = folded[these].astype(np.int64)
+            for _ in range(order):
+                np.cumsum(values, 1, out=values)
+            values += first[these, None]
+            if values.min(initial=0) < 0 or values.max(initial=0) > 65_535:
+                raise FormatError("Rice-coded samples are out of range")
+            samples[these] = values
     return samples
 
 
@@ -135,16 +138,6 @@ def _lengths(time: int) -> "Samples":
 
     blocks = -(-time // BLOCK)
     return np.array([min(BLOCK, time - at * BLOCK) for at in range(blocks)], np.int64)
-
-
-def _blocks(folded: "Samples") -> "Samples":
-    import numpy as np
-
-    rows, time = folded.shape
-    blocks = -(-time // BLOCK)
-    padded = np.zeros((rows, blocks * BLOCK), np.int64)
-    padded[:, :time] = folded
-    return padded.reshape(rows, blocks, BLOCK)
 
 
 def _fixed_bits(values: "Samples", widths: "Samples") -> bytes:

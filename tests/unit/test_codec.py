@@ -1,6 +1,7 @@
 """Activation frames: round trips, and frames from somebody who means harm."""
 
 import contextlib
+import hashlib
 import struct
 import tracemalloc
 
@@ -192,22 +193,44 @@ def test_the_most_unary_codes_that_a_frame_may_have_are_nearly_reached() -> None
     assert unary_bytes(rice.encode(samples), 1, rice.BLOCK) > 0.97 * rice.UNARY_BITS * rice.BLOCK / 8
 
 
-HOSTILE_TIME = 1 << 16
-HEADS = [bytes([0, 0, order]) + bytes([width]) * (HOSTILE_TIME // rice.BLOCK) for order in (0, 2) for width in (0, 20)]
+HOSTILE = 128 * (rice.BLOCK + 1)  # samples
 
 
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("unary", [HOSTILE_TIME // 8, int(HOSTILE_TIME * rice.UNARY_BITS) // 8, 1 << 20])
-def test_hostile_rice_codes_take_no_more_memory_than_they_are_counted_for(head: bytes, unary: int) -> None:
-    fixed = bytes(HOSTILE_TIME * head[3] // 8)
-    body = head + unary.to_bytes(4, "big") + b"\xff" * unary + fixed
+@pytest.mark.parametrize("time", [HOSTILE, 1, 2, rice.BLOCK + 1])
+@pytest.mark.parametrize(("order", "width"), [(0, 0), (0, 20), (1, 3), (2, 0), (2, 20)])
+@pytest.mark.parametrize("unary", [HOSTILE // 8, int(HOSTILE * rice.UNARY_BITS) // 8, 1 << 20])
+def test_hostile_rice_codes_take_no_more_memory_than_they_are_counted_for(
+    time: int, order: int, width: int, unary: int
+) -> None:
+    rows = HOSTILE // time
+    head = bytes(2 * rows) + bytes([order]) * rows + bytes([width]) * (rows * -(-time // rice.BLOCK))
+    body = head + unary.to_bytes(4, "big") + b"\xff" * unary + bytes(-(-rows * time * width // 8))
     tracemalloc.start()
     try:
         with contextlib.suppress(FormatError):
-            rice.decode(body, 1, HOSTILE_TIME)
-        assert tracemalloc.get_traced_memory()[1] <= rice.PEAK_BYTES * HOSTILE_TIME + (1 << 20)
+            rice.decode(body, rows, time)
+        assert tracemalloc.get_traced_memory()[1] <= rice.PEAK_BYTES * rows * time + (1 << 20)
     finally:
         tracemalloc.stop()
+
+
+def test_writing_many_short_rows_takes_memory_for_samples_and_not_for_whole_blocks() -> None:
+    peaks = []
+    for samples in (np.arange(HOSTILE)[:, None] // 7, np.arange(HOSTILE)[None] // 7):
+        tracemalloc.start()
+        try:
+            rice.encode(samples)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    assert peaks[0] <= 2 * peaks[1]
+
+
+def test_rice_codes_stay_the_bytes_that_they_are() -> None:
+    slope = np.arange(6 * 700).reshape(6, 700)
+    flat, line, curve = slope // 700 * 9000, slope * 13 % 40_000, slope % 700 * (slope % 700) // 8
+    body = rice.encode(np.concatenate((flat, line, curve)))
+    assert hashlib.sha256(body).hexdigest()[:16] == "04e376f5a8f5d73d"
 
 
 @given(rows=st.integers(1, 3), time=st.integers(1, 600), data=st.binary(max_size=200))
@@ -239,6 +262,10 @@ def test_a_scale_that_overflows_the_tensor_is_refused_on_arrival() -> None:
 
 
 CASES = [
+    *(
+        (affine(kind, np.array([-1.0, 1.0])), (LEVEL,), {"level": np.array(0.5, np.float32)})
+        for kind in ("rice", "u16", "u8", "u4")
+    ),
     (affine("rice", np.array([-1.0, 1.0])), (MOTION,), {"motion": np.ones((2, 3, 50), np.float32)}),
     (affine("u16", np.array([-1.0, 1.0])), (X,), {"x": np.ones((2, 3, 8, 8), np.float32)}),
     (affine("u8", np.array([-1.0, 1.0])), (X,), {"x": np.ones((2, 3, 8, 8), np.float32)}),
