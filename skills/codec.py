@@ -269,11 +269,11 @@ def _decode_one(coding: Coding, at: int, live: Live, shape: tuple[int, ...], bod
 
 
 def _codes(coding: Coding, at: int, array: "Array") -> "Array":
-    """Return the codes of an affine coding; those of `rice` keep their shape, the others lie in a row."""
+    """Return the codes of an affine coding; those of `rice` keep their shape (rank 0 becomes 1), the others lie in a row."""
     import numpy as np
 
     top = TOP[coding.kind]
-    values = array * np.float32(1 / coding.scales[at])
+    values = np.atleast_1d(array) * np.float32(1 / coding.scales[at])
     values += np.float32(coding.zeros[at])
     codes = np.clip(np.rint(values, out=values), 0, top, out=values).astype(np.uint8 if top < 256 else np.uint16)
     return codes if coding.kind == "rice" else codes.ravel()
@@ -306,7 +306,7 @@ def _rows(codes: "Array") -> "Array":
     import numpy as np
 
     axis, time = _time(codes.shape)
-    return np.moveaxis(codes.reshape(codes.shape or (1,)), axis, -1).reshape(-1, time)
+    return np.moveaxis(codes, axis, -1).reshape(-1, time)
 
 
 def _read_pictures(coding: Coding, live: Live, shape: tuple[int, ...], body: memoryview) -> "NDArray[np.uint8]":

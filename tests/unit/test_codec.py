@@ -128,6 +128,7 @@ def test_a_picture_of_another_size_is_refused_before_it_is_decoded() -> None:
 
 SOUND = Live("sound", "FP32", (-1, 400))
 MOTION = Live("motion", "FP32", (-1, 3, 50))
+LEVEL = Live("level", "FP32", ())
 
 
 @given(seed=st.integers(0, 2**32 - 1), step=st.sampled_from([1, 32_768, 32_767]), kind=st.sampled_from(["rice", "u16"]))
@@ -147,6 +148,16 @@ def test_any_signal_in_16_bits_is_off_by_half_a_step_at_most(seed: int, kind: st
     coding = affine(kind, motion)
     back = codec.decode(coding, (MOTION,), codec.encode(coding, (MOTION,), {"motion": motion}))["motion"]
     assert np.abs(back - motion).max() <= coding.scales[0] * 1.02
+
+
+@given(value=st.floats(-1, 1, width=32), kind=st.sampled_from(["rice", "u16", "u8", "u4"]))
+def test_a_tensor_without_dimensions_is_off_by_a_step_at_most(value: float, kind: str) -> None:
+    coding = affine(kind, np.array([-1.0, 1.0]))
+    back = codec.decode(coding, (LEVEL,), codec.encode(coding, (LEVEL,), {"level": np.array(value, np.float32)}))[
+        "level"
+    ]
+    assert back.shape == ()
+    assert abs(float(back) - value) <= coding.scales[0] * 1.02
 
 
 def test_rice_codes_beat_plain_bytes_on_sound() -> None:
