@@ -15,7 +15,7 @@ from cloud.tail.batching import LaneQueue
 from cloud.tail.metrics import Metrics
 from cloud.tail.pace import stacked
 from cloud.tail.store import Loaded
-from skills.errors import DeadlineExceeded, Refused, SkerryError, Unreachable
+from skills.errors import DeadlineExceeded, FormatError, Refused, SkerryError, Unreachable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -166,25 +166,35 @@ class Engine:
             job.result.set_result(Result(outputs, (start - job.arrived_s) * 1e3, took_ms))
 
     def _segments(self, jobs: Sequence[Job]) -> "Sequence[tuple[Job, Arrays]]":
-        """Run the jobs as one and return those that are answered with their outputs; the late are dropped on the way."""
-        loaded, after = jobs[0].loaded, jobs[0].after
-        values = stacked([job.values for job in jobs])
-        at = after
-        while at < len(loaded.plan.segments):
-            kept = [place for place, job in enumerate(jobs) if self._in_time(job, at)]
-            if not kept:
-                return ()
-            if len(kept) < len(jobs):
-                jobs = [jobs[place] for place in kept]
-                values = {name: array[kept] for name, array in values.items()}
+        """Run the jobs as one and return those that are answered with their outputs; the late are dropped on the way.
+
+        What is dropped between segments keeps its rows to the end: only what comes out is known to hold requests along its
+        first axis, and of the tensors in between nothing is.
+
+        Raises:
+            FormatError: what came out has not one row for each request.
+        """
+        loaded, at = jobs[0].loaded, jobs[0].after
+        batch = jobs = [job for job in jobs if self._in_time(job, at)]
+        values = stacked([job.values for job in batch]) if batch else {}
+        while jobs and at < len(loaded.plan.segments):
             began = time.monotonic()
             values, reached = loaded.run(values, at, max(job.deadline_s for job in jobs))
-            if len(jobs) == 1:
+            if len(batch) == 1:
                 loaded.pace.ran(at, time.monotonic() - began, reached)
             at = reached
-        if len(jobs) == 1:
+            if at < len(loaded.plan.segments):
+                jobs = [job for job in jobs if self._in_time(job, at)]
+        if not jobs:
+            return ()
+        if len(batch) == 1:
             return ((jobs[0], values),)
-        return [(job, {name: array[row : row + 1] for name, array in values.items()}) for row, job in enumerate(jobs)]
+        if any(len(array) != len(batch) for array in values.values()):
+            raise FormatError(f"{len(batch)} requests as one gave another number of answers")
+        answers = (
+            (job, {name: array[row : row + 1] for name, array in values.items()}) for row, job in enumerate(batch)
+        )
+        return [(job, outputs) for job, outputs in answers if not job.result.done()]
 
     def _in_time(self, job: Job, segment: int) -> bool:
         now = time.monotonic()

@@ -123,6 +123,46 @@ def test_a_request_that_expires_between_segments_leaves_its_batch_and_the_others
     assert b'skerry_tail_expired_total{where="gone"} 1.0' in metrics.text()
 
 
+class Turned(Chain):
+    """Between its two segments time stands first and the requests second, as recurrent layers have it."""
+
+    def run(self, values: Any, start: int, stop: int) -> Any:
+        found = super().run({"x": values["x"].T if start else values["x"]}, start, stop)["x"]
+        return {"x": found if start else found.T}
+
+
+def test_whatever_lies_first_between_segments_nobody_gets_the_answer_of_another(engine: Engine) -> None:
+    chain, gone = Turned(), threading.Event()
+    loaded = Loaded("0" * 16, Planned(), chain, Pace(2))  # type: ignore[arg-type]
+    loaded.pace.batching = {0: Batching(4, {1: 0.0, 2: 0.0, 4: 0.0}, "")}
+
+    def submit(number: int, wanted: Callable[[], bool] = lambda: True) -> Any:
+        values = {"x": np.arange(4.0)[None] + 10 * number}
+        return engine.submit(loaded, 0, values, time.monotonic() + WAIT_S, wanted)
+
+    submit(0)
+    assert chain.started.wait(WAIT_S)
+    jobs = [submit(1, lambda: not gone.is_set()), submit(2)]
+    chain.on_run = lambda at, array: gone.set() if len(array) > 1 else None
+    chain.gate.set()
+    assert jobs[1].result(WAIT_S).outputs["x"].tolist() == [[22, 23, 24, 25]]
+    with pytest.raises(DeadlineExceeded, match="the caller has gone"):
+        jobs[0].result(WAIT_S)
+    assert chain.batches == [[0], [10, 20]]
+
+
+def test_requests_whose_answers_have_several_rows_each_are_answered_one_by_one(chain: Chain, ask: Any) -> None:
+    def twice(values: Any, start: int, stop: int) -> Any:
+        found = Chain.run(chain, values, start, stop)["x"]
+        return {"x": np.repeat(found, 2, 0) if start else found}
+
+    chain.run = twice  # type: ignore[method-assign]
+    busy(chain, ask)
+    jobs = [ask(number) for number in (1, 2)]
+    chain.gate.set()
+    assert [job.result(WAIT_S).outputs["x"].tolist() for job in jobs] == [[[3.0], [3.0]], [[4.0], [4.0]]]
+
+
 def test_one_bad_request_in_a_batch_spoils_only_its_own_answer(chain: Chain, ask: Any) -> None:
     def picky(at: int, array: np.ndarray) -> None:
         if at == 0 and 2 in array:
