@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from skills.coding import Coding
 from skills.network import slow_start_ms
+from skills.oip import MAX_MESSAGE_BYTES
 from skills.split_plan import Cut, Plan
 
 CALL_BYTES = 600  # headers and parameters of one call and its answer, on the wire
@@ -46,11 +47,23 @@ def reply_ms(raw_bytes: int, reply: Coding | None, mbit: float, alpha: float = 1
     return (reply.bytes_p50 + CODED_REPLY_BYTES) * 8 / (mbit * 1000) + reply.encode_ms + reply.decode_ms * alpha
 
 
+def fits_message(answer_bytes: int) -> bool:
+    """Return whether a message holds an answer of so many bytes; a larger one never arrives."""
+    return answer_bytes + CALL_BYTES <= MAX_MESSAGE_BYTES
+
+
+def answerable(plan: Plan, coding: Coding) -> bool:
+    """Return whether a message holds the answer: raw, or in the reply that was judged together with `coding`."""
+    replies = (one.bytes_p95 for one in plan.replies if one.name == coding.reply)
+    return fits_message(min((plan.reply_bytes, *replies)))
+
+
 def predict(plan: Plan, cut: Cut, coding: Coding | None, estimate: Estimate, alpha: float = 1.0) -> Choice:
     """Return an option with its milliseconds from input to answer, and the reply that is best for it.
 
     T = H + E + RTT + 8(S+600)/B + slow start + queue + G + K + reply + overhead, where the reply costs 8R/B raw or
-    8(R+42)/B + encoding + decoding. `alpha` is how much slower the device runs now than when it was measured.
+    8(R+42)/B + encoding + decoding; one that no message holds raw is coded, where it can be. `alpha` is how much slower the
+    device runs now than when it was measured.
     """
     head = cut.device_ms.p50 * alpha
     if coding is None:
@@ -60,7 +73,7 @@ def predict(plan: Plan, cut: Cut, coding: Coding | None, estimate: Estimate, alp
         if named.name == coding.reply:
             coded = reply_ms(plan.reply_bytes, named, estimate.mbit, alpha)
             fewer = plan.policy.minimize == "bytes" and named.bytes_p50 + CODED_REPLY_BYTES < plan.reply_bytes
-            if coded < back or fewer:
+            if coded < back or fewer or not fits_message(plan.reply_bytes):
                 back, reply = coded, named
     transfer = (coding.bytes_p50 + CALL_BYTES) * 8 / (estimate.mbit * 1000)
     cold = slow_start_ms(coding.bytes_p50, estimate.mbit, estimate.rtt_ms) if estimate.cold else 0.0
@@ -82,7 +95,7 @@ def moved_bytes(plan: Plan, choice: Choice) -> int:
 
 
 def admitted(plan: Plan, private: bool | None = None) -> Iterator[tuple[Cut, Coding | None]]:
-    """Yield every (cut, coding) that accuracy and privacy allow; `local` comes first."""
+    """Yield every (cut, coding) that accuracy and privacy allow and whose answer a message holds; `local` comes first."""
     private = plan.private if private is None else private or plan.private
     yield plan.cut("local"), None
     least = plan.cut(plan.min_cut).after if private and plan.min_cut else 0
@@ -90,7 +103,7 @@ def admitted(plan: Plan, private: bool | None = None) -> Iterator[tuple[Cut, Cod
         if cut.name == "local" or not fits(plan, cut) or (private and not keeps_private(cut, least)):
             continue
         for coding in cut.codings:
-            if coding.admitted:
+            if coding.admitted and answerable(plan, coding):
                 yield cut, coding
 
 

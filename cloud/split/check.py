@@ -12,7 +12,7 @@ from skills.coding import CODED_KINDS
 from skills.errors import FormatError, NotFound, SkerryError
 from skills.files import read_bytes, sha256_file
 from skills.plain import uncoded
-from skills.split import admitted, fits, keeps_private
+from skills.split import admitted, answerable, fits, keeps_private
 from skills.split_plan import MAX_PLAN_BYTES, Cut, Plan, Segment, Small, Verdict, load_plan, plan_hash
 from skills.stages import check_stages
 from skills.units import readable_ms
@@ -165,6 +165,8 @@ def _pinned(plan: Plan) -> Iterator[str]:
             )
         elif not fits(plan, cut):
             yield f"policy.pin is {pin}, which needs {cut.memory_mb:g} MiB, and the device has {plan.memory_mb:g}"
+        elif cut.codings and not any(answerable(plan, coding) for coding in cut.codings):
+            yield f"policy.pin is {pin}, but an answer of {plan.reply_bytes:,} bytes is larger than a message"
         elif not any(coding.admitted for coding in cut.codings):
             yield f"policy.pin is {pin}, but none of its codings is admitted, so the device would stay local"
 
@@ -331,6 +333,11 @@ def _remarks(plan: Plan) -> Iterator[str]:
                 yield (
                     f"cut {cut.name}: the coding {coding.name} is admitted, though its drop of {coding.drop:g} points is over "
                     f"the budget of {plan.max_drop:g}"
+                )
+            if coding.admitted and not answerable(plan, coding):
+                yield (
+                    f"cut {cut.name}: the coding {coding.name} is never used, for an answer of {plan.reply_bytes:,} bytes is "
+                    "larger than a message and it has no reply that is not"
                 )
     if not fits(plan, plan.cut("local")):
         yield (

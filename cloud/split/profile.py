@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from skills import codec, oip
 from skills.coding import Coding, Kind, Live
 from skills.errors import FormatError
-from skills.split import reply_ms
+from skills.split import fits_message, reply_ms
 from skills.split_plan import Millis
 from skills.timer import PAUSE_S, Local, Timer
 
@@ -173,8 +173,8 @@ def measured_replies(outputs: Sequence[Live], answers: Sequence["Arrays"], devic
 
 
 def paying_replies(replies: Sequence[Coding], raw_bytes: int, slowest_mbit: float) -> tuple[Coding, ...]:
-    """Return the replies that come sooner than a raw one at the rate where bytes cost most."""
-    raw_ms = reply_ms(raw_bytes, None, slowest_mbit)
+    """Return the replies that come sooner than a raw one at the rate where bytes cost most: all, where raw none can come."""
+    raw_ms = reply_ms(raw_bytes, None, slowest_mbit) if fits_message(raw_bytes) else math.inf
     return tuple(one for one in replies if reply_ms(raw_bytes, one, slowest_mbit) < raw_ms)
 
 
@@ -249,21 +249,26 @@ def _check_exact(tensors: Sequence[Live], sent: "Arrays", arrived: "Arrays") -> 
             raise FormatError(f"the tensor {live.name!r} did not arrive as it was sent")
 
 
-def gated(coding: Coding, reference: Sequence[float], marks: Sequence[float], max_drop: float) -> Coding:
-    """Return the coding with its drop, input against input; over the budget, or too large for a message, it is not admitted."""
+def gated(
+    coding: Coding, reference: Sequence[float], marks: Sequence[float], max_drop: float, answer_bytes: int = 0
+) -> Coding:
+    """Return the coding with its drop, input against input.
+
+    Over the budget, or where it or the answer is too large for a message, it is not admitted.
+    """
     import numpy as np
 
     drop, interval = paired_drop(np.asarray(reference), np.asarray(marks))
-    admitted = drop <= max_drop and coding.bytes_p95 <= oip.MAX_MESSAGE_BYTES
-    return dataclasses.replace(coding, drop=drop, drop_ci95=interval, admitted=admitted)
+    fits = coding.bytes_p95 <= oip.MAX_MESSAGE_BYTES and fits_message(answer_bytes)
+    return dataclasses.replace(coding, drop=drop, drop_ci95=interval, admitted=drop <= max_drop and fits)
 
 
 def with_reply(
     coding: Coding, reference: Sequence[float], returns: Sequence[tuple[Coding, Sequence[float]]], max_drop: float
 ) -> Coding:
-    """Return a gated coding with the first reply that together with it keeps within the budget, and what both lose."""
-    for reply, marks in returns if coding.admitted else ():
-        both = gated(dataclasses.replace(coding, reply=reply.name), reference, marks, max_drop)
+    """Return a gated coding with the first reply that fits a message and together with it the budget, and what both lose."""
+    for reply, marks in returns if coding.drop <= max_drop else ():
+        both = gated(dataclasses.replace(coding, reply=reply.name), reference, marks, max_drop, reply.bytes_p95)
         if both.admitted:
             return both
     return coding

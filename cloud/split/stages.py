@@ -89,6 +89,7 @@ def plan_stages(
     truths = messages[-1]
     score = scorer(truths[0], [one.name for one in live[-1]], labelled=False)
     reference = [score.mark(truth, truth, None) for truth in truths]
+    reply_bytes = sum(int(array.nbytes) for array in truths[0].values())
     cuts = []
     for after in range(len(skill.stages)):
         progress("measuring messages", after, len(skill.stages))
@@ -96,7 +97,7 @@ def plan_stages(
         for one in possible_codings(live[after], after == 0, messages[after]):
             coding, answers = measure_coding(one, live[after], messages[after], _rest(chain, after), device)
             marks = [score.mark(*pair, None) for pair in zip(answers, truths, strict=True)]
-            judged.append(gated(coding, reference, marks, max_drop))
+            judged.append(gated(coding, reference, marks, max_drop, reply_bytes))
         cuts.append(
             Cut(
                 names[after], after, costs[after].device, costs[after].tail, live[after], tuple(judged), raw=after == 0,
@@ -115,7 +116,7 @@ def plan_stages(
     plan = Plan(
         sha256_file(folder / "skill.yaml"), live[0], live[-1], segments, tuple(cuts), network, float(slowdown), private,
         min_cut, float(max_drop), score.metric, len(samples),
-        reply_bytes=sum(int(array.nbytes) for array in truths[0].values()), whole=1.0, policy=policy, memory_mb=memory_mb,
+        reply_bytes=reply_bytes, whole=1.0, policy=policy, memory_mb=memory_mb,
     )  # fmt: skip
     placed = choose_cut(plan, Estimate(network.mbit, network.rtt_ms)).cut
     plan = dataclasses.replace(

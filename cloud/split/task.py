@@ -166,7 +166,7 @@ class Task:
 
         def judged(coding: Coding, marks: list[list[float]]) -> Coding:
             raw, *coded = zip(*marks, strict=True)
-            alone = gated(coding, reference, raw, self.max_drop)
+            alone = gated(coding, reference, raw, self.max_drop, reply_bytes)
             return with_reply(alone, reference, tuple(zip(paying, coded, strict=True)), self.max_drop)
 
         codings = [tuple(judged(*one) for one in cut) for cut in found]

@@ -5,7 +5,18 @@ from collections.abc import Set as AbstractSet
 
 from skills.coding import Coding
 from skills.network import Link
-from skills.split import Choice, Estimate, admitted, choose_cut, fits, keeps_private, moved_bytes, predict, reply_ms
+from skills.split import (
+    Choice,
+    Estimate,
+    admitted,
+    answerable,
+    choose_cut,
+    fits,
+    keeps_private,
+    moved_bytes,
+    predict,
+    reply_ms,
+)
 from skills.split_plan import Cut, Plan, Verdict
 from skills.units import readable_ms
 
@@ -159,6 +170,9 @@ def refusal(plan: Plan, cut: Cut, coding: Coding | None = None) -> str | None:
         return "before min_cut" if cut.after < least or cut.leak is None else cut.leak.verdict
     if not fits(plan, cut):
         return f"needs {cut.memory_mb:.0f} MiB"
+    ways = cut.codings if coding is None else (coding,)
+    if ways and not any(answerable(plan, one) for one in ways):
+        return "answer too large"
     return "over the budget" if coding is not None and not coding.admitted else None
 
 
@@ -214,11 +228,14 @@ def _input_word(coding: Coding) -> str:
 def _no_split(plan: Plan) -> str:
     """Say why no true cut is among the options."""
     true = [cut for cut in plan.cuts if cut.name not in ("local", "input")]
+    every = [coding for cut in true for coding in cut.codings]
     accurate = [cut for cut in true if any(coding.admitted for coding in cut.codings)]
     if accurate and plan.private and all(cut.leak is not None and cut.leak.verdict != "private" for cut in accurate):
         return "no split was shown to keep the input private"
     if accurate and not any(fits(plan, cut) for cut in accurate):
         return f"no split fits into {plan.memory_mb:g} MiB"
+    if every and not any(answerable(plan, coding) for coding in every):
+        return f"an answer of {plan.reply_bytes:,} bytes is larger than a message"
     return "no split keeps within the budget" if true else "the model has no place to cut it"
 
 

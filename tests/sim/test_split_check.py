@@ -129,6 +129,19 @@ def test_a_tensor_that_the_model_has_not_is_named_with_its_cut(edited: Any) -> N
     assert any("a segment, tensor or coding was edited" in fault for fault in faults)
 
 
+def test_an_answer_that_no_message_holds_is_remarked_and_a_pin_is_a_fault(edited: Any) -> None:
+    plan = load_plan((edited() / "split.yaml").read_text())
+    large = (f"\nreply_bytes: {plan.reply_bytes}", "\nreply_bytes: 17000000")
+    found = check_plan(edited(large))
+    assert found.faults == ()
+    sentence = (
+        "is never used, for an answer of 17,000,000 bytes is larger than a message and it has no reply that is not"
+    )
+    assert any(text.startswith("cut c1: the coding u8") and text.endswith(sentence) for text in found.remarks)
+    (fault,) = check_plan(edited(large, ("  pin: null", "  pin: c1"))).faults
+    assert fault == "policy.pin is c1, but an answer of 17,000,000 bytes is larger than a message"
+
+
 def test_a_coding_that_was_added_by_hand_was_never_measured(edited: Any) -> None:
     folder = edited()
     text = (folder / "split.yaml").read_text()

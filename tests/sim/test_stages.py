@@ -10,7 +10,7 @@ import pytest
 from cloud.cli import run
 from cloud.split.check import unaudited
 from cloud.split.export import commented
-from cloud.split.profile import gated
+from cloud.split.profile import gated, paying_replies, with_reply
 from cloud.split.stages import plan_stages
 from cloud.tail.guard import remote_cuts
 from skills.coding import Coding
@@ -110,6 +110,24 @@ def test_a_coding_whose_frames_no_message_holds_is_not_admitted() -> None:
     for size in (MAX_MESSAGE_BYTES, MAX_MESSAGE_BYTES + 1):
         coding = gated(Coding("native", bytes_p95=size), [1.0, 1.0], [1.0, 1.0], 1.0)
         assert coding.admitted == (size == MAX_MESSAGE_BYTES)
+
+
+def test_a_coding_is_admitted_only_with_an_answer_that_a_message_holds() -> None:
+    same, far = [1.0, 1.0], [1.0, 0.0]
+    large = gated(Coding("native"), same, same, 1.0, MAX_MESSAGE_BYTES)
+    assert not large.admitted
+    u8, u16 = (
+        Coding("u8", bytes_p95=9, scales=(1.0,), zeros=(0,)),
+        Coding("u16", bytes_p95=18, scales=(1.0,), zeros=(0,)),
+    )
+    assert paying_replies((u8, u16), MAX_MESSAGE_BYTES, 1e9) == (u8, u16)  # no link is so fast that raw would do
+    found = with_reply(large, same, ((u8, far), (u16, same)), 1.0)
+    assert (found.admitted, found.reply) == (True, "u16")
+    assert not with_reply(large, same, ((u8, far),), 1.0).admitted
+    huge = Coding("native", bytes_p95=MAX_MESSAGE_BYTES)
+    assert not with_reply(large, same, ((huge, same),), 1.0).admitted
+    lossy = gated(Coding("native"), same, far, 1.0)
+    assert not with_reply(lossy, same, ((u16, same),), 1.0).admitted
 
 
 def test_private_stages_keep_the_input_here(skill: Path) -> None:

@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 from skills.coding import Coding, Live
 from skills.errors import FormatError, UsageError
 from skills.network import Link, parse_link, slow_start_ms
+from skills.oip import MAX_MESSAGE_BYTES
 from skills.split import (
     CALL_BYTES,
     CODED_REPLY_BYTES,
     Choice,
     Estimate,
     Held,
+    admitted,
     choose_cut,
     moved_bytes,
     predict,
@@ -93,6 +95,19 @@ def test_where_bytes_are_billed_those_of_the_reply_count_too() -> None:
     plan = detecting_plan(policy=Policy(minimize="bytes", slo_ms=60))
     chosen = choose_cut(plan, Estimate(100, 5))
     assert (chosen.cut.name, chosen.reply) == ("c1", U8_REPLY)  # 39 kB; the input would move 49, and c2 108
+
+
+def test_an_answer_that_no_message_holds_raw_comes_back_coded_or_is_never_asked_for() -> None:
+    fast = Estimate(1e6, 0.1)  # raw is the fastest
+    plan = detecting_plan(reply_bytes=MAX_MESSAGE_BYTES - CALL_BYTES)
+    assert {cut.name for cut, _ in admitted(plan)} == {"local", "input", "c1", "c2"}
+    assert (choose_cut(plan, fast).cut.name, choose_cut(plan, fast).reply) == ("input", None)
+    large = dataclasses.replace(plan, reply_bytes=MAX_MESSAGE_BYTES - CALL_BYTES + 1)
+    assert {cut.name for cut, _ in admitted(large)} == {"local", "input", "c1"}  # c2 has no reply
+    assert (choose_cut(large, fast).cut.name, choose_cut(large, fast).reply) == ("input", U8_REPLY)
+    assert choose_cut(dataclasses.replace(large, policy=Policy(pin="c2")), fast).cut.name == "local"
+    no_smaller = dataclasses.replace(U8_REPLY, bytes_p95=MAX_MESSAGE_BYTES)
+    assert choose_cut(dataclasses.replace(large, replies=(no_smaller,)), fast).cut.name == "local"
 
 
 def test_a_plan_of_before_keeps_its_hash_and_its_raw_replies() -> None:

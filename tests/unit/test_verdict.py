@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from cloud.split.verdict import answers, ever_best, judge, worth_cutting
+from cloud.split.verdict import answers, ever_best, judge, refusal, worth_cutting
 from skills.coding import Coding, Live
 from skills.network import Link
 from skills.split_plan import Cut, Leak, Millis, Plan, Policy, Segment
@@ -74,6 +74,16 @@ def test_the_verdict_says_in_what_coding_the_answer_comes_back_and_counts_its_by
     assert fast.reply == ""
     assert "comes back" not in fast.text
     assert answers(plan) == "an answer comes back in 30,000 bytes raw or 5,000 as u8, whichever is sooner"
+
+
+def test_an_answer_that_no_message_holds_is_why_nothing_is_split() -> None:
+    plan = dataclasses.replace(make_plan(), reply_bytes=17_000_000)
+    assert judge(plan, Link(1000, 1)).text == (
+        "stay local: 150 ms; an answer of 17,000,000 bytes is larger than a message"
+    )
+    c1 = plan.cut("c1")
+    assert refusal(plan, c1) == refusal(plan, c1, c1.codings[0]) == "answer too large"
+    assert refusal(plan, plan.cut("local")) is None
 
 
 def cut(name: str, device_ms: float, tail_ms: float, size: int, verdict: Any, memory_mb: float = 0.0) -> Cut:
