@@ -94,7 +94,7 @@ def join(plan_folder: Path, small: Path, data: "Path | Arrays", target: float | 
         classes = np.array(
             [np.asarray(big[names[0]]).argmax() if y is None else y for big, y in zip(theirs, truth, strict=True)]
         )
-        temperature = fit_temperature(np.concatenate(scores)[fit], classes[fit])
+        temperature = round(fit_temperature(np.concatenate(scores)[fit], classes[fit]), 4)
     sure = np.array([confidence(one, kind, temperature) for one in scores])
     goal = float(right_big[fit].mean()) - plan.max_drop / 100 if target is None else target
     threshold = choose_threshold(sure[fit], right_small[fit], right_big[fit], goal)
@@ -103,8 +103,8 @@ def join(plan_folder: Path, small: Path, data: "Path | Arrays", target: float | 
     drop, interval = paired_drop(right_big[judge], both)
     content = _one_file(raw, graph, small.parent)
     found = Small(
-        f"{FOLDER}/{small.name}", sha256_hex(content), len(content), inputs, outputs, kind, round(temperature, 4),
-        round(threshold, 6), round(float(1 - kept.mean()), 4), round(float(both.mean()), 4), drop, interval, len(judge),
+        f"{FOLDER}/{small.name}", sha256_hex(content), len(content), inputs, outputs, kind, temperature,
+        threshold, round(float(1 - kept.mean()), 4), round(float(both.mean()), 4), drop, interval, len(judge),
         _timed(session, rows, plan),
     )  # fmt: skip
     (plan_folder / FOLDER).mkdir(exist_ok=True)
@@ -169,6 +169,8 @@ def fit_temperature(scores: "Array", truth: "Array") -> float:
 def choose_threshold(sure: "Array", right_small: "Array", right_big: "Array", target: float) -> float:
     """Return the lowest threshold (most answers here) with which both together are right as often as `target` says.
 
+    It has six digits, as a plan is to have it, and is judged as such.
+
     Raises:
         UsageError: the target is no share.
         NotReached: no threshold reaches it.
@@ -178,7 +180,7 @@ def choose_threshold(sure: "Array", right_small: "Array", right_big: "Array", ta
     if not 0 < target <= 1:
         raise UsageError(f"the target is {target:g}: it is the share of right answers, above 0 and at most 1")
     best = 0.0
-    for threshold in (0.0, *np.unique(sure), 2.0):
+    for threshold in (0.0, *np.unique(np.floor(sure * 1e6) / 1e6), 2.0):
         reached = float(np.where(sure >= threshold, right_small, right_big).mean())
         best = max(best, reached)
         if reached >= target:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from cloud.split.check import check_plan
 from cloud.split.export import commented
@@ -288,6 +290,43 @@ def test_the_threshold_is_the_lowest_that_reaches_the_target() -> None:
         choose_threshold(sure, np.zeros(4, bool), np.array([True, True, False, False]), 0.9)
     with pytest.raises(UsageError, match="above 0 and at most 1"):
         choose_threshold(sure, small, big, 90)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.booleans(), st.booleans()), min_size=1, max_size=30),
+    st.floats(0.01, 1),
+)
+@example([(0.9999996, True, True), (0.9999993, False, True)], 1.0)
+def test_a_threshold_is_what_a_plan_holds_and_reaches_the_target_as_such(
+    answers: list[tuple[float, bool, bool]], target: float
+) -> None:
+    sure, small, big = (np.array(one) for one in zip(*answers, strict=True))
+    try:
+        threshold = choose_threshold(sure, small, big, target)
+    except NotReached:
+        return
+    assert threshold == round(threshold, 6)
+    assert threshold == 1 or np.where(sure >= threshold, small, big).mean() >= target
+
+
+def test_what_a_plan_says_of_a_small_model_was_measured_with_the_numbers_in_it(
+    planned_net: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, small = tmp_path / "plan", tmp_path / "small.onnx"
+    shutil.copytree(planned_net.folder, folder)
+    small.write_bytes(blurred(planned_net.model))
+    heat, used = iter([1.23456789]), set[float]()
+
+    def seen(scores: Any, kind: Any, temperature: float) -> float:
+        used.add(temperature)
+        return confidence(scores, kind, temperature) * 1e-7 + 0.9999995
+
+    monkeypatch.setattr("cloud.split.joint.fit_temperature", lambda *_: next(heat))
+    monkeypatch.setattr("cloud.split.joint.confidence", seen)
+    found = join(folder, small, {"x": planned_net.x}, target=0.9)
+    assert used == {found.small.temperature}
+    # All are as sure to six digits: the big model is asked about all or about none.
+    assert found.small.asked == (1.0 if found.small.threshold == 1.0 else 0.0)
 
 
 def test_a_small_model_whose_weights_lie_beside_it_is_taken_with_them(planned_net: Any, tmp_path: Path) -> None:
