@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 from cloud.split.check import check_plan
 from cloud.split.export import commented
 from cloud.split.verdict import LINKS, judge
+from skills.files import sha256_file, sha256_hex
 from skills.split import Estimate, choose_cut
 from skills.split_plan import load_plan
 
@@ -200,6 +202,23 @@ def test_another_model_and_a_damaged_segment_are_named(edited: Any, planned_net:
     folder = edited()
     (folder / "segments/1.onnx").write_bytes(b"rubbish")
     assert any("segments/1.onnx has sha256" in fault for fault in check_plan(folder).faults)
+
+
+def test_a_model_whose_functions_are_inlined_finds_its_weights_and_one_that_lost_them_is_told_apart(
+    edited: Any, planned_net: Any, tmp_path: Path
+) -> None:
+    made = onnx.load_model_from_string(planned_net.model)
+    opset = onnx.helper.make_opsetid("", 17)
+    same = onnx.helper.make_node("Identity", ["a"], ["b"])
+    made.functions.append(onnx.helper.make_function("own", "Same", ["a"], ["b"], [same], [opset]))
+    made.opset_import.append(onnx.helper.make_opsetid("own", 1))
+    model = tmp_path / "net.onnx"
+    onnx.save_model(made, model, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    folder = edited((sha256_hex(planned_net.model), sha256_file(model)))
+    assert check_plan(folder, model).faults == ()
+    (tmp_path / "weights.bin").unlink()
+    (fault,) = check_plan(folder, model).faults
+    assert fault.startswith("net.onnx does not run, so the segments' answers cannot be held against its own: ")
 
 
 def test_a_stock_plan_is_judged_by_the_whole_tensors_that_it_sends(edited: Any) -> None:
