@@ -104,8 +104,12 @@ def stacked(items: Sequence["Arrays"]) -> "Arrays":
 
 
 def may_stack(plan: Plan, tensors: Sequence[Live]) -> bool:
-    """Say whether the first size of all that goes in and comes out is free: only then can requests run as one."""
-    return all(live.shape[:1] == (-1,) for live in (*tensors, *plan.outputs))
+    """Say whether the first size, and no other, of all that goes in and comes out is free: only then can requests run as one.
+
+    With another one free, two requests of one size would prove nothing for those of the next.
+    """
+    ends = all(live.shape[:1] == (-1,) and -1 not in live.shape[1:] for live in (*tensors, *plan.outputs))
+    return ends and all(live.shape[:1] == (-1,) for live in plan.inputs)
 
 
 def _batching(
@@ -117,7 +121,7 @@ def _batching(
     clock: Callable[[], float],
 ) -> Batching:
     if not may_stack(plan, tuple(plan.inputs) if cut.after == 0 else cut.tensors):
-        return Batching(why="a size of its tensors is fixed")
+        return Batching(why="the first size of its tensors is fixed, or another one is free")
     if not _same_answers(run, items[:2]):
         return Batching(why="two requests as one do not answer as two alone")
     began = clock()
@@ -156,6 +160,8 @@ def _same_answers(run: "Callable[[Arrays], Arrays]", pair: Sequence["Arrays"]) -
     ones = [run(one) for one in pair]
     if any(one.keys() != both.keys() for one in ones):
         return False
+    if any(array.shape[:1] != (1,) for one in (*pair, *ones) for array in one.values()):
+        return False  # what comes first there is no request
     return alike(both, {name: np.concatenate([one[name] for one in ones]) for name in both}, TOLERANCE)
 
 

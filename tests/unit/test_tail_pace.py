@@ -14,8 +14,8 @@ from skills.split_plan import Cut, Millis, Plan, Segment
 NO_TIME = Millis(0, 0)
 
 
-def plan(first: int = -1) -> Plan:
-    x, middle, y = (Live(name, "FP32", (first, 4)) for name in ("x", "m", "y"))
+def plan(first: int = -1, last: int = 4) -> Plan:
+    x, middle, y = (Live(name, "FP32", (first, last)) for name in ("x", "m", "y"))
     segments = tuple(
         Segment(f"{at}.onnx", "0" * 64, 1, (a,), (b,)) for at, (a, b) in enumerate((("x", "m"), ("m", "y")))
     )
@@ -49,9 +49,9 @@ class Chain:
         return {"y": array}
 
 
-def measured(chain: Chain, budget_s: float = 10.0, first: int = -1) -> dict[int, Batching]:
+def measured(chain: Chain, budget_s: float = 10.0, first: int = -1, last: int = 4) -> dict[int, Batching]:
     pace = Pace(2)
-    measure(plan(first), chain, pace, budget_s, chain.clock)  # type: ignore[arg-type]
+    measure(plan(first, last), chain, pace, budget_s, chain.clock)  # type: ignore[arg-type]
     return dict(pace.batching)
 
 
@@ -80,7 +80,18 @@ def test_a_graph_with_its_size_baked_in_is_never_batched() -> None:
         return array
 
     assert {one.max_batch for one in measured(Chain(lambda rows: 0.001, baked)).values()} == {1}
-    assert measured(Chain(lambda rows: 0.001), first=1)[0].why == "a size of its tensors is fixed"
+
+
+@pytest.mark.parametrize("sizes", [{"first": 1}, {"last": -1}])
+def test_only_where_the_first_size_alone_is_free_requests_run_as_one(sizes: dict[str, int]) -> None:
+    found = measured(Chain(lambda rows: 0.001), **sizes)  # type: ignore[arg-type]
+    assert {one.max_batch for one in found.values()} == {1}
+    assert found[0].why == "the first size of its tensors is fixed, or another one is free"
+
+
+def test_what_gives_another_number_of_rows_than_requests_is_never_batched() -> None:
+    found = measured(Chain(lambda rows: 0.001, lambda array: array[:0]))  # as a detector that finds nothing in noise
+    assert {one.max_batch for one in found.values()} == {1}
 
 
 @pytest.mark.parametrize("seconds", [0.0001, 0.01, 0.05, 1.0, 30.0])
