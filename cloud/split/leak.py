@@ -79,7 +79,7 @@ def audit(
     """Return what each cut gives away, and the facts of the audit.
 
     `inputs` are (N, C, H, W) pictures from 0 to 1 if `picture`, else anything; `cuts` and `control` hold the live tensors
-    of the same inputs, in the same order.
+    of the same inputs, in the same order; none where those of a cut cannot be compared, and then nothing is said of it.
 
     Raises:
         MissingExtra: pictures need torch, which is not installed.
@@ -102,6 +102,10 @@ def audit(
     found = {}
     for done, (name, tensors) in enumerate(cuts.items()):
         progress(done, len(cuts))
+        if not tensors:
+            found[name] = Leak("inconclusive", target.measure, 0.0, count, flat=False)
+            facts.setdefault("why", "what crosses there has other sizes for some inputs, which no decoder takes")
+            continue
         found[name] = _verdict(rebuild(tensors, target, seed, cut_s), target, count, believed=proof.value >= CONTROL)
     progress(len(cuts), len(cuts))
     return found, facts

@@ -17,7 +17,10 @@ RANK = {"private": 0, "inconclusive": 1, "recoverable": 2}
 
 
 class _Crossing(Mapping[str, list[Any]]):
-    """What crosses each cut, of all samples; gathered whenever it is asked for, as one cut's may be hundreds of MiB."""
+    """What crosses each cut, of all samples; gathered whenever it is asked for, as one cut's may be hundreds of MiB.
+
+    Nothing where a tensor has other sizes in some samples: no decoder takes those.
+    """
 
     def __init__(self, timed: Timed, cuts: Sequence[Cut], samples: Sequence[Mapping[str, Any]]) -> None:
         self._chain, self._cuts, self._samples = timed.chain, {cut.name: cut for cut in cuts}, samples
@@ -36,8 +39,8 @@ class _Crossing(Mapping[str, list[Any]]):
         for sample in self._samples:
             values = self._chain.run(sample, 0, cut.after)
             for into, live in zip(parts, cut.tensors, strict=True):
-                into.append(leak.prepared(values[live.name]))
-        return [np.concatenate(one) for one in parts]
+                into.append(_row(values[live.name]))
+        return [np.concatenate(one) for one in parts] if all(map(_even, parts)) else []
 
 
 def audited(task: Task, cuts: Sequence[Cut], timed: Timed) -> tuple[tuple[Cut, ...], dict[str, Any]]:
@@ -55,7 +58,7 @@ def audited(task: Task, cuts: Sequence[Cut], timed: Timed) -> tuple[tuple[Cut, .
     shown: dict[str, list[Any]] = {tensor: [] for tensor in shallow}
     for sample in samples:
         for tensor, session in shallow.items():
-            shown[tensor].append(leak.prepared(session.run(sample, [tensor])[tensor]))
+            shown[tensor].append(_row(session.run(sample, [tensor])[tensor]))
     tensors = _Crossing(timed, true, samples)
     steps = len(task.flow.inputs)
     found: dict[str, Leak] = {}
@@ -67,7 +70,8 @@ def audited(task: Task, cuts: Sequence[Cut], timed: Timed) -> tuple[tuple[Cut, .
             task.progress("auditing what leaves", at * of + done, steps * of)
 
         given = [sample[name] for sample in samples]
-        proof = [np.concatenate(shown[control])] if control else next(iter(tensors.values()), [])
+        even = control is not None and _even(shown[control])
+        proof = [np.concatenate(shown[str(control)])] if even else next(iter(tensors.values()), [])
         leaks, said = _about(task.image if steps == 1 else None, given, tensors, proof, told)
         said |= {"control_tensor": control}
         each[name] = said | {"leaks": {cut: dataclasses.asdict(one) for cut, one in leaks.items()}}
@@ -100,6 +104,16 @@ def _about(
         whole = codec.pixels(image, whole).transpose(0, 3, 1, 2).astype(np.float32) / 255
         return leak.audit(whole, tensors, proof or [whole], picture=True, progress=told)
     return leak.audit(whole, tensors, proof or [whole], picture=False, progress=told)
+
+
+def _row(array: Any) -> Any:
+    """Return what one sample gives as the audit keeps it, one row: its first size may be another thing than the sample."""
+    small = leak.prepared(array)
+    return small if array.shape[:1] == (1,) else small[None]
+
+
+def _even(parts: Sequence[Any]) -> bool:
+    return len({one.shape for one in parts}) == 1 and parts[0].size > 0
 
 
 def _no_audit(count: int, why: str) -> dict[str, Any]:

@@ -101,3 +101,10 @@ def test_a_decoder_that_was_stopped_before_its_loss_was_flat_proves_nothing() ->
     found, _ = audit(x, {"c1": [noise]}, [x], picture=True, cut_s=0.0)
     assert not found["c1"].flat
     assert found["c1"].verdict == "inconclusive"
+
+
+def test_nothing_is_said_of_a_cut_whose_tensors_have_other_sizes_for_some_inputs() -> None:
+    x, _ = signals()
+    found, facts = audit(x, {"c1": [], "c2": [x]}, [x], picture=False)
+    assert (found["c1"].verdict, found["c2"].verdict) == ("inconclusive", "recoverable")
+    assert "other sizes for some inputs" in facts["why"]
