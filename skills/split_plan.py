@@ -55,6 +55,9 @@ class Cut:
     raw: Annotated[bool, Doc("the input itself, or the input in another dress, leaves the device here")] = False
     memory_mb: Annotated[float, Limits(min=0), Doc("memory that the device's segments take; 0: not measured")] = 0.0
     leak: Annotated[Leak | None, Doc("with private: what the audit found")] = None
+    raw_bytes: Annotated[
+        int, Limits(min=0), Doc("what its tensors weigh on the data where a size is free; 0: what their sizes say")
+    ] = 0
 
     def __post_init__(self) -> None:
         for coding in self.codings:

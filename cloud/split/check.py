@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cloud.split.verdict import judge
 from skills import ort
@@ -17,9 +17,15 @@ from skills.split_plan import MAX_PLAN_BYTES, Cut, Plan, Segment, Small, Verdict
 from skills.stages import check_stages
 from skills.units import readable_ms
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Arrays = Mapping[str, NDArray[Any]]
+
 # A fault in one of these, in a line of `policy` or in an unknown key does not hide the others: the rest is read without it.
 PERSONAL = ("policy", "network", "min_cut", "memory_mb", "verdicts", "private", "slowdown", "max_drop", "device")
 TOLERANCE = 1e-4
+SIZES = tuple(2**step for step in range(10))  # of free axes but the batch, to try a model with
 MAX_REPORT_BYTES = 16 << 20
 
 
@@ -258,15 +264,9 @@ def _answers(plan: Plan, folder: Path, model: Path) -> Iterator[str]:
     import numpy as np
 
     from cloud.split.inputs import read_model
-    from skills.codec import DTYPES
 
-    chance, feeds = np.random.default_rng(0), {}
-    for live in plan.inputs:
-        shape = [1 if size == -1 else size for size in live.shape]
-        kind = np.dtype(DTYPES[live.dtype])
-        feeds[live.name] = (chance.random(shape) if kind.kind == "f" else chance.integers(0, 2, shape)).astype(kind)
     try:
-        right = ort.session(read_model(model)[0], beside=model.parent).run(feeds)
+        feeds, right = _example(plan, ort.session(read_model(model)[0], beside=model.parent))
     except SkerryError as error:
         yield f"{model.name} does not run, so the segments' answers cannot be held against its own: {error}"
         return
@@ -280,6 +280,30 @@ def _answers(plan: Plan, folder: Path, model: Path) -> Iterator[str]:
         gap = float(np.abs(np.asarray(answers[name], np.float64) - np.asarray(array, np.float64)).max(initial=0.0))
         if not gap <= TOLERANCE * max(1.0, float(np.abs(array).max(initial=0.0))):
             yield f"the segments' output {name!r} differs from the model's by {gap:.2g}"
+
+
+def _example(plan: Plan, whole: ort.Session) -> "tuple[Arrays, Arrays]":
+    """Return a random input and the model's answer to it; where sizes are free, of the first of `SIZES` that it takes.
+
+    Raises:
+        FormatError: it takes none.
+    """
+    import numpy as np
+
+    from skills.codec import DTYPES
+
+    chance, refused = np.random.default_rng(0), FormatError("the model takes no size")
+    for size in SIZES:
+        feeds = {}
+        for live in plan.inputs:
+            shape = [(size if axis else 1) if said == -1 else said for axis, said in enumerate(live.shape)]
+            kind = np.dtype(DTYPES[live.dtype])
+            feeds[live.name] = (chance.random(shape) if kind.kind == "f" else chance.integers(0, 2, shape)).astype(kind)
+        try:
+            return feeds, whole.run(feeds)
+        except FormatError as error:
+            refused = error
+    raise refused
 
 
 def _as_made(plan: Plan, report: Path) -> Iterator[str]:

@@ -59,6 +59,15 @@ DISGUISE = frozenset(
         "Sum",
     ]
 )
+# Operators whose output sizes follow the values of their inputs from this one on.
+SIZED_BY = {
+    "AffineGrid": 1, "BlackmanWindow": 0, "CenterCropPad": 1, "Col2Im": 1, "Compress": 1, "ConstantOfShape": 0, "DFT": 1,
+    "Expand": 1, "HammingWindow": 0, "HannWindow": 0, "ImageDecoder": 0, "MaxUnpool": 2,
+    "MelWeightMatrix": 0, "NonMaxSuppression": 0, "NonZero": 0, "OneHot": 1, "Pad": 1, "Range": 0, "Reshape": 1, "Resize": 1,
+    "STFT": 1, "SequenceAt": 1, "Slice": 1, "Split": 1, "SplitToSequence": 1, "Squeeze": 1, "StringSplit": 0, "Tile": 1,
+    "TopK": 1, "Unique": 0, "Unsqueeze": 1, "Upsample": 1,
+}  # fmt: skip
+STANDARD = ("", "ai.onnx", "ai.onnx.ml")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -207,7 +216,7 @@ def tensor_types(model: Any) -> dict[str, tuple[int, tuple[int, ...]]]:
     """Return (element type, shape) of every tensor whose shape can be inferred; -1 is a free size."""
     import onnx
 
-    inferred = onnx.shape_inference.infer_shapes(_without_weights(model)).graph
+    inferred = onnx.shape_inference.infer_shapes(_without_weights(model), data_prop=True).graph
     found = {}
     for item in [*inferred.input, *inferred.value_info, *inferred.output]:
         kind = item.type.tensor_type
@@ -258,6 +267,72 @@ def observed_types(
     return found
 
 
+def free_types(model: Any, seen: Mapping[str, tuple[int, tuple[int, ...]]]) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Return what `observed_types` saw with every size free (-1) that another input may change.
+
+    Such are the sizes behind a free axis of an input, the batch apart, and behind an operator whose output follows the data
+    (NonZero, NonMaxSuppression); there only what shape inference proves stays fixed. A tensor inside of which not even the
+    number of sizes is proven is left out: no cut may cross it.
+    """
+    import onnx
+
+    loose = _loose(model)
+    if not loose:
+        return dict(seen)
+    bare, ends = _without_weights(model), {item.name for item in [*model.graph.input, *model.graph.output]}
+    del bare.graph.value_info[:]  # what a file says of its insides, or of its outputs, nobody holds it to
+    for item in bare.graph.output:
+        item.type.tensor_type.ClearField("shape")
+    foreign = {name for node in model.graph.node if node.domain not in STANDARD for name in node.output}
+    for name, (kind, shape) in seen.items():
+        if name not in ends and (name not in loose or name in foreign):
+            known = [None if size == -1 or name in loose else size for size in shape]
+            bare.graph.value_info.append(onnx.helper.make_tensor_value_info(name, kind, known))
+    proven = {name: (kind, (-1,) * len(shape)) for name, (kind, shape) in seen.items() if name in ends}
+    proven |= tensor_types(bare)
+    found = {}
+    for name, (kind, shape) in seen.items():
+        sure = proven[name][1] if name in loose and name in proven else shape
+        if name not in loose or (name in proven and len(sure) == len(shape)):
+            found[name] = (kind, tuple(size if size == right else -1 for size, right in zip(shape, sure, strict=True)))
+    return found
+
+
+def _loose(model: Any) -> set[str]:
+    """Return the tensors that another input may give another size; those that only follow the batch are not among them."""
+    graph = model.graph
+    constants = {item.name for item in graph.initializer} | {item.values.name for item in graph.sparse_initializer}
+    sizes = {
+        item.name: [dim.dim_value for dim in item.type.tensor_type.shape.dim]
+        for item in graph.input
+        if item.name not in constants
+    }
+    batched = all(one and one[0] <= 0 for one in sizes.values())
+    loose = {name for name, one in sizes.items() if any(size <= 0 for size in (one[1:] if batched else one))}
+    telling = set(sizes)  # whose values follow the data, and not only sizes that stay
+    _spread([graph.node[index] for index in ordered(graph, constants | telling)], loose, telling)
+    return loose - {""}
+
+
+def _spread(nodes: Sequence[Any], loose: set[str], telling: set[str]) -> None:
+    """Add to `loose` and `telling` what the nodes, in order, make so; a branch or a loop passes on what happens in it."""
+    for node in nodes:
+        reads, sizing = set(needs(node)), set(node.input[SIZED_BY.get(node.op_type, len(node.input)) :])
+        sizing |= set(node.input[: {"If": 1, "Loop": 2}.get(node.op_type, 0)])
+        resized = bool(reads & loose or sizing & telling)
+        for attribute in node.attribute:
+            for body in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+                inside, told, loop = set(loose), set(telling), node.op_type == "Loop"
+                told |= {item.name for item in body.input[2 if loop else 0 :]}  # of a loop the first count and go on
+                _spread(body.node, inside, told)
+                ends = [item.name for item in body.output]
+                resized = resized or not inside.isdisjoint(ends) or (loop and ends[0] in told)
+        if resized and node.op_type not in ("Shape", "Size"):
+            loose |= set(node.output)
+        if resized or (reads & telling and node.op_type not in ("Shape", "Size")):
+            telling |= set(node.output)
+
+
 def _without_weights(model: Any) -> Any:
     """Return the model with its large constants as mere inputs: shape inference needs no values, and 2 GB do not serialise."""
     import onnx
@@ -270,7 +345,7 @@ def _without_weights(model: Any) -> Any:
     slim.graph.node.extend(model.graph.node)
     slim.graph.output.extend(model.graph.output)
     slim.graph.value_info.extend(model.graph.value_info)
-    large = [item for item in model.graph.initializer if math.prod(item.dims) > 1024]
+    large = [item for item in model.graph.initializer if math.prod(item.dims) > 1024 or item.data_location == 1]
     names = {item.name for item in large}
     slim.graph.initializer.extend(item for item in model.graph.initializer if item.name not in names)
     slim.graph.input.extend(item for item in model.graph.input if item.name not in names)

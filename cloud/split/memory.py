@@ -1,13 +1,14 @@
 """How much memory the segments of a model take, measured in a process that loads and runs one after the other.
 
-`python -m cloud.split.memory FILE…` prints a JSON list of MiB, above what the bare runtime takes: after one segment, two, …
+`python -m cloud.split.memory SHAPES FILE…` prints a JSON list of MiB, above what the bare runtime takes: after one segment,
+two, … SHAPES is JSON, the sizes of the tensors that go in.
 """
 
 import functools
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from skills.footprint import grown_mb
@@ -15,11 +16,14 @@ from skills.footprint import grown_mb
 DEADLINE_S = 300.0
 
 
-def measured_mb(files: Sequence[Path]) -> tuple[float, ...]:
-    """Return the MiB that the first 1, 2, … segments take, arenas and packed weights included; empty where it cannot be told."""
+def measured_mb(files: Sequence[Path], shapes: Mapping[str, Sequence[int]]) -> tuple[float, ...]:
+    """Return the MiB that the first 1, 2, … segments take, arenas and packed weights included; empty where it cannot be told.
+
+    `shapes` has the sizes of every tensor that goes into one.
+    """
     try:
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "cloud.split.memory", *map(str, files)],
+            [sys.executable, "-P", "-m", "cloud.split.memory", json.dumps(shapes), *map(str, files)],
             capture_output=True, timeout=DEADLINE_S, check=True,
         )  # fmt: skip
         found = json.loads(done.stdout)
@@ -28,7 +32,7 @@ def measured_mb(files: Sequence[Path]) -> tuple[float, ...]:
     return tuple(float(one) for one in found) if len(found) == len(files) else ()
 
 
-def _main(files: Sequence[str]) -> None:
+def _main(shapes: Mapping[str, Sequence[int]], files: Sequence[str]) -> None:
     import numpy as np
 
     from skills import ort
@@ -41,8 +45,7 @@ def _main(files: Sequence[str]) -> None:
         sessions.append(one)  # a device keeps them all
         feeds = {}
         for port in one.inputs:
-            shape = [1 if size < 0 else size for size in port.shape]
-            kind = np.dtype(port.dtype)
+            shape, kind = shapes[port.name], np.dtype(port.dtype)
             feeds[port.name] = (chance.random(shape) if kind.kind == "f" else np.zeros(shape)).astype(kind)
         one.run(feeds)
 
@@ -50,4 +53,4 @@ def _main(files: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1:])
+    _main(json.loads(sys.argv[1]), sys.argv[2:])

@@ -1,6 +1,7 @@
 """Make a split plan: cut, measure, gate, judge, and write it all to one folder that is never half-written."""
 
 import dataclasses
+import math
 import shutil
 import tempfile
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cloud.split.export import commented
-from cloud.split.graph import Flow, observed_types, read_flow
+from cloud.split.graph import Flow, free_types, observed_types, read_flow
 from cloud.split.images import recognise
 from cloud.split.inputs import check_fit, read_data, read_model
 from cloud.split.joint import FOLDER as SMALL_FOLDER
@@ -21,12 +22,13 @@ from cloud.split.segment import Pieces, write_segments
 from cloud.split.shortlist import Candidate, candidate, shortlist
 from cloud.split.task import Gate, Progress, Task, Timed
 from cloud.split.verdict import LINKS, judge, options, worth_cutting
-from skills import ort
+from skills import codec, ort
 from skills.coding import Coding, Image
 from skills.errors import FormatError, MissingExtra, UsageError
 from skills.files import fsync_directory, sha256_file, sha256_hex, storage_errors, write_atomic
 from skills.measurement import Figures
 from skills.network import ASSUMED, Link
+from skills.plain import raw_bytes
 from skills.split_plan import Cut, Millis, Plan, Policy, Verdict, plan_hash
 from skills.timer import Dilated, Local, Timer
 
@@ -111,8 +113,9 @@ def split(
     every = [{name: array[at : at + 1] for name, array in feeds.items()} for at in range(count)]
     samples, more = every[:most_samples], every[most_samples:]
     progress("reading the graph", 0, 1)
-    types = observed_types(graph, feeds, beside)
-    flow = read_flow(graph, types)
+    seen = observed_types(graph, feeds, beside)
+    types = free_types(graph, seen)
+    flow = read_flow(graph, {name: seen[name] for name in types})  # what a cut weighs, it weighs on the data
     if image is None and len(flow.inputs) == 1:
         image = given.image or recognise(feeds[flow.inputs[0]])
     if min_cut is not None and min_cut not in flow.producer():
@@ -137,7 +140,7 @@ def split(
             first, codings, figures = task.there(device, first, codings, work / "first", SHORT_ROUNDS)
         made, leaks = _cuts(cuts, first, codings), dict[str, Any]()
         if memory_mb is not None:
-            made = _weighed(made, first.pieces, work / "first", figures)
+            made = _weighed(made, first, work / "first", figures)
         if private and audit:
             made, leaks["privacy_audit"] = audited(task, made, first)
         # Every boundary costs a little speed, so only the cuts that some link could want are cut for good.
@@ -163,7 +166,7 @@ def split(
             whole=round(gate.whole, 6), shared=timed.pieces.shared, policy=policy, memory_mb=memory_mb,
             device=device.name if device is not None else "",
         )  # fmt: skip
-        final = _weighed(plan.cuts, timed.pieces, work, figures)
+        final = _weighed(plan.cuts, timed, work, figures)
         plan = dataclasses.replace(
             plan, cuts=tuple(dataclasses.replace(cut, leak=audits.get(cut.tensors)) for cut in final)
         )
@@ -241,10 +244,10 @@ def asked_policy(objective: str, slo_ms: float | None) -> Policy:
     return Policy(minimize="bytes" if objective == "bytes" else "latency", slo_ms=slo_ms)
 
 
-def _weighed(cuts: tuple[Cut, ...], pieces: Pieces, folder: Path, figures: Figures | None) -> tuple[Cut, ...]:
+def _weighed(cuts: tuple[Cut, ...], timed: Timed, folder: Path, figures: Figures | None) -> tuple[Cut, ...]:
     """Return the cuts with the memory that each takes on the device, as the device found or as it is found here."""
-    found = measured_mb([folder / one.file for one in pieces.segments]) if figures is None else figures.memory_mb
-    weights = (0.0, *found)
+    files = [folder / one.file for one in timed.pieces.segments]
+    weights = (0.0, *(measured_mb(files, timed.shapes) if figures is None else figures.memory_mb))
     return tuple(
         dataclasses.replace(cut, memory_mb=weights[cut.after]) if cut.after < len(weights) else cut for cut in cuts
     )
@@ -298,7 +301,9 @@ def _cuts(cuts: Sequence[Candidate], timed: Timed, codings: Sequence[tuple[Codin
     for after, tensors in enumerate(timed.pieces.live):
         costs, name = timed.costs[after], f"c{after}" if after else "input"
         raw = after == 0 or cuts[after - 1].raw
-        made.append(Cut(name, after, costs.device, costs.tail, tensors, codings[after], raw))
+        weight = sum(math.prod(timed.shapes[live.name]) * codec.itemsize(live) for live in tensors)
+        cut = Cut(name, after, costs.device, costs.tail, tensors, codings[after], raw)
+        made.append(cut if weight == raw_bytes(cut) else dataclasses.replace(cut, raw_bytes=weight))
     local = timed.costs[len(made)]
     return (*made, Cut("local", len(made), local.device, Millis(0.0, 0.0)))  # nothing is left for a tail
 

@@ -274,17 +274,18 @@ def with_reply(
     return coding
 
 
-def scorer(first: "Arrays", outputs: Sequence[str], labelled: bool) -> Scorer:
+def scorer(answers: Sequence["Arrays"], outputs: Sequence[str], labelled: bool) -> Scorer:
     """Return how to mark answers: accuracy on labels, else agreement of the likeliest class with the whole float model.
 
     Outputs that are no class scores are compared as `fidelity`: one minus the relative error, never below nought.
-    `first` is an answer of the whole model.
+    `answers` are the whole model's.
     """
     import numpy as np
 
     name = outputs[0]
-    shape, kind = np.asarray(first[name]).shape, np.asarray(first[name]).dtype.kind
-    classes = len(outputs) == 1 and len(shape) == 2 and shape[1] > 1 and kind == "f"
+    shapes, kind = {np.asarray(one[name]).shape for one in answers}, np.asarray(answers[0][name]).dtype.kind
+    shape = min(shapes)
+    classes = len(outputs) == len(shapes) == 1 and len(shape) == 2 and shape[0] == 1 < shape[1] and kind == "f"
 
     def top(answer: "Arrays") -> int:
         return int(np.asarray(answer[name])[0].argmax())

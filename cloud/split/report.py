@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cloud.split.live import doubt
-from cloud.split.verdict import answers, describe, options, points, proof, refusal, warning
+from cloud.split.verdict import answers, describe, options, points, proof, refusal, unsized, warning
 from skills.split import Choice, moved_bytes
 from skills.split_plan import Cut, Leak, Plan, plan_hash
 from skills.units import readable, readable_ms
@@ -122,7 +122,7 @@ def report_json(plan: Plan, details: Mapping[str, Any]) -> bytes:
 
 def doubts(plan: Plan, details: Mapping[str, Any]) -> list[str]:
     """Return what makes the figures less sure, one sentence each."""
-    return [text for text in (warning(plan), not_audited(details), doubt(details.get("live"))) if text]
+    return [text for text in (warning(plan), unsized(plan), not_audited(details), doubt(details.get("live"))) if text]
 
 
 def measured_on(plan: Plan) -> str:

@@ -1,6 +1,7 @@
 """What the planner measures for a device: segments written and timed, codings tried, and what each of them loses."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -51,6 +52,7 @@ class Timed:
     costs: Mapping[int, Costs]
     whole: Millis
     gap: float
+    shapes: Mapping[str, tuple[int, ...]]  # of all that crosses, for the sample with the middle amount of it
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -101,7 +103,8 @@ class Task:
         ticker = _ticker(self.progress, stage, rounds)
         afters = range(len(cuts) + 2)
         costs, whole_ms = measure(chain, whole, afters, self.samples, self.device, rounds, ticker, pause_s=pause_s)
-        return Timed(pieces, chain, costs, whole_ms, gap)
+        shapes = sorted((_shapes(chain, sample) for sample in few), key=lambda one: sum(map(math.prod, one.values())))
+        return Timed(pieces, chain, costs, whole_ms, gap, shapes[len(few) // 2])
 
     def there(
         self,
@@ -120,7 +123,7 @@ class Task:
         """Measure every coding of every cut on all samples, then judge the budget on more inputs while time lasts."""
         whole, live = ort.session(self.raw, beside=self.beside), timed.pieces.live
         truths = [whole.run(sample) for sample in self.samples]
-        score = scorer(truths[0], self.flow.outputs, self.labels is not None)
+        score = scorer(truths, self.flow.outputs, self.labels is not None)
 
         def mark(at: int, answer: "Arrays", truth: "Arrays") -> float:
             return score.mark(answer, truth, None if self.labels is None else int(self.labels[at]))
@@ -171,6 +174,14 @@ class Task:
 
         codings = [tuple(judged(*one) for one in cut) for cut in found]
         return Gate(codings, score.metric, sum(reference) / len(reference), len(reference), reply_bytes, replies)
+
+
+def _shapes(chain: ort.Chain, values: "Arrays") -> dict[str, tuple[int, ...]]:
+    found = dict[str, tuple[int, ...]]()
+    for at in range(len(chain.sessions)):
+        found |= {name: array.shape for name, array in values.items()}
+        values = chain.run(values, at, at + 1)
+    return found
 
 
 def _ticker(progress: Progress, stage: str, rounds: int) -> Callable[[], None]:

@@ -189,6 +189,18 @@ def warning(plan: Plan) -> str | None:
     return f"only {plan.samples} inputs: too few to judge what a coding loses; give at least {FEW}, better 500"
 
 
+def unsized(plan: Plan) -> str | None:
+    """Return the sentence that a plan of a model needs whose inputs have a free size besides the batch, else None."""
+    names = [repr(live.name) for live in plan.inputs if -1 in live.shape[1:]]
+    if plan.stages or not names:
+        return None
+    figures = "times, bytes, scales, drops and the audit" if plan.private else "times, bytes, scales and drops"
+    return (
+        f"the model leaves sizes of {', '.join(names)} free: the plan answers every size that it takes, but its {figures} are "
+        "those of the sizes in the data"
+    )
+
+
 def describe(choice: Choice) -> str:
     """Name an option as a person would."""
     if choice.coding is None:
