@@ -18,8 +18,14 @@ from skills import ort
 INPUT, OUTPUT = Range(-1.0, 3.0), Range(0.0, 6.0)
 UNFOLDING = {"Cast", "Mul", "Div", "Mod", "Split", "Squeeze", "BitShift"}
 WIDTHS = (8, 4, 3, 2, TERNARY)
+VNNI = profiles.find("auto").name == "x86-vnni"
 CASES = [
-    (compute, bits, profile) for compute in ("int8", "float") for bits in WIDTHS for profile in ("x86-vnni", "x86-avx2")
+    (compute, bits, profile)
+    for compute in ("int8", "float")
+    for bits in WIDTHS
+    for profile in ("x86-vnni", "x86-avx2")
+    if VNNI
+    or (compute, bits, profile) != ("int8", 8, "x86-vnni")  # without VNNI such sums saturate: it is what avx2 is for
 ]
 
 
@@ -89,10 +95,10 @@ def test_a_packed_convolution_computes_what_its_codes_say(compute: str, bits: fl
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_a_packed_gemm_answers_in_float_from_its_codes(bits: float) -> None:
     model, values = gemm_model()
-    layer = Layer("gemm", "Gemm", "w", 0, (9, 31), 1, "int8", bits)
-    file = emit(model, Scheme((layer,), {"x": INPUT}, profiles.find("x86-vnni")), {}).SerializeToString()
+    layer, target = Layer("gemm", "Gemm", "w", 0, (9, 31), 1, "int8", bits), profiles.find("x86-avx2")
+    file = emit(model, Scheme((layer,), {"x": INPUT}, target), {}).SerializeToString()
     x = np.random.default_rng(6).uniform(-1, 3, (5, 31)).astype(np.float32)
-    want = rounded(x, INPUT) @ encode(values["w"], 0, bits).restore().T + values["b"]
+    want = rounded(x, INPUT) @ encode(values["w"], 0, bits, target.weight_bits).restore().T + values["b"]
     assert np.allclose(ort.session(file).run({"x": x})["y"], want, atol=0.02)
     assert ort.audit(file).counts["QGemm"] == 1
 

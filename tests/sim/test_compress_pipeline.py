@@ -196,12 +196,29 @@ def test_a_budget_that_cannot_be_kept_is_not_reached_and_the_best_is_written(
 ) -> None:
     net = small_net("plain")
     (tmp_path / "model.onnx").write_bytes(net.model.SerializeToString())
-    passes = (*(step for step in PASSES if step.name != "guard"), NARROW)
+    passes = tuple(
+        NARROW if step.name == "guard" else step for step in PASSES
+    )  # so before the plain 8-bit form is there
     report = run(tmp_path / "model.onnx", net.data, tmp_path / "out", device="x86-avx2", passes=passes)
     assert report.verdict == "not_reached"
     assert (tmp_path / "out" / "model.onnx").is_file()
     with pytest.raises(NotReached, match="the budget is 1"):
         report.reached()
+
+
+def test_passes_run_in_their_order_wherever_one_is_added(small_net: Callable[[str], Any], tmp_path: Path) -> None:
+    ran: list[str] = []
+
+    def noted(step: Pass) -> Pass:
+        def noting(state: State, bench: Bench) -> State:
+            ran.append(step.name)
+            return step.run(state, bench)
+
+        return dataclasses.replace(step, run=noting)
+
+    passes = (*PASSES, Pass("last", "doing nothing", lambda state, _bench: state))
+    run_with(small_net("plain"), tmp_path, tuple(map(noted, passes)))
+    assert ran == [step.name for step in passes]
 
 
 def test_a_pass_that_changes_the_function_is_stopped_by_name(small_net: Callable[[str], Any], tmp_path: Path) -> None:
