@@ -68,8 +68,8 @@ def report(run: Run, walked: Sequence[Judged], all_judged: Sequence[Judged], pla
     sample = whole_runs(original.session.inputs[0], run.splits.report.x)
     shown = front(all_judged, chosen)
     times = measure.race(
-        {"before": original.session, "after": emitted.runner}
-        | {one.emitted.name: one.emitted.runner for one in shown if one is not chosen},
+        {"before": original.session, "after": judge.open_file(emitted.file, run.profile)}
+        | {one.emitted.name: judge.open_file(one.emitted.file, run.profile) for one in shown if one is not chosen},
         sample, TIMING_ROUNDS,
     )  # fmt: skip
     speedup = times["before"].p50_ms / times["after"].p50_ms
@@ -92,7 +92,7 @@ def report(run: Run, walked: Sequence[Judged], all_judged: Sequence[Judged], pla
     )  # fmt: skip
     result = Result(
         round(after, 6), small, small_package, round(times["after"].p50_ms, 4),
-        round(times["after"].p90_ms, 4), _load_ms(lambda: open_file(emitted.file, run.profile)),
+        round(times["after"].p90_ms, 4), _load_ms(lambda: judge.open_file(emitted.file, run.profile)),
     )  # fmt: skip
     scheme = emitted.state.scheme
     details = Details(
@@ -175,15 +175,6 @@ def pinned(environment: Environment) -> dict[str, str]:
     """Return the versions of the packages that an environment of its own holds."""
     rows = (line.partition("==") for line in environment.requirements().splitlines())
     return {name: version for name, _, version in rows if version}
-
-
-def open_file(file: bytes, profile: Profile) -> Runner:
-    """Load a result in its runtime."""
-    if profile.runtime == "litert":
-        from compress import interpreter
-
-        return interpreter.session(file)
-    return ort.session(file)
 
 
 def _search(run: Run, done: Report) -> bytes:

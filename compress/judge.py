@@ -12,6 +12,7 @@ from compress.graph import Array
 from compress.measure import Drop, Runner
 from compress.metrics import Metric
 from compress.pipeline import State
+from compress.profiles import saturates_here
 from compress.scheme import Scheme
 from skills import ort
 from skills.errors import SkerryError
@@ -84,15 +85,24 @@ def write(name: str, state: State, profile: Profile, splits: Splits, original: O
 
         file = tflite.lower(quantized, whole=profile.whole_numbers)
         runner = interpreter.session(file)
-        interpreter.check_same(runner, ort.session(written), splits.calibrate.x)
+        interpreter.check_same(runner, ort.session(written, exact=saturates_here(profile)), splits.calibrate.x)
     else:
         file = written
-        runner = ort.session(file)
+        runner = ort.session(file, exact=saturates_here(profile))
         audit = ort.audit(file)
         if state.scheme is not None and profile.arch == platform.machine():
             check_audit(audit, state.scheme)
     answers = measure.answers(runner, splits.select.x)
     return Emitted(name, state, file, runner, audit, measure.points(metric, splits.select, original.select, answers))
+
+
+def open_file(file: bytes, profile: Profile) -> Runner:
+    """Load a result in its runtime, as it is run and timed."""
+    if profile.runtime == "litert":
+        from compress import interpreter
+
+        return interpreter.session(file)
+    return ort.session(file)
 
 
 def rank(emitted: Emitted, max_drop: float, *, trained: bool) -> tuple[bool, float]:

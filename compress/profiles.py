@@ -10,6 +10,8 @@ from skills.isa import isa
 from skills.profile import Profile, load_profile
 
 MAX_PROFILE_BYTES = 64 << 10
+X86 = ("x86_64", "amd64")
+VNNI = frozenset(("avx512_vnni", "avx_vnni"))
 
 
 def names() -> tuple[str, ...]:
@@ -43,11 +45,24 @@ def detect(machine: str, found: tuple[str, ...]) -> str:
         NotFound: no shipped profile fits.
     """
     match machine.lower():
-        case "x86_64" | "amd64":
-            return "x86-vnni" if {"avx512_vnni", "avx_vnni"} & set(found) else "x86-avx2"
+        case name if name in X86:
+            return "x86-vnni" if VNNI & set(found) else "x86-avx2"
         case "aarch64" | "arm64":
             return "arm64-onnxruntime"
     raise NotFound(f"no shipped profile fits this machine ({machine}): name one with --device")
+
+
+def saturates(profile: Profile, machine: str, found: tuple[str, ...]) -> bool:
+    """Return whether int8 kernels of a machine with these instruction sets give wrong sums for what is made for a profile. Pure.
+
+    x86 without VNNI adds two products of 8-bit codes in 16 bits (docs/decisions/0045-exact-sums.md).
+    """
+    return profile.weight_bits > 7 and machine.lower() in X86 and not VNNI & set(found)
+
+
+def saturates_here(profile: Profile) -> bool:
+    """Return what `saturates` says of this machine."""
+    return saturates(profile, platform.machine(), isa())
 
 
 def too_large(size: int, profile: Profile) -> tuple[str, ...]:

@@ -187,8 +187,8 @@ def _milliseconds(finalists: Sequence[judge.Judged], goal: Goal, profile: Profil
     """Return how long each finalist takes, where that counts and this machine can tell; else nothing."""
     if goal == "size" or len(finalists) < 2 or profile.arch != platform.machine():
         return []
-    runners = {str(at): one.emitted.runner for at, one in enumerate(finalists)}
-    sample = data.whole_runs(finalists[0].emitted.runner.inputs[0], splits.report.x)
+    runners = {str(at): judge.open_file(one.emitted.file, profile) for at, one in enumerate(finalists)}
+    sample = data.whole_runs(runners["0"].inputs[0], splits.report.x)
     return [timing.p50_ms for timing in measure.race(runners, sample, TIMING_ROUNDS).values()]
 
 

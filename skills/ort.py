@@ -203,17 +203,20 @@ def versions() -> dict[str, str]:
     }  # fmt: skip
 
 
-def session(model: bytes | Path, threads: int = 1, *, optimise: bool = True, beside: Path | None = None) -> Session:
+def session(
+    model: bytes | Path, threads: int = 1, *, optimise: bool = True, beside: Path | None = None, exact: bool = False
+) -> Session:
     """Load a model on the CPU; `optimise=False` keeps the graph as it was written, for looking at tensors inside it.
 
-    A model given as bytes finds its external data in the folder `beside`.
+    A model given as bytes finds its external data in the folder `beside`. `exact` computes in float between a quantized
+    model's codes, for machines whose int8 kernels let sums saturate (docs/decisions/0045-exact-sums.md).
 
     Raises:
         NotFound: there is no such file.
         FormatError: onnxruntime cannot load it, in its own words.
         MissingExtra: onnxruntime is not installed.
     """
-    return _load(model, threads, optimise=optimise, save_to=None, beside=beside)
+    return _load(model, threads, optimise=optimise, save_to=None, beside=beside, exact=exact)
 
 
 def chain(files: Sequence[Path], outputs: Sequence[str], threads: int = 1, resident: int | None = None) -> Chain:
@@ -341,8 +344,8 @@ def _timing(values: list[float]) -> Timing:
 
 
 def _load(
-    model: bytes | Path, threads: int, *, optimise: bool, save_to: Path | None, beside: Path | None = None
-) -> Session:
+    model: bytes | Path, threads: int, *, optimise: bool, save_to: Path | None, beside: Path | None = None, exact: bool = False
+) -> Session:  # fmt: skip
     ort = runtime()
     if isinstance(model, Path) and not model.is_file():
         raise NotFound(f"there is no model file {model}")
@@ -356,6 +359,8 @@ def _load(
         options.optimized_model_filepath = str(save_to)
     if beside is not None and isinstance(model, bytes):
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(beside))
+    if exact:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     start = time.perf_counter()
     try:
         source = str(model) if isinstance(model, Path) else model

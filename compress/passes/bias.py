@@ -10,6 +10,7 @@ from compress.emit import emit
 from compress.measure import answers, divergence
 from compress.passes.reconstruct import rebuild
 from compress.pipeline import Bench, Pass, State
+from compress.profiles import saturates_here
 from compress.scheme import Scheme
 from skills import ort
 from skills.errors import DeadlineExceeded, FormatError
@@ -17,7 +18,8 @@ from skills.errors import DeadlineExceeded, FormatError
 
 def distance(state: State, scheme: Scheme, bench: Bench) -> float:
     """Return how far the emitted scheme answers from the original on calibration data."""
-    session = ort.session(emit(state.model, scheme, state.seen()).SerializeToString(), bench.threads)
+    file = emit(state.model, scheme, state.seen()).SerializeToString()
+    session = ort.session(file, bench.threads, exact=saturates_here(bench.profile))
     return divergence(
         bench.original_calibrate, answers(session, bench.splits.calibrate.x), classes=bench.metric.classes
     )

@@ -21,6 +21,7 @@ from compress.knapsack import Choice, Option, front
 from compress.measure import answers, divergence, foretold, log_probabilities, points
 from compress.passes.reconstruct import Fit, Problem, rebuild, walk
 from compress.pipeline import Bench, Pass, State
+from compress.profiles import saturates_here
 from compress.recipe import Recipe
 from compress.scheme import Candidate, Layer, Scheme
 from skills import ort
@@ -131,7 +132,7 @@ class Search:
     def judge(self, scheme: Scheme) -> Candidate:
         """Emit a scheme and run it."""
         file = emit(self.state.model, scheme, self.state.seen()).SerializeToString()
-        session = ort.session(file, self.bench.threads)
+        session = self._open(file)
         distance = self._apart(session, slice(None))
         drop = expected_drop(self.bench, answers(session, self.bench.splits.select.x))
         return Candidate(len(file), distance, drop, scheme)
@@ -193,9 +194,12 @@ class Search:
         return self._distance(scheme if fit is None else fitted(scheme, layer.node, fit)) - plain
 
     def _distance(self, scheme: Scheme) -> float:
-        session = ort.session(emit(self.state.model, scheme, self.state.seen()).SerializeToString(), self.bench.threads)
+        session = self._open(emit(self.state.model, scheme, self.state.seen()).SerializeToString())
         part = slice(0, self.held) if self.held else slice(None)
         return self._apart(session, part)
+
+    def _open(self, file: bytes) -> ort.Session:
+        return ort.session(file, self.bench.threads, exact=saturates_here(self.bench.profile))
 
     def _apart(self, session: ort.Session, part: slice) -> float:
         """Return how far a file's answers to a part of the calibration data are from the original's."""

@@ -32,6 +32,20 @@ def test_a_machine_without_a_profile_is_named() -> None:
         profiles.detect("riscv64", ())
 
 
+@pytest.mark.parametrize(
+    ("name", "machine", "isa", "wrong"),
+    [
+        ("x86-vnni", "x86_64", ("avx2",), True),
+        ("arm64-litert", "AMD64", ("avx2", "avx512f"), True),
+        ("x86-avx2", "x86_64", ("avx2",), False),  # 7 bits
+        ("x86-vnni", "x86_64", ("avx2", "avx_vnni"), False),
+        ("x86-vnni", "aarch64", ("asimd",), False),
+    ],
+)
+def test_eight_bits_saturate_on_x86_without_vnni(name: str, machine: str, isa: tuple[str, ...], wrong: bool) -> None:
+    assert profiles.saturates(profiles.find(name), machine, isa) is wrong
+
+
 def test_an_unknown_profile_lists_the_known_ones() -> None:
     with pytest.raises(NotFound, match="no device profile 'toaster'.*x86-vnni"):
         profiles.find("toaster")
