@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,20 @@ from pathlib import Path
 from skills.errors import Refused, UsageError
 from skills.files import fsync_directory, sha256_hex, storage_errors, write_atomic
 
-MARK = "report.json"  # a folder with this file is an earlier result and may be replaced
+MARK = "report.json"  # a folder with this file, and nothing but what a result has, is an earlier result and may be replaced
+WRITTEN = frozenset(
+    (
+        "model.onnx",
+        "model.tflite",
+        "model_vela.tflite",
+        "recipe.yaml",
+        "lineage.json",
+        "search.json",
+        "report.html",
+        MARK,
+    )
+)
+KEPT = re.compile(r"\d+\.(onnx|tflite)")  # in the folder `pareto`
 CACHE_BYTES = 4 << 30
 HASH_BYTES = 32  # in front of each value: what a failing disk changed counts as not there
 
@@ -37,6 +51,19 @@ def check_out(out: Path) -> None:
         raise UsageError(f"{out} holds files that are not an earlier result (no {MARK}): give another folder")
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file: give a folder")
+    if out.is_dir() and (others := sorted(_others(out))):
+        raise UsageError(
+            f"{out} is an earlier result and also has {others[0]}, which a new one would remove: give another folder"
+        )
+
+
+def _others(out: Path) -> Iterator[str]:
+    """Yield what is in the folder of a result and no part of it."""
+    for path in out.iterdir():
+        if path.name == "pareto" and path.is_dir():
+            yield from (f"pareto/{one.name}" for one in path.iterdir() if not KEPT.fullmatch(one.name))
+        elif path.name not in WRITTEN:
+            yield path.name
 
 
 @contextlib.contextmanager

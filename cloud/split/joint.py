@@ -81,7 +81,7 @@ def join(plan_folder: Path, small: Path, data: "Path | Arrays", target: float | 
     theirs: list[Arrays] = [
         chain.run({live.name: row[name] for live, name in zip(plan.inputs, inputs, strict=True)}) for row in rows
     ]
-    score = scorer(theirs, names, labels is not None)
+    score = scorer(theirs, names, labels)
     scores = [answer[names[0]] for answer in mine]
     kind = _check_scores(scores, theirs[0][names[0]], score, outputs[0])
     truth = [None if labels is None else int(labels[at]) for at in range(count)]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import shutil
 import tempfile
 import time
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     Arrays = Mapping[str, NDArray[Any]]
 
 SHORT_ROUNDS = 8
+PIECE = re.compile(r"\d+\.onnx|shared\.bin")  # in the folder `segments`
 # All that `split` and `split joint` write to a plan's folder: one that holds anything else is nobody's to replace.
 WRITTEN = frozenset(
     ("split.yaml", "segments", "report.json", "report.html", "head.onnx", "tail.onnx", "head_tail.bin", SMALL_FOLDER)
@@ -220,7 +222,8 @@ def _check_replaceable(out: Path) -> None:
         return
     if not (out / "split.yaml").is_file():
         raise UsageError(f"{out} exists and is no split plan: name a folder that does not exist yet")
-    if others := sorted(path.name for path in out.iterdir() if path.name not in WRITTEN):
+    inside = (f"segments/{path.name}" for path in out.glob("segments/*") if not PIECE.fullmatch(path.name))
+    if others := sorted((*inside, *(path.name for path in out.iterdir() if path.name not in WRITTEN))):
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         raise UsageError(
             f"{out} has a split plan and also {others[0]}{more}, which a new plan would remove: name another folder"

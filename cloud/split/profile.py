@@ -274,11 +274,14 @@ def with_reply(
     return coding
 
 
-def scorer(answers: Sequence["Arrays"], outputs: Sequence[str], labelled: bool) -> Scorer:
+def scorer(answers: Sequence["Arrays"], outputs: Sequence[str], labels: "NDArray[Any] | None") -> Scorer:
     """Return how to mark answers: accuracy on labels, else agreement of the likeliest class with the whole float model.
 
     Outputs that are no class scores are compared as `fidelity`: one minus the relative error, never below nought.
     `answers` are the whole model's.
+
+    Raises:
+        FormatError: a label is no class of the model's.
     """
     import numpy as np
 
@@ -292,7 +295,12 @@ def scorer(answers: Sequence["Arrays"], outputs: Sequence[str], labelled: bool) 
 
     if not classes:
         return Scorer("fidelity", lambda answer, truth, _: _fidelity(answer, truth, outputs))
-    if labelled:
+    if labels is not None:
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= shape[1]:
+            raise FormatError(
+                f"labels in y run from {low} to {high}, the model's output has {shape[1]} classes (0 to {shape[1] - 1})"
+            )
         return Scorer("accuracy", lambda answer, _, label: float(top(answer) == label))
     return Scorer("agreement", lambda answer, truth, _: float(top(answer) == top(truth)))
 

@@ -87,7 +87,7 @@ def plan_stages(
     messages = [[chain.run(sample, 0, after) for sample in samples] for after in range(len(skill.stages) + 1)]
     live = [_described(one) for one in messages]
     truths = messages[-1]
-    score = scorer(truths, [one.name for one in live[-1]], labelled=False)
+    score = scorer(truths, [one.name for one in live[-1]], None)
     reference = [score.mark(truth, truth, None) for truth in truths]
     reply_bytes = sum(int(array.nbytes) for array in truths[0].values())
     cuts = []

@@ -123,7 +123,7 @@ class Task:
         """Measure every coding of every cut on all samples, then judge the budget on more inputs while time lasts."""
         whole, live = ort.session(self.raw, beside=self.beside), timed.pieces.live
         truths = [whole.run(sample) for sample in self.samples]
-        score = scorer(truths, self.flow.outputs, self.labels is not None)
+        score = scorer(truths, self.flow.outputs, self.labels)
 
         def mark(at: int, answer: "Arrays", truth: "Arrays") -> float:
             return score.mark(answer, truth, None if self.labels is None else int(self.labels[at]))

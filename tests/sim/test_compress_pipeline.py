@@ -19,7 +19,7 @@ from compress.recipe import Recipe
 from compress.run import PASSES, WEIGHTS_ONLY, run
 from compress.scheme import Layer, Scheme
 from skills import ort
-from skills.errors import NotReached, SkerryError
+from skills.errors import NotReached, SkerryError, UsageError
 from skills.wire import decode_yaml
 
 KEYS = {
@@ -204,6 +204,19 @@ def test_a_budget_that_cannot_be_kept_is_not_reached_and_the_best_is_written(
     assert (tmp_path / "out" / "model.onnx").is_file()
     with pytest.raises(NotReached, match="the budget is 1"):
         report.reached()
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "pareto/mine.txt"])
+def test_a_result_with_other_files_beside_it_is_not_replaced(
+    name: str, small_net: Callable[[str], Any], tmp_path: Path
+) -> None:
+    net, out = small_net("plain"), tmp_path / "out"
+    (out / name).parent.mkdir(parents=True)
+    (out / "report.json").write_text("{}")
+    (out / name).write_text("mine")
+    with pytest.raises(UsageError, match=f"also has {name}"):
+        run(net.model, net.data, out, device="x86-avx2")
+    assert (out / name).read_text() == "mine"
 
 
 def test_passes_run_in_their_order_wherever_one_is_added(small_net: Callable[[str], Any], tmp_path: Path) -> None:

@@ -105,7 +105,9 @@ def test_a_plan_is_replaced_whole_and_a_failed_one_leaves_the_old(
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "home") == ["out"]
 
 
-@pytest.mark.parametrize(("name", "folder"), [("skill.yaml", False), ("code", True), (".git", True)])
+@pytest.mark.parametrize(
+    ("name", "folder"), [("skill.yaml", False), ("segments/my.txt", False), ("code", True), (".git", True)]
+)
 def test_a_folder_that_holds_more_than_a_plan_is_never_replaced(
     small_net: Any, tmp_path: Path, name: str, folder: bool
 ) -> None:
@@ -116,11 +118,24 @@ def test_a_folder_that_holds_more_than_a_plan_is_never_replaced(
         (out / name).mkdir()
         (out / name / "mine.py").write_text("mine")
     else:
+        (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text("mine")
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
     with pytest.raises(UsageError, match=f"has a split plan and also {name}, which a new plan would remove"):
         plan_it(net.model.SerializeToString(), {"x": net.x}, out)
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("label", [-1, 99])
+def test_a_label_that_is_no_class_is_one_sentence_and_leaves_no_plan(
+    small_net: Any, tmp_path: Path, label: int
+) -> None:
+    net = small_net("plain")
+    y = net.y.copy()
+    y[3] = label
+    with pytest.raises(FormatError, match=r"labels in y run from .* the model's output has 4 classes \(0 to 3\)"):
+        plan_it(net.model.SerializeToString(), {"x": net.x, "y": y}, tmp_path / "plan")
+    assert not (tmp_path / "plan").exists()
 
 
 def test_what_is_put_beside_the_old_plan_while_the_new_one_is_made_is_not_removed(
