@@ -28,7 +28,6 @@ from compress.writers import Writer
 from skills.errors import FormatError, SkerryError, StorageError
 from skills.units import duration
 
-CALIBRATED_UP_TO = 0.6  # of the progress bar, where nothing is trained
 ROUNDING = (BIAS.name, BITS.name, WEIGHT_ONLY.name)  # from the first of these on, the plain 8-bit form is there
 PLACING: tuple[Pass, ...] = (RANGES, PLACE, GUARD)  # again for each network that training made
 
@@ -62,8 +61,8 @@ def searched(
     for at, scheme in enumerate(state.bolder):
         candidates.append(writer.write(f"bolder {at + 1}", dataclasses.replace(state, scheme=scheme)))
         work.offer(candidates[-1], original, bench.max_drop)
-    others = _learned(state, bench, original, work, stages, writer) if learns else []
-    return (candidates, others), candidates[0] if plain is not None else None
+    trained = _learned(state, bench, original, work, stages, writer) if learns else []
+    return (candidates, trained), candidates[0] if plain is not None else None
 
 
 def _learned(
@@ -146,7 +145,7 @@ def _calibrated(
     passes: Sequence[Pass], state: State, bench: Bench, original: Original, work: Work, learns: bool
 ) -> tuple[State, State | None]:
     """Do all that needs no training; return where it ended, and the plain 8-bit form if it went on from one."""
-    upto = 0.3 if learns else CALIBRATED_UP_TO
+    upto = 0.3 if learns else TRAINED_UP_TO
 
     def at(step: Pass) -> Bench:
         place = list(passes).index(step)

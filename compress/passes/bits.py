@@ -278,21 +278,17 @@ class Search:
         self.bench.say(share, best)
 
 
-def _again(state: State, recipe: Recipe, bench: Bench) -> State:
-    """Return the state with the widths of a recipe, rebuilt as a search would have; what goes into blocks does so later.
-
-    Raises:
-        DeadlineExceeded: the time ended first.
-    """
+def _again(state: State, recipe: Recipe, x: Array) -> State:
+    """Return the state with the widths of a recipe, rebuilt as a search would have; what goes into blocks does so later."""
     scheme = state.planned().with_bits({layer.name: layer.bits_before or layer.bits for layer in recipe.layers})
     with contextlib.suppress(FormatError):  # an operator without torch counterpart: layers are rounded to nearest
-        scheme = rebuild(state.model, scheme, bench.splits.calibrate.x, left=bench.left)
-    return dataclasses.replace(state, scheme=scheme, notes=(*state.notes, "Stored bits were given, not searched for."))
+        scheme = rebuild(state.model, scheme, x)
+    return dataclasses.replace(state, scheme=scheme, notes=(*state.notes, "Layers are stored as the recipe says."))
 
 
 def _run(state: State, bench: Bench) -> State:
     if bench.planned is not None:
-        return _again(state, bench.planned, bench)
+        return _again(state, bench.planned, bench.splits.calibrate.x)
     allowed = widths(state.model, bench.profile)
     search = Search(state, bench, allowed)
     if len(allowed) < 2 or bench.goal == "latency" or not search.able():

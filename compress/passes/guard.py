@@ -70,7 +70,7 @@ def _run(state: State, bench: Bench) -> State:
         return dataclasses.replace(state, notes=(*state.notes, note))
     ways = candidates(state, bench)
     if bench.planned is not None and GUARD.name in bench.planned.choices:
-        return _taken(state, ways, bench.planned.choices[GUARD.name], "Given, not raced: {}.")
+        return _taken(state, ways, bench.planned.choices[GUARD.name], "As the recipe says: {}.")
     sessions = {
         name: ort.session(emit(state.model, way, state.seen()).SerializeToString(), bench.threads)
         for name, way in ways.items()
