@@ -19,7 +19,7 @@ def pack(state: State) -> bytes:
     """Return all of a state but the models that were only tried."""
     arrays: dict[str, Array] = {"model": np.frombuffer(state.model.SerializeToString(), np.uint8)}
     head: dict[str, Any] = {"notes": state.notes, "passes": state.passes, "choices": dict(state.choices)}
-    head["cut_short"] = state.cut_short
+    head["cut_short"], head["safer"] = state.cut_short, len(state.safer)
     head["harm"] = {node: list(row.items()) for node, row in state.harm.items()}
     if state.statistics is not None:
         head["seen"] = []
@@ -46,17 +46,18 @@ def unpack(raw: bytes, profile: Profile) -> State:
             name: Observed(arrays[f"counts {at}"], lo, hi, least, most, arrays[f"mean {at}"])
             for at, (name, lo, hi, least, most) in enumerate(head["seen"])
         }
+    safer = head.get("safer", 0)
     schemes = [_scheme(row, f"{at} ", arrays, profile) for at, row in enumerate(head["schemes"])]
     return State(
         onnx.load_model_from_string(arrays["model"].tobytes()), statistics, schemes[0] if schemes else None, tuple(head["notes"]),
         {node: dict(row) for node, row in head["harm"].items()},
-        passes=tuple(head["passes"]), choices=head["choices"], bolder=tuple(schemes[1:]),
-        cut_short=head.get("cut_short", False),
+        passes=tuple(head["passes"]), choices=head["choices"], safer=tuple(schemes[1 : 1 + safer]),
+        bolder=tuple(schemes[1 + safer :]), cut_short=head.get("cut_short", False),
     )  # fmt: skip
 
 
 def _schemes(state: State) -> tuple[Scheme, ...]:
-    return () if state.scheme is None else (state.scheme, *state.bolder)
+    return () if state.scheme is None else (state.scheme, *state.safer, *state.bolder)
 
 
 def _described(scheme: Scheme, prefix: str, arrays: dict[str, Array]) -> dict[str, Any]:

@@ -34,8 +34,8 @@ CHECK_SAMPLES = 16
 class State:
     """What is known so far: the float model, what calibration saw, the scheme, and remarks for the report.
 
-    `passes` are those that changed something; `choices` says for passes with several options which one they took. `bolder`
-    are smaller schemes that may keep the budget too, the largest first.
+    `passes` are those that changed something; `choices` says for passes with several options which one they took. `safer`
+    are larger schemes to fall back to and `bolder` smaller ones that may keep the budget too, the largest first.
     """
 
     model: Any
@@ -48,6 +48,7 @@ class State:
     tried: tuple[Candidate, ...] = ()
     passes: tuple[str, ...] = ()
     choices: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    safer: tuple[Scheme, ...] = ()
     bolder: tuple[Scheme, ...] = ()
     cut_short: bool = False  # the time ended before the search for stored bits did
 

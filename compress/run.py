@@ -30,7 +30,7 @@ from compress.judge import Emitted, Original, look, result
 from compress.lineage import ground, parents
 from compress.meeting import meet, untaught, whole_numbers
 from compress.passes.bias import BIAS
-from compress.passes.bits import BITS, MOST_BOLDER
+from compress.passes.bits import BITS, MOST_BOLDER, MOST_SAFER
 from compress.passes.canonicalise import CANONICALISE
 from compress.passes.crop import CROP
 from compress.passes.equalize import EQUALIZE
@@ -120,7 +120,7 @@ def run(
     learns = splits.train is not None and not samples.synthetic and not whole_numbers(original)
     warnings = (*warnings, *untaught(original, splits, again))
     work.calibrated = min(1.0, max(CALIBRATED_SHARE, CALIBRATED_S / budget)) if learns else 1.0
-    most = 2 + MOST_BOLDER + len(ladder.SHARES) * learns
+    most = 2 + MOST_SAFER + MOST_BOLDER + len(ladder.SHARES) * learns
     work.ending = ending(most, len(splits.report), _seconds_an_input(original, splits.select.x))
     if samples.synthetic:
         passes = WEIGHTS_ONLY

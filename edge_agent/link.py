@@ -32,11 +32,10 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
-from edge_agent import ipc
+from edge_agent import calls, ipc
 from edge_agent.estimator import COLD_AFTER_S, Breaker, Estimator
 from skills import oip
-from skills.errors import FormatError, MissingExtra, SkerryError, Unreachable
-from skills.files import read_bytes
+from skills.errors import FormatError, SkerryError, Unreachable
 from skills.split import CALL_BYTES, Estimate
 
 KEEP_WARM_S = 0.15
@@ -46,12 +45,9 @@ PING_DEADLINE_S = 1.0
 MAX_IN_FLIGHT = 32
 MAX_PLANS = 64  # of all workers; what is beyond is loaded with its first request
 PROBE = {"plan": "probe", "cut": "probe", "codec": "probe"}
-LOADING = ("split-refused", "loading")  # with UNAVAILABLE in the trailer: the plan is not there yet, the tail is
 PROBE_BYTES = 16_384
 PROBE_DEADLINE_US = 5_000_000
 WARM_DEADLINE_S = 30.0
-MAX_KEY_BYTES = 1 << 20
-TLS_FILES = ("ca.pem", "key.pem", "cert.pem")
 LOG = logging.getLogger("skerry.link")
 
 
@@ -119,7 +115,7 @@ class Link:
             _remove(path)
 
     def _open(self) -> None:
-        self._channel = _channel(self._target, self._tls)
+        self._channel = calls.channel(self._target, self._tls)
         self._stub = oip.service().GRPCInferenceServiceStub(self._channel)
 
     def _reopen(self) -> None:
@@ -219,7 +215,7 @@ class Link:
                 start = self._clock()
                 with contextlib.suppress(grpc.aio.AioRpcError):
                     await self._stub.ModelInfer(
-                        _request(PROBE, bytes(PROBE_BYTES), PROBE_DEADLINE_US), timeout=PROBE_DEADLINE_US / 1e6
+                        calls.request(PROBE, bytes(PROBE_BYTES), PROBE_DEADLINE_US), timeout=PROBE_DEADLINE_US / 1e6
                     )
             now = self._clock()
             if now - start < PROBE_DEADLINE_US / 1e6:
@@ -249,7 +245,7 @@ class Link:
         cold, alone = self._estimator.now(start, up=True).cold, len(self._calls) <= 1 and not self._probing
         try:
             deadline_us = int(header["deadline_us"])
-            request = (_plain_request if header["op"] == "plain" else _request)(header, frame, deadline_us)
+            request = (calls.plain_request if header["op"] == "plain" else calls.request)(header, frame, deadline_us)
         except (KeyError, TypeError, ValueError) as error:
             self._refuse(writer, number, "invalid", f"a worker's request lacks something: {error!r}")
             return
@@ -263,7 +259,7 @@ class Link:
                 if key.startswith("split-") and str(value).isdigit()
             }
         except grpc.aio.AioRpcError as error:
-            kind = _kind(grpc, error)
+            kind = calls.kind(error)
             if kind == "late":
                 self._late(start)
             elif kind in ("unavailable", "exhausted"):
@@ -274,14 +270,14 @@ class Link:
             return
         now = self._clock()
         queue_ms = times.get("split-queue-us", 0.0)
-        tail_ms = sum(times.values()) if times else _assumed_ms(header)
+        tail_ms = sum(times.values()) if times else calls.assumed_ms(header)
         moved = len(frame) + sum(map(len, response.raw_output_contents)) + CALL_BYTES
         took_ms = (now - start) * 1e3
         alone = alone and len(self._calls) <= 1 and not self._probing
         self._estimator.on_transfer(now, moved, took_ms, tail_ms, queue_ms, cold=cold, guessed=not times, alone=alone)
         self._answered()
         if len(response.outputs) != len(response.raw_output_contents):
-            response = _raw(response)
+            response = calls.raw(response)
         if response is None:
             self._refuse(writer, number, "invalid", "the tail's answer is not what the protocol says")
             return
@@ -418,74 +414,6 @@ def _name(path: Path) -> None:
     unnamed = path.with_name(f"{path.name}~")
     unnamed.chmod(0o600)
     unnamed.replace(path)
-
-
-def _request(header: Mapping[str, Any], frame: bytes, deadline_us: int) -> Any:
-    request = oip.messages().ModelInferRequest(model_name=str(header["plan"]))
-    request.inputs.add(name="frame", datatype="UINT8", shape=[len(frame)])
-    request.raw_input_contents.append(frame)
-    for key in ("plan", "cut", "codec"):
-        request.parameters[f"split.{key}"].string_param = str(header[key])
-    if "reply" in header:
-        request.parameters["split.reply"].string_param = str(header["reply"])
-    request.parameters["split.deadline_us"].int64_param = deadline_us
-    return request
-
-
-def _plain_request(header: Mapping[str, Any], body: bytes, _: int) -> Any:
-    """Return a request that any server of the protocol understands: named tensors, no parameters of ours."""
-    name = header["plan"] if header["cut"] == "input" else f"{header['plan']}.{header['cut']}"
-    request, at = oip.messages().ModelInferRequest(model_name=str(name)), 0
-    for tensor, datatype, shape, size in header["tensors"]:
-        if type(size) is not int or not 0 <= size <= len(body) - at:
-            raise ValueError("its tensors are longer than what came")
-        request.inputs.add(name=tensor, datatype=datatype, shape=shape)
-        request.raw_input_contents.append(body[at : at + size])
-        at += size
-    return request
-
-
-def _raw(response: Any) -> Any:
-    """Return the response with its tensors raw, as some servers do not send them; None when it cannot be read."""
-    try:
-        return oip.to_response(oip.from_response(response))
-    except FormatError:
-        return None
-
-
-def _assumed_ms(header: Mapping[str, Any]) -> float:
-    said = header.get("tail_ms")
-    return float(said) if isinstance(said, (int, float)) and said >= 0 else 0.0
-
-
-def _kind(grpc: Any, error: Any) -> str:
-    codes = grpc.StatusCode
-    if error.code() is codes.UNAVAILABLE and LOADING in tuple(error.trailing_metadata() or ()):
-        return "loading"
-    return {
-        codes.UNAVAILABLE: "unavailable", codes.DEADLINE_EXCEEDED: "late", codes.CANCELLED: "late",
-        codes.RESOURCE_EXHAUSTED: "exhausted",         codes.UNAUTHENTICATED: "unavailable",
-    }.get(error.code(), "invalid")  # fmt: skip
-
-
-def _channel(target: str, tls: Path | None) -> Any:
-    try:
-        import grpc
-    except ImportError:
-        raise MissingExtra("grpcio is not installed: pip install 'skerry[edge]'") from None
-    options = (
-        ("grpc.max_receive_message_length", oip.MAX_MESSAGE_BYTES),
-        ("grpc.max_send_message_length", oip.MAX_MESSAGE_BYTES),
-        ("grpc.initial_reconnect_backoff_ms", 200),
-        ("grpc.min_reconnect_backoff_ms", 200),
-        ("grpc.max_reconnect_backoff_ms", 5000),
-        ("grpc.enable_http_proxy", 0),
-        ("grpc.use_local_subchannel_pool", 1),  # or a new channel would be the old connection
-    )
-    if tls is None:
-        return grpc.aio.insecure_channel(target, options=options)
-    ca, key, certificate = (read_bytes(tls / name, "the TLS file", MAX_KEY_BYTES) for name in TLS_FILES)
-    return grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(ca, key, certificate), options=options)
 
 
 async def _run(link: Link, socket: Path, with_parent: bool) -> None:

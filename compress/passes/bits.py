@@ -29,7 +29,7 @@ from skills.errors import FormatError
 
 SAFE = 0.5  # of the budget may be foreseen: what is chosen looks better than it is, and the report part has its luck
 BOLD = 1.5  # of the budget may be foreseen of what is only offered: on the reference models 1.0 came out as 0.4 to 0.8
-MOST_BOLDER = 6
+MOST_SAFER, MOST_BOLDER = 2, 6
 FORETOLD_ERROR = 0.3  # how far off, relatively, the drop foretold by confidence is, however many samples there are
 POINTS_A_NAT = 30.0  # of drop for one of distance: 25 to 35 on the reference nets
 DISTANCE_ERROR, DISTANCE_DOUBT = 0.4, 0.15  # relatively, and in points
@@ -235,22 +235,34 @@ class Search:
         self._say(at, f"{found.bytes} bytes: {found.drop:+.2f} points")
         return found
 
-    def run(self) -> tuple[Scheme, tuple[Scheme, ...]]:
-        """Return the smallest scheme that is foreseen to take half of the budget, and bolder, smaller ones, the largest first."""
-        best = self.judge(self.start)
-        self.tried.append(best)
+    def run(self) -> tuple[Scheme, tuple[Scheme, ...], tuple[Scheme, ...]]:
+        """Return the smallest scheme that is foreseen to take half of the budget, safer ones and bolder ones.
+
+        Safer are larger, bolder are smaller, and each have the largest first.
+        """
+        plain = self.judge(self.start)
+        self.tried.append(plain)
         if not self.measure():
-            return best.scheme, ()
-        choices = front(self.options())
-        found: dict[int, Candidate] = {0: best}  # of the choices
+            return plain.scheme, (), ()
+        choices, budget = front(self.options()), self.bench.max_drop
+        found: dict[int, Candidate] = {0: plain}  # of the choices, the largest first
         for share in (SAFE, 1.0, BOLD):
-            self.bisect(choices, found, share * self.bench.max_drop)
-        limit = SAFE * self.bench.max_drop
-        best = min((one for one in found.values() if one.drop <= limit), key=lambda one: one.bytes, default=best)
-        bolder = [one for one in found.values() if one.bytes < best.bytes and one.drop <= BOLD * self.bench.max_drop]
-        bolder.sort(key=lambda one: -one.bytes)
-        offered = sorted({round(at) for at in np.linspace(0, len(bolder) - 1, min(len(bolder), MOST_BOLDER))})
-        return best.scheme, tuple(bolder[at].scheme for at in offered)
+            self.bisect(choices, found, share * budget)
+        within = [at for at, one in found.items() if one.drop <= SAFE * budget]
+        best = min(within, key=lambda at: found[at].bytes, default=0)
+        if max((at for at in within if at < best), default=0) == 0:  # or one step back would be all of the way
+            self.halve(choices, found, best)
+        safer = [one for at, one in found.items() if 0 < at < best and one.drop <= SAFE * budget]
+        bolder = [one for one in found.values() if one.bytes < found[best].bytes and one.drop <= BOLD * budget]
+        return found[best].scheme, _spread(safer, MOST_SAFER), _spread(bolder, MOST_BOLDER)
+
+    def halve(self, choices: Sequence[Choice], found: dict[int, Candidate], best: int) -> None:
+        """Try one choice in the middle between all in 8 bits and the best, if there is time."""
+        middle = math.sqrt(choices[0].size * choices[best].size)
+        untried = [at for at in range(1, best) if at not in found]
+        if untried and self.bench.left() > self.took:
+            at = min(untried, key=lambda at: abs(choices[at].size - middle))
+            found[at] = self.rebuilt(choices[at], 0.95)
 
     def bisect(self, choices: Sequence[Choice], found: dict[int, Candidate], limit: float) -> None:
         """Try choices until the smallest that keeps a foreseen drop within `limit` is known, or the time is spent."""
@@ -278,6 +290,13 @@ class Search:
         self.bench.say(share, best)
 
 
+def _spread(ones: Sequence[Candidate], most: int) -> tuple[Scheme, ...]:
+    """Return up to `most` schemes from the largest to the smallest, evenly picked."""
+    ordered = sorted(ones, key=lambda one: -one.bytes)
+    picked = sorted({round(at) for at in np.linspace(0, len(ordered) - 1, min(len(ordered), most))})
+    return tuple(ordered[at].scheme for at in picked)
+
+
 def _again(state: State, recipe: Recipe, x: Array) -> State:
     """Return the state with the widths of a recipe, rebuilt as a search would have; what goes into blocks does so later."""
     scheme = state.planned().with_bits({layer.name: layer.bits_before or layer.bits for layer in recipe.layers})
@@ -293,10 +312,10 @@ def _run(state: State, bench: Bench) -> State:
     search = Search(state, bench, allowed)
     if len(allowed) < 2 or bench.goal == "latency" or not search.able():
         return state
-    scheme, bolder = search.run()
+    scheme, safer, bolder = search.run()
     note = f"To choose the stored bits, {len(search.tried)} whole models were tried."
     return dataclasses.replace(
-        state, scheme=scheme, bolder=bolder, notes=(*state.notes, note), harm=search.harm,
+        state, scheme=scheme, safer=safer, bolder=bolder, notes=(*state.notes, note), harm=search.harm,
         tried=(*state.tried, *search.tried), cut_short=search.cut_short,
     )  # fmt: skip
 

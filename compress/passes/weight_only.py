@@ -93,7 +93,7 @@ def _ways() -> dict[str, tuple[neural.Method, int]]:
 def _kept(state: State, scheme: Scheme, way: str, why: str) -> State:
     note = f"{why} {way} (method, inputs that share a scale) in {len(scheme.blocks)} layers."
     choices = {**state.choices, WEIGHT_ONLY.name: way}
-    return dataclasses.replace(state, scheme=scheme, bolder=(), notes=(*state.notes, note), choices=choices)
+    return dataclasses.replace(state, scheme=scheme, safer=(), bolder=(), notes=(*state.notes, note), choices=choices)
 
 
 def _tried(state: State, bench: Bench, way: str) -> Scheme:

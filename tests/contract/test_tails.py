@@ -13,7 +13,7 @@ from cloud.authority import Authority
 from cloud.split.measure import running_link, running_tail
 from cloud.tail.server import Server
 from cloud.tail.store import Loaded, Store, install
-from edge_agent.link import LOADING
+from edge_agent.calls import LOADING
 from edge_agent.links import LinkKeeper
 from edge_agent.tail_client import LinkClient, Tail
 from edge_agent.tail_fake import FakeClock, FakeTail

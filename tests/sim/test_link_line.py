@@ -8,8 +8,9 @@ from typing import Any
 import grpc
 import pytest
 
+from edge_agent.calls import LOADING
 from edge_agent.ipc import MAX_ESTIMATES, frame
-from edge_agent.link import IDLE_AFTER_S, KEEP_LOOKING_S, KEEP_WARM_S, LOADING, MAX_PLANS, Link
+from edge_agent.link import IDLE_AFTER_S, KEEP_LOOKING_S, KEEP_WARM_S, MAX_PLANS, Link
 from skills import oip
 from skills.wire import unpack_frame
 
@@ -455,16 +456,16 @@ def test_more_plans_than_are_warmed_are_said_once(simulated: Any, caplog: pytest
 
 
 def test_a_plain_request_names_model_and_tensors_and_carries_nothing_of_ours() -> None:
-    from edge_agent.link import _plain_request
+    from edge_agent.calls import plain_request
 
     tensors = [["a", "FP32", [1, 2], 8], ["b", "UINT8", [3], 3]]
-    request = _plain_request({"plan": PLAN, "cut": "c1", "tensors": tensors}, b"x" * 11, 1)
+    request = plain_request({"plan": PLAN, "cut": "c1", "tensors": tensors}, b"x" * 11, 1)
     assert (request.model_name, list(request.parameters)) == (f"{PLAN}.c1", [])
     assert [(one.name, one.datatype, list(one.shape)) for one in request.inputs] == [
         ("a", "FP32", [1, 2]),
         ("b", "UINT8", [3]),
     ]
     assert list(map(len, request.raw_input_contents)) == [8, 3]
-    assert _plain_request({"plan": PLAN, "cut": "input", "tensors": []}, b"", 1).model_name == PLAN
+    assert plain_request({"plan": PLAN, "cut": "input", "tensors": []}, b"", 1).model_name == PLAN
     with pytest.raises(ValueError, match="longer than what came"):
-        _plain_request({"plan": PLAN, "cut": "c1", "tensors": tensors}, b"x" * 10, 1)
+        plain_request({"plan": PLAN, "cut": "c1", "tensors": tensors}, b"x" * 10, 1)

@@ -165,6 +165,21 @@ def test_widths_are_chosen_within_the_budget_and_everything_tried_is_kept(
     assert right[1] > right[0] - 0.08
 
 
+@pytest.mark.parametrize("kind", ["plain", "depthwise"])
+def test_what_is_offered_runs_from_all_in_8_bits_to_the_smallest_without_a_leap(
+    kind: str, net_of: Callable[[str], Any]
+) -> None:
+    state, bench = prepared(net_of(kind))
+    state = BITS.run(BIAS.run(state, bench), bench)
+    assert state.safer
+    offered = [*state.safer, state.planned(), *state.bolder]
+    tried = [next(one for one in state.tried if one.scheme is scheme) for scheme in offered]
+    sizes = [one.bytes for one in tried]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] < state.tried[0].bytes
+    assert all(one.drop <= bench.max_drop / 2 for one in tried[: len(state.safer) + 1])
+
+
 def test_the_same_seed_gives_the_same_scheme(net_of: Callable[[str], Any]) -> None:
     files = []
     for _ in range(2):

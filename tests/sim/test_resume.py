@@ -209,7 +209,7 @@ def test_a_state_that_was_kept_gives_the_same_file(kind: str, small_net: Build) 
             assert file_of(again, again.planned()) == file_of(state, state.scheme)
 
 
-def test_layers_in_blocks_and_bolder_schemes_are_kept_too(small_net: Build) -> None:
+def test_layers_in_blocks_and_other_schemes_are_kept_too(small_net: Build) -> None:
     net = small_net("transformer")
     bench = bench_of(net)
     state = apply([CANONICALISE, RANGES, PLACE], State(net.model), lambda _step: bench)
@@ -222,9 +222,10 @@ def test_layers_in_blocks_and_bolder_schemes_are_kept_too(small_net: Build) -> N
             codes = np.rint(weight / np.repeat(scales, SIZE, axis=1)).astype(np.int8)
             blocks[layer.node] = Blocks(codes, scales, SIZE)
     narrow = scheme.with_bits({layer.node: 4 for layer in scheme.layers})
-    state = dataclasses.replace(state, scheme=in_blocks(state, bench, blocks), bolder=(narrow, scheme))
+    state = dataclasses.replace(state, scheme=in_blocks(state, bench, blocks), safer=(scheme,), bolder=(narrow, scheme))
     again = kept.unpack(kept.pack(state), bench.profile)
     assert again.planned().blocks.keys() == blocks.keys() != set()
     assert again.planned().bits_before == dict.fromkeys(blocks, 8)
     assert file_of(again, again.planned()) == file_of(state, state.planned())
+    assert [file_of(again, one) for one in again.safer] == [file_of(state, one) for one in state.safer] != []
     assert [file_of(again, one) for one in again.bolder] == [file_of(state, one) for one in state.bolder]

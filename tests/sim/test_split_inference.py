@@ -337,7 +337,7 @@ def test_a_message_that_is_empty_stays_here_and_says_nothing_against_the_tail(be
 
 
 class Detecting(Bench):
-    """The same with a detector, whose answers come back coded: coding them takes next to nothing, however busy the planner was."""
+    """The same with a detector, whose answers come back coded: that takes next to nothing, however busy the planner was."""
 
     def __init__(self, planned: Any) -> None:
         super().__init__(planned)

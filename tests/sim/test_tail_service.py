@@ -20,7 +20,7 @@ from cloud.tail.metrics import Metrics
 from cloud.tail.server import make_service
 from cloud.tail.store import Store, install
 from cloud.tail.warmer import Warmer
-from edge_agent import link
+from edge_agent import calls, link
 from skills import codec, oip
 from skills.files import write_atomic
 from skills.split_plan import load_plan, plan_hash
@@ -326,7 +326,7 @@ def test_every_answer_and_refusal_is_counted(serve: Callable[..., Any], compact:
 def test_what_a_device_asks_to_learn_its_links_width_is_refused_and_not_counted(
     serve: Callable[..., Any], engine: Engine, tmp_path: Path
 ) -> None:
-    request = link._request(link.PROBE, bytes(link.PROBE_BYTES), link.PROBE_DEADLINE_US)
+    request = calls.request(link.PROBE, bytes(link.PROBE_BYTES), link.PROBE_DEADLINE_US)
     code, _ = serve(request)
     assert code == "INVALID_ARGUMENT"
     assert b"refused_total{" not in serve.metrics.text()  # type: ignore[attr-defined]
