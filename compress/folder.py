@@ -207,6 +207,10 @@ def write_folder(out: Path, files: Mapping[str, bytes]) -> None:
                 if old.exists():
                     old.rename(out)
                 raise
+            # 4. What was put into the earlier result while this one was made stays. A crash here leaves it under the .old name.
+            for name in [name for name in _others(old) if name not in files] if old.exists() else []:
+                (out / name).parent.mkdir(exist_ok=True)
+                (old / name).rename(out / name)
             try:
                 fsync_directory(out.parent)
             finally:

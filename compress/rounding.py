@@ -82,17 +82,18 @@ def _compensated(rows: Array, gram: Array, scales: Array, low: int, high: int) -
     """Round column after column; what a column loses is given to the columns not yet rounded."""
     inverse = np.linalg.inv(gram.astype(np.float64))
     share = np.linalg.cholesky((inverse + inverse.transpose(0, 2, 1)) / 2).transpose(0, 2, 1).astype(np.float32)
-    rows, codes = rows.copy(), np.empty_like(rows)
-    for start in range(0, rows.shape[2], BLOCK):
-        end = min(start + BLOCK, rows.shape[2])
-        lost = np.empty((*rows.shape[:2], end - start), np.float32)
+    rows = _columns(rows).copy()
+    codes = np.empty_like(rows)
+    for start in range(0, rows.shape[1], BLOCK):
+        end = min(start + BLOCK, rows.shape[1])
+        lost = np.empty((len(rows), end - start, rows.shape[2]), np.float32)
         for at in range(start, end):
-            column = rows[:, :, at]
-            codes[:, :, at] = _rounded(column, scales, low, high)
-            lost[:, :, at - start] = (column - codes[:, :, at] * scales) / share[:, at, at, None]
-            rows[:, :, at + 1 : end] -= lost[:, :, at - start, None] * share[:, None, at, at + 1 : end]
-        rows[:, :, end:] -= lost @ share[:, start:end, end:]
-    return codes
+            column = rows[:, at]
+            codes[:, at] = _rounded(column, scales, low, high)
+            lost[:, at - start] = (column - codes[:, at] * scales) / share[:, at, at, None]
+            rows[:, at + 1 : end] -= share[:, at, at + 1 : end, None] * lost[:, at - start, None]
+        rows[:, end:] -= share[:, start:end, end:].transpose(0, 2, 1) @ lost
+    return codes.transpose(0, 2, 1)
 
 
 def _better_scales(rows: Array, gram: Array, codes: Array, scales: Array, floor: Array | None) -> Array:
@@ -107,15 +108,20 @@ def _better_scales(rows: Array, gram: Array, codes: Array, scales: Array, floor:
 
 def _descended(rows: Array, gram: Array, codes: Array, scales: Array, low: int, high: int) -> Array:
     """Give each code in turn the value that is best with all others as they are."""
-    codes = codes.copy()
-    change = codes * scales[..., None] - rows
-    for start in range(0, rows.shape[2], BLOCK):
-        end = min(start + BLOCK, rows.shape[2])
-        slope = change @ gram[:, :, start:end]
+    rows, codes = _columns(rows), _columns(codes).copy()
+    change = codes * scales[:, None] - rows
+    for start in range(0, rows.shape[1], BLOCK):
+        end = min(start + BLOCK, rows.shape[1])
+        slope = gram[:, start:end] @ change
         for at in range(start, end):
-            centre = codes[:, :, at] * scales - slope[:, :, at - start] / gram[:, at, at, None]
-            codes[:, :, at] = _rounded(centre, scales, low, high)
-            moved = codes[:, :, at] * scales - rows[:, :, at] - change[:, :, at]
-            change[:, :, at] += moved
-            slope += moved[..., None] * gram[:, None, at, start:end]
-    return codes
+            centre = codes[:, at] * scales - slope[:, at - start] / gram[:, at, at, None]
+            codes[:, at] = _rounded(centre, scales, low, high)
+            moved = codes[:, at] * scales - rows[:, at] - change[:, at]
+            change[:, at] += moved
+            slope[:, at - start + 1 :] += gram[:, at, at + 1 : end, None] * moved[:, None]
+    return codes.transpose(0, 2, 1)
+
+
+def _columns(rows: Array) -> Array:
+    """Return [groups, outputs, inputs] as [groups, inputs, outputs], a column's entries side by side: they are gone through."""
+    return np.ascontiguousarray(rows.transpose(0, 2, 1))

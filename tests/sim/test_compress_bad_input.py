@@ -207,7 +207,7 @@ def test_a_folder_with_other_files_is_never_overwritten(small_net: Build, tmp_pa
 
 
 def test_an_earlier_result_is_replaced_whole(tmp_path: Path) -> None:
-    write_folder(tmp_path / "out", {"report.json": b"1", "old.txt": b"1"})
+    write_folder(tmp_path / "out", {"report.json": b"1", "model.tflite": b"1"})
     write_folder(tmp_path / "out", {"report.json": b"2"})
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.json"]
     assert [path.name for path in tmp_path.iterdir() if path.name != "home"] == ["out"]

@@ -68,6 +68,18 @@ def test_files_may_lie_in_folders_of_their_own(tmp_path: Path) -> None:
     assert everything(tmp_path / "out") == files
 
 
+def test_what_was_put_into_an_earlier_result_while_the_new_one_was_made_stays(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_folder(out, {"model.onnx": b"1", "report.json": b"{}", "pareto/1.onnx": b"1"})
+    (out / "notes.txt").write_text("mine")
+    (out / "pareto" / "why.txt").write_text("mine as well")
+    write_folder(out, {"model.onnx": b"2", "report.json": b"{}"})
+    found = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {
+        "out/model.onnx": "2", "out/report.json": "{}", "out/notes.txt": "mine", "out/pareto/why.txt": "mine as well"
+    }  # fmt: skip
+
+
 def test_a_run_keeps_its_best_beside_the_result_and_forgets_it_in_the_end(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
     write_folder(best_folder(out), {"model.onnx": b"first"})
