@@ -47,7 +47,8 @@ def compress(
     done again, nothing is searched; its budget, goal and seed count, and its target where `device` is "auto". `metric` goes
     before the one that the data names: a name from `compress.metrics.METRICS` or a function of (outputs, y).
 
-    `out` appears whole at the end or not at all; an earlier result there is replaced. Until then the best so far lies in
+    `out` appears whole at the end or not at all; an earlier result there is replaced, what else was put into it
+    meanwhile stays. Until then the best so far lies in
     the hidden folder `.OUT.work` beside it, which stays when the run is interrupted: with `resume` the next one goes on there.
 
     Returns the report even when the budget was missed (`report.verdict == "not_reached"`, `report.reached()` raises):
@@ -58,7 +59,7 @@ def compress(
         Refused: another run is at work on `out`.
         NotFound: a file, module or profile does not exist.
         FormatError: the model or the data is not what it should be; the sentence says what was found.
-        StorageError: the disk is full or refuses; `out` is as it was.
+        StorageError: the disk is full or refuses; `out` is as it was, unless the sentence says that it is written.
         MissingExtra: a package that the model or the device needs is not installed.
     """
     try:

@@ -49,9 +49,9 @@ def searched(
     candidates = writer.family("calibrated", state)
     if writer.second:  # it rounds by itself: what the other schemes plan would be the same file
         plain, state = None, dataclasses.replace(state, safer=(), bolder=())
-    safer = [("plain int8", plain)] if plain is not None else []
-    safer += [(f"safer {at + 1}", dataclasses.replace(state, scheme=one)) for at, one in enumerate(state.safer)]
-    candidates[:0] = [writer.write(name, one) for name, one in safer]
+    ahead = [("plain int8", plain)] if plain is not None else []
+    ahead += [(f"safer {at + 1}", dataclasses.replace(state, scheme=one)) for at, one in enumerate(state.safer)]
+    candidates[:0] = [writer.write(name, one) for name, one in ahead]
     for one in candidates[:-1]:
         work.offer(one, original, bench.max_drop)
     work.found(candidates[-1], original, bench.max_drop)

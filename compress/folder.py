@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from skills.errors import Refused, UsageError
+from skills.errors import Refused, StorageError, UsageError
 from skills.files import fsync_directory, sha256_hex, storage_errors, write_atomic
 
 MARK = "report.json"  # a folder with this file, and nothing but what a result has, is an earlier result and may be replaced
@@ -27,6 +27,7 @@ WRITTEN = frozenset(
         "lineage.json",
         "search.json",
         "report.html",
+        "best.txt",  # of a run that goes on
         MARK,
     )
 )
@@ -41,6 +42,8 @@ def check_out(out: Path) -> None:
     Raises:
         UsageError: `out` is a file, a folder that is not an earlier result, or one that cannot be renamed.
     """
+    if out.is_symlink():
+        raise UsageError(f"{out} is a link, and a result gets its place by renaming: give {out.resolve()}")
     mounted = os.path.ismount(out)
     if mounted or Path.cwd().is_relative_to(out.resolve()):
         why = "is a mount point" if mounted else "is the folder that you work in"
@@ -53,16 +56,20 @@ def check_out(out: Path) -> None:
         raise UsageError(f"{out} is a file: give a folder")
     if out.is_dir() and (others := sorted(_others(out))):
         raise UsageError(
-            f"{out} is an earlier result and also has {others[0]}, which a new one would remove: give another folder"
+            f"{out} is an earlier result and also has {others[0]}, which is no part of one: give another folder"
         )
 
 
 def _others(out: Path) -> Iterator[str]:
     """Yield what is in the folder of a result and no part of it."""
     for path in out.iterdir():
-        if path.name == "pareto" and path.is_dir():
-            yield from (f"pareto/{one.name}" for one in path.iterdir() if not KEPT.fullmatch(one.name))
-        elif path.name not in WRITTEN:
+        if path.is_symlink():
+            yield path.name
+        elif path.name == "pareto" and path.is_dir():
+            yield from (
+                f"pareto/{one.name}" for one in path.iterdir() if not (KEPT.fullmatch(one.name) and one.is_file())
+            )
+        elif not (path.name in WRITTEN and path.is_file()):
             yield path.name
 
 
@@ -177,8 +184,10 @@ def write_folder(out: Path, files: Mapping[str, bytes]) -> None:
     """Write `files` (name, which may be nested as in `pareto/3.onnx`, -> content) into the folder `out`, replacing an
     earlier result.
 
+    What was put into that while the new one was made stays.
+
     Raises:
-        StorageError: the disk is full or refuses; `out` is as it was.
+        StorageError: the disk is full or refuses: `out` is as it was, unless the message says that it is written.
     """
     with storage_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -207,14 +216,37 @@ def write_folder(out: Path, files: Mapping[str, bytes]) -> None:
                 if old.exists():
                     old.rename(out)
                 raise
-            # 4. What was put into the earlier result while this one was made stays. A crash here leaves it under the .old name.
-            for name in [name for name in _others(old) if name not in files] if old.exists() else []:
-                (out / name).parent.mkdir(exist_ok=True)
-                (old / name).rename(out / name)
+            # 4. What was put into the earlier result while this one was made moves over. A crash leaves it under the .old name.
+            left = _moved_over(old, out) if old.exists() else []
             try:
                 fsync_directory(out.parent)
             finally:
-                shutil.rmtree(old, ignore_errors=True)
+                if not left:
+                    shutil.rmtree(old, ignore_errors=True)
+    if left:
+        raise StorageError(
+            f"{out} is written, but {left[0]}, which was put into the earlier result meanwhile, could not be moved over: "
+            f"it lies in {old}"
+        )
+
+
+def _moved_over(old: Path, out: Path) -> list[str]:
+    """Move what is in the folder of an earlier result and no part of it into the new one; return what would not go."""
+    left, folders = [], set[Path]()
+    for name in sorted(_others(old)):
+        path = out / name
+        try:
+            if os.path.lexists(path):
+                raise FileExistsError(path)
+            path.parent.mkdir(exist_ok=True)
+            (old / name).rename(path)
+            folders |= {path.parent, out}
+        except OSError:
+            left.append(name)
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            fsync_directory(folder)
+    return left
 
 
 @contextlib.contextmanager

@@ -22,8 +22,8 @@ def settle(
 ) -> tuple[Array, Array]:
     """Return codes int8 [groups, outputs, inputs] and scales [groups, outputs] for the weights `wanted`.
 
-    `gram` [groups, inputs, inputs] holds the second moments of what each group of outputs reads, positive definite (see
-    `damped`). No scale falls below `floor` [groups, outputs].
+    `gram` [groups, inputs, inputs] holds the second moments of what each group of outputs reads, symmetric and positive
+    definite (see `damped`). No scale falls below `floor` [groups, outputs].
     """
     low, high = limits(bits, range_bits)
     wanted, gram = wanted.astype(np.float32), gram.astype(np.float32)
@@ -82,7 +82,7 @@ def _compensated(rows: Array, gram: Array, scales: Array, low: int, high: int) -
     """Round column after column; what a column loses is given to the columns not yet rounded."""
     inverse = np.linalg.inv(gram.astype(np.float64))
     share = np.linalg.cholesky((inverse + inverse.transpose(0, 2, 1)) / 2).transpose(0, 2, 1).astype(np.float32)
-    rows = _columns(rows).copy()
+    rows = _columns(rows)
     codes = np.empty_like(rows)
     for start in range(0, rows.shape[1], BLOCK):
         end = min(start + BLOCK, rows.shape[1])
@@ -108,7 +108,7 @@ def _better_scales(rows: Array, gram: Array, codes: Array, scales: Array, floor:
 
 def _descended(rows: Array, gram: Array, codes: Array, scales: Array, low: int, high: int) -> Array:
     """Give each code in turn the value that is best with all others as they are."""
-    rows, codes = _columns(rows), _columns(codes).copy()
+    rows, codes = _columns(rows), _columns(codes)
     change = codes * scales[:, None] - rows
     for start in range(0, rows.shape[1], BLOCK):
         end = min(start + BLOCK, rows.shape[1])
@@ -123,5 +123,5 @@ def _descended(rows: Array, gram: Array, codes: Array, scales: Array, low: int, 
 
 
 def _columns(rows: Array) -> Array:
-    """Return [groups, outputs, inputs] as [groups, inputs, outputs], a column's entries side by side: they are gone through."""
-    return np.ascontiguousarray(rows.transpose(0, 2, 1))
+    """Return a copy of [groups, outputs, inputs] as [groups, inputs, outputs]: what is gone through lies side by side."""
+    return rows.transpose(0, 2, 1).copy()

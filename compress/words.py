@@ -20,7 +20,7 @@ VERDICTS = {
 NAMES = {
     "plain int8": "every layer in 8 bits",
     "calibrated": "made without training, in stored bits that are expected to take at most half of the budget",
-    "safer": "the same in more bits, to fall back to",
+    "safer": "as calibrated, but in more bits, to fall back to",
     "bolder": "the same in fewer bits, a higher number for a smaller file",
     "trained": "made smaller and trained as many times as its number says",
     "float activations": "weights as codes, computed in float",

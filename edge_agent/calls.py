@@ -79,7 +79,7 @@ def channel(target: str, tls: Path | None) -> Any:
 
     Raises:
         MissingExtra: grpcio is not installed.
-        NotFound: a TLS file is missing.
+        NotFound, StorageError: a TLS file is missing or cannot be read.
     """
     try:
         import grpc

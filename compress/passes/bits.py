@@ -30,6 +30,7 @@ from skills.errors import FormatError
 SAFE = 0.5  # of the budget may be foreseen: what is chosen looks better than it is, and the report part has its luck
 BOLD = 1.5  # of the budget may be foreseen of what is only offered: on the reference models 1.0 came out as 0.4 to 0.8
 MOST_SAFER, MOST_BOLDER = 2, 6
+INSIDE = 0.25  # of the way from the best to all in 8 bits: nearer to either end is no step between them
 FORETOLD_ERROR = 0.3  # how far off, relatively, the drop foretold by confidence is, however many samples there are
 POINTS_A_NAT = 30.0  # of drop for one of distance: 25 to 35 on the reference nets
 DISTANCE_ERROR, DISTANCE_DOUBT = 0.4, 0.15  # relatively, and in points
@@ -249,12 +250,13 @@ class Search:
         for share in (SAFE, 1.0, BOLD):
             self.bisect(choices, found, share * budget)
         within = [at for at, one in found.items() if one.drop <= SAFE * budget]
-        best = min(within, key=lambda at: found[at].bytes, default=0)
-        if max((at for at in within if at < best), default=0) == 0:  # or one step back would be all of the way
-            self.halve(choices, found, best)
-        safer = [one for at, one in found.items() if 0 < at < best and one.drop <= SAFE * budget]
-        bolder = [one for one in found.values() if one.bytes < found[best].bytes and one.drop <= BOLD * budget]
-        return found[best].scheme, _spread(safer, MOST_SAFER), _spread(bolder, MOST_BOLDER)
+        at = min(within, key=lambda at: found[at].bytes, default=0)
+        best = found[at]
+        if not any(INSIDE <= on_the_way(found[other], best, plain) <= 1 - INSIDE for other in within):
+            self.halve(choices, found, at)
+        safer = steps_back([one for one in found.values() if one.drop <= SAFE * budget], best, plain)
+        bolder = [one for one in found.values() if one.bytes < best.bytes and one.drop <= BOLD * budget]
+        return best.scheme, safer, _spread(bolder, MOST_BOLDER)
 
     def halve(self, choices: Sequence[Choice], found: dict[int, Candidate], best: int) -> None:
         """Try one choice in the middle between all in 8 bits and the best, if there is time."""
@@ -288,6 +290,23 @@ class Search:
 
     def _say(self, share: float, best: str = "") -> None:
         self.bench.say(share, best)
+
+
+def on_the_way(one: Candidate, best: Candidate, plain: Candidate) -> float:
+    """Return how far a size is from the best (0) to all in 8 bits (1), by logarithms; 0 where those are of one size. Pure."""
+    whole = math.log(plain.bytes / best.bytes)
+    return math.log(one.bytes / best.bytes) / whole if whole > 0 else 0.0
+
+
+def steps_back(within: Sequence[Candidate], best: Candidate, plain: Candidate) -> tuple[Scheme, ...]:
+    """Return what to fall back to where the best is too bold: of what lies between it and all in 8 bits the one in the
+    middle and the one next to it, the larger first. Pure."""
+    between = [one for one in within if best.bytes < one.bytes < plain.bytes]
+    if not between:
+        return ()
+    middle = min(between, key=lambda one: abs(on_the_way(one, best, plain) - 0.5))
+    nearest = min(between, key=lambda one: one.bytes)
+    return (middle.scheme,) if middle is nearest else (middle.scheme, nearest.scheme)
 
 
 def _spread(ones: Sequence[Candidate], most: int) -> tuple[Scheme, ...]:

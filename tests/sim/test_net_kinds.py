@@ -38,6 +38,21 @@ def test_a_net_of_any_kind_comes_out_valid_smaller_and_within_the_budget(
         assert report.details.kernels[kind.upper()] == 1
 
 
+def test_the_report_part_sees_what_needs_no_training_from_the_largest_to_the_smallest(
+    small_net: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, look = list[judge.Emitted](), judge.look
+    monkeypatch.setattr("compress.run.look", lambda one, *given: seen.append(one) or look(one, *given))
+    net = small_net("residual")
+    (tmp_path / "model.onnx").write_bytes(net.model.SerializeToString())
+    run(tmp_path / "model.onnx", net.data, tmp_path / "out", device="x86-avx2", max_drop=3.0)
+    names = [one.name for one in seen]
+    assert names[:2] == ["plain int8", "safer 1"]
+    assert names.index("calibrated") == len([name for name in names if "safer" in name]) + 1
+    sizes = [len(one.file) for one in seen]
+    assert sizes == sorted(sizes, reverse=True)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_net_of_any_kind_can_be_trained_or_is_left_as_it_is(
     kind: str, small_net: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,8 +1,6 @@
 """The ready skill `digits`: its recipe, run as a user runs it, and its control code on every runtime."""
 
 import importlib.util
-import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,24 +17,15 @@ DIGITS = Path(skills.__file__).parent / "library" / "digits"
 LEAST_RATIO, LEAST_SPEEDUP = 6.0, 1.2
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    out = tmp_path_factory.mktemp("digits") / "skill"
-    command = [sys.executable, str(DIGITS / "recipe.py"), "--out", str(out), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
-    assert done.returncode == 0, done.stderr
-    return out, json.loads(done.stdout)
-
-
-def test_the_recipe_makes_a_complete_skill_folder(built: tuple[Path, dict[str, Any]]) -> None:
-    folder, _ = built
+def test_the_recipe_makes_a_complete_skill_folder(built_digits: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = built_digits
     skill = load_skill((folder / "skill.yaml").read_text(), "skill.yaml")
     assert [path for path in skill.files() if not (folder / path).is_file()] == []
     assert skill.name == "digits"
 
 
-def test_the_compressed_digits_keep_the_promises_of_the_demo(built: tuple[Path, dict[str, Any]]) -> None:
-    _, told = built
+def test_the_compressed_digits_keep_the_promises_of_the_demo(built_digits: tuple[Path, dict[str, Any]]) -> None:
+    _, told = built_digits
     report = told["reports"]["onnxruntime"]
     assert told["accuracy"] > 0.97
     assert report["drop"] <= 1.0
@@ -47,8 +36,8 @@ def test_the_compressed_digits_keep_the_promises_of_the_demo(built: tuple[Path, 
 
 
 @pytest.mark.parametrize("file", ["digits-int8.onnx", "digits-int8.tflite", "digits-fp32.onnx"])
-def test_every_variant_reproduces_the_golden_digits(file: str, built: tuple[Path, dict[str, Any]]) -> None:
-    folder, _ = built
+def test_every_variant_reproduces_the_golden_digits(file: str, built_digits: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = built_digits
     skill = load_skill((folder / "skill.yaml").read_text(), "skill.yaml")
     golden, answer = answers(folder, file, "probe.npz", "in.image")
     assert len(golden["in.image"]) == 16
@@ -56,17 +45,17 @@ def test_every_variant_reproduces_the_golden_digits(file: str, built: tuple[Path
     assert np.abs(answer["confidence"] - golden["out.confidence"]).max() <= skill.probe.tolerance
 
 
-def test_every_variant_reads_held_out_digits_alike(built: tuple[Path, dict[str, Any]]) -> None:
-    folder, told = built
+def test_every_variant_reads_held_out_digits_alike(built_digits: tuple[Path, dict[str, Any]]) -> None:
+    folder, told = built_digits
     for file in ("digits-int8.onnx", "digits-int8.tflite", "digits-fp32.onnx"):
         held, answer = answers(folder, file, "heldout.npz", "image")
         assert (answer["digit"] == held["y"]).mean() >= told["accuracy"] - 0.01
 
 
 def test_a_wrong_calibration_loads_and_runs_and_fails_the_probe(
-    built: tuple[Path, dict[str, Any]], tmp_path: Path
+    built_digits: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    folder, _ = built
+    folder, _ = built_digits
     recipe = load_code(DIGITS / "recipe.py")
     held = np.load(folder / "heldout.npz")
     image, label, held_image, held_label = recipe.digits()

@@ -1,4 +1,4 @@
-"""Real trained nets through the workshop. The bench goes deeper; here it is held that no promise breaks."""
+"""Real trained nets through the workshop, the watch net with training. The bench goes deeper; here it is held that no promise breaks."""
 
 import importlib.util
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_a_keyword_net_with_depthwise_layers_is_never_slower(reference: Path, tm
     x, y = load(reference).keywords()
     report = compress(reference / "mlperf_tiny" / "kws_dscnn.onnx", {"x": x, "y": y}, tmp_path / "out")
     assert report.verdict != "not_reached"
-    assert report.ratio_file > 2.5
+    assert report.ratio_file > 4.5
     assert report.speedup > 0.9
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from compress import folder
-from compress.folder import Cache, best_folder, forget, workdir, write_folder
+from compress.folder import Cache, best_folder, check_out, forget, workdir, write_folder
 from skills.errors import Refused, StorageError, UsageError
 
 
@@ -78,6 +78,28 @@ def test_what_was_put_into_an_earlier_result_while_the_new_one_was_made_stays(tm
     assert found == {
         "out/model.onnx": "2", "out/report.json": "{}", "out/notes.txt": "mine", "out/pareto/why.txt": "mine as well"
     }  # fmt: skip
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_what_cannot_be_moved_over_is_kept_and_named(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_folder(out, {"report.json": b"1"})
+    (out / "pareto").write_text("mine")  # where the new result has a folder
+    (out / "recipe.yaml").mkdir()
+    with pytest.raises(StorageError, match="is written, but pareto, which was put into the earlier result") as error:
+        write_folder(out, {"report.json": b"2", "pareto/1.onnx": b"2"})
+    assert everything(out) == {"report.json": b"2", "pareto/1.onnx": b"2"}
+    assert (out / "recipe.yaml").is_dir()
+    (old,) = tmp_path.glob(".out.*.old")
+    assert str(old) in str(error.value)
+    assert everything(old)["pareto"] == b"mine"
+
+
+def test_a_link_is_no_place_for_a_result(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "there")
+    with pytest.raises(UsageError, match=r"is a link, .* give .*there"):
+        check_out(tmp_path / "out")
 
 
 def test_a_run_keeps_its_best_beside_the_result_and_forgets_it_in_the_end(tmp_path: Path) -> None:
@@ -172,6 +194,7 @@ def test_death_between_any_two_writes_leaves_the_old_or_the_new_whole(tmp_path: 
         root = tmp_path / str(number)
         Cache(root / "c").put("a", b"earlier")
         write_folder(root / "out", {"report.json": b"earlier"})
+        (root / "out" / "notes.txt").write_bytes(b"mine")
         pid = os.fork()
         if pid == 0:
             die_at(number, root)
@@ -180,7 +203,10 @@ def test_death_between_any_two_writes_leaves_the_old_or_the_new_whole(tmp_path: 
         assert cached in (b"earlier", b"later" * 999)
         assert len(list((root / "c").iterdir())) == 1
         moved = next(iter(root.glob(".out.*.old")), None)
+        mine = [folder for folder in (root / "out", *([moved] if moved else [])) if (folder / "notes.txt").exists()]
+        assert len(mine) == 1
         kept = everything(root / "out") or everything(moved or root / "out")
+        kept.pop("notes.txt", None)
         assert kept in ({"report.json": b"earlier"}, {"report.json": b"later", "pareto/1.onnx": b"later"})
         outcomes.append((cached, len(kept)))
         if status == 0:
