@@ -1,4 +1,4 @@
-"""Real trained nets through the workshop, the watch net with training. The bench goes deeper; here it is held that no promise breaks."""
+"""Real trained nets through the workshop, the watch net with training. The bench goes deeper; here no promise may break."""
 
 import importlib.util
 from pathlib import Path
