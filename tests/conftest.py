@@ -442,7 +442,7 @@ def classify(inputs, model):
         if order == 12:
             return {'logits': np.zeros((1, 5), np.float32)}
         if order == 13:
-            time.sleep(1.5)
+            time.sleep(4)
         if order == 14:
             import os
             os._exit(3)

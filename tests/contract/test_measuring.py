@@ -194,7 +194,7 @@ async def test_a_plan_of_a_live_device_holds_its_times_and_says_so(
 ) -> None:
     device = await scene.join("agent", csr(), AgentConfig(listen="127.0.0.1:0", timer="dilated(30)"))
     report = await asyncio.to_thread(
-        split, planned_net.model, {"x": planned_net.x}, out=tmp_path / "out", rounds=3, most_samples=8, most_gate=16,
+        split, planned_net.model, {"x": planned_net.x}, out=tmp_path / "out", rounds=15, most_samples=8, most_gate=16,
         device=device, memory_mb=device.memory_mb,
     )  # fmt: skip
     plan = report.plan

@@ -64,6 +64,7 @@ def test_a_recipe_gives_the_same_bytes_again(kind: str, small_net: Build, tmp_pa
     assert same == recipe
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", ["residual", "shortcut"])
 def test_a_recipe_with_training_gives_the_same_bytes_again(
     kind: str, small_net: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

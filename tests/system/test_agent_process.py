@@ -95,7 +95,7 @@ class Board:
         self.process: subprocess.Popen[str] | None = None
         self.port, self.token = 0, ""
         data.mkdir(exist_ok=True)
-        (data / "agent.yaml").write_text("listen: 127.0.0.1:0\ntrial_s: 3\n")
+        (data / "agent.yaml").write_text("listen: 127.0.0.1:0\ntrial_s: 20\n")
 
     def call(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "edge_agent", *arguments, "--data", str(self.data)]
@@ -343,7 +343,7 @@ class Fleet:
 
     def until_online(self, wanted: bool) -> None:
         """Wait for the only device to be shown as connected, or as gone, at once: far below the broker's keepalive."""
-        end = time.monotonic() + 8
+        end = time.monotonic() + 25
         while self.call("GET", "/v1/devices")[0]["online"] is not wanted:
             assert time.monotonic() < end
 
@@ -485,11 +485,9 @@ def test_a_split_skill_is_probed_here_answered_together_with_the_tail_and_alone_
         records = (board.data / "usage/usage.jsonl").read_text().splitlines()
         return str(json.loads(records[-1])["where"])
 
-    for _ in range(200):
-        if ask() == "split":
-            break
-    else:
-        raise AssertionError("the tail never answered")
+    until = time.monotonic() + 60
+    while ask() != "split":
+        assert time.monotonic() < until, "the tail never answered"
     supervise.stop(controller.data)  # the tail and the broker are gone
     assert {ask() for _ in range(10)} <= {"local", "continued"}
     log = (board.data / "agent.log").read_text()

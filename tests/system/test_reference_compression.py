@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from compress import compress
+from compress.report import Report
 
 pytestmark = [pytest.mark.reference, pytest.mark.timeout(400)]
 
@@ -22,6 +23,11 @@ def load(reference: Path) -> Any:
     return module
 
 
+def cut_short(report: Report) -> bool:
+    """Return whether the machine was so slow or busy that the search did not come to its end."""
+    return any(line.startswith("The time ended before the search") for line in report.details.warnings)
+
+
 def test_resnet20_keeps_its_accuracy_and_is_never_slower(reference: Path, tmp_path: Path) -> None:
     x, y = load(reference).cifar("test5000")
     report = compress(
@@ -30,8 +36,7 @@ def test_resnet20_keeps_its_accuracy_and_is_never_slower(reference: Path, tmp_pa
     )  # fmt: skip
     assert report.verdict != "not_reached"
     assert report.drop <= 1.0
-    cut_short = any(line.startswith("The time ended before the search") for line in report.details.warnings)
-    assert report.ratio_file > (3 if cut_short else 5)
+    assert report.ratio_file > (3 if cut_short(report) else 5)
     assert report.speedup > 0.95
     first, *others = (
         report.details.layers
@@ -58,5 +63,5 @@ def test_a_watch_net_in_one_dimension_is_small_and_fast(reference: Path, tmp_pat
         time_budget=BUDGET_S,
     )
     assert report.drop <= 1.0
-    assert report.ratio_file > 5
+    assert report.ratio_file > (3 if cut_short(report) else 5)
     assert report.speedup > 0.95

@@ -85,7 +85,7 @@ def test_a_tail_killed_while_requests_flow_leaves_no_request_unanswered(planned_
     with (
         tail_process(tmp_path / "tails", tmp_path) as (tail, port),
         emulated_link(port, Link(50, 20)) as link,
-        split_model(planned_net, tmp_path, link.port) as model,
+        split_model(planned_net, tmp_path, link.port, wait_s=5.0) as model,
     ):
         model.use(true_cut(model))
         settled(model, planned_net.x[:1])
@@ -96,7 +96,7 @@ def test_a_tail_killed_while_requests_flow_leaves_no_request_unanswered(planned_
             x = planned_net.x[at : at + 1]
             found, right = model(x=x)["logits"], whole.run({"x": x})["logits"]
             places.append(model.last.where)
-            assert model.last.ms < 600
+            assert model.last.ms < 6000  # a tail that died says so: nobody waits for it
             if model.last.where in ("continued", "local"):
                 np.testing.assert_allclose(found, right, atol=1e-4)
             else:
@@ -118,15 +118,17 @@ def test_a_stalled_link_costs_the_wait_and_then_the_breaker_stays_away(planned_n
     ):
         model.use(true_cut(model))
         settled(model, planned_net.x[:1])
-        link.stall(1.5)
+        link.stall(5)
         places = []
-        for at in range(6):
+        for at in range(MISSES + 4):
+            if at == MISSES:
+                assert left_alone(model)  # the link has counted the misses and said so
             model(x=planned_net.x[at : at + 1])
             places.append(model.last.where)
-            assert model.last.ms < 300
+            assert model.last.ms < 2000
         assert places[0] == "continued"
-        assert places[-1] == "local"
-        assert reached(model, 10)
+        assert places[MISSES:] == ["local"] * 4
+        assert reached(model, 20)
         settled(model, planned_net.x[:1])
 
 
@@ -150,15 +152,15 @@ def test_a_model_that_stays_local_learns_the_bandwidth_all_the_same(planned_net:
     install(planned_net.folder, tmp_path / "tails")
     with (
         running_tail(tmp_path / "tails", tmp_path) as port,
-        emulated_link(port, Link(4, 10)) as link,
+        emulated_link(port, Link(0.5, 10)) as link,  # so slow that a busy machine adds little
         split_model(planned_net, tmp_path, link.port) as model,
     ):
         model.use("local")
         assert isinstance(model.tail, LinkClient)
-        until = time.monotonic() + 10
+        until = time.monotonic() + 30
         while not model.tail.estimate().mbit and time.monotonic() < until:
             model(x=planned_net.x[:1])
-        assert 2 < model.tail.estimate().mbit < 6
+        assert 0.25 < model.tail.estimate().mbit < 0.75
         assert model.last.where == "local"
 
 
@@ -170,7 +172,10 @@ def test_a_tail_with_another_plan_refuses_in_one_sentence_and_two_plans_live_sid
         other.model.SerializeToString(), {"x": other.x}, slowdown=10, out=tmp_path / "other", rounds=2, most_samples=4
     )
     install(tmp_path / "other", tmp_path / "tails")
-    with running_tail(tmp_path / "tails", tmp_path) as port, split_model(planned_net, tmp_path, port) as model:
+    with (
+        running_tail(tmp_path / "tails", tmp_path) as port,
+        split_model(planned_net, tmp_path, port, wait_s=10.0) as model,
+    ):
         model.use(true_cut(model))
         model(x=planned_net.x[:1])
         assert model.last.where == "continued"
@@ -178,7 +183,7 @@ def test_a_tail_with_another_plan_refuses_in_one_sentence_and_two_plans_live_sid
         install(planned_net.folder, tmp_path / "tails")  # published now: found without a restart
         model._refused_until_s = 0
         settled(model, planned_net.x[:1])
-        second = SplitModel(tmp_path / "other", link=tmp_path / "l")
+        second = SplitModel(tmp_path / "other", link=tmp_path / "l", wait_s=10.0)
         assert reached(second, 5)
         second.use("input")
         second(x=other.x[:1])
@@ -316,7 +321,7 @@ def test_a_tail_says_ready_when_its_plans_are_warm_and_counts_what_it_answers(pl
         text = get("/metrics")
         assert "skerry_tail_plans_loaded 1.0" in text
         assert f'skerry_tail_max_batch{{after="0",plan="{name}"}} ' in text
-        with split_model(planned_net, tmp_path, server.port) as model:
+        with split_model(planned_net, tmp_path, server.port, wait_s=10.0) as model:
             model.use("input")
             model(x=planned_net.x[:1])
             assert model.last.where == "cloud"  # warm: the very first request is answered
