@@ -23,7 +23,7 @@ from skills.timer import Halt
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-MAX_OPSET = 26  # the newest that onnxruntime 1.30 accepts; a newer one is lowered before it is run
+MAX_OPSET = 26  # the newest that onnxruntime 1.30 and 1.31 accept; a newer one is lowered before it is run
 MAX_IR = 13
 INT8_OPS = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
 FLOAT_OPS = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "ConvTranspose")
