@@ -24,9 +24,10 @@ def test_every_command_of_the_page_works(
     if page == "docs/skills.md":  # it begins with the controller and the device of the walk-through
         blocks = [*commands("docs/start.md")[:2], *blocks]
     if page == "README.md":  # docs/start.md trains the same skill by the same commands: one of the two is enough
-        trained = f"\\g<0>\ncp -r {built_digits[0]}/models {built_digits[0]}/probe.npz my-digits"
+        made = " ".join(str(built_digits[0] / name) for name in ("models", "probe.npz", "heldout.npz"))
+        trained = f"\\g<0>\ncp -r {made} my-digits"
         blocks = [re.sub(r"^skerry skill new my-digits.*", trained, block, flags=re.MULTILINE) for block in blocks]
-        assert "".join(blocks).count("probe.npz my-digits\n") == 1
+        assert "".join(blocks).count("heldout.npz my-digits\n") == 1
     script = "\n".join(["set -ex", "trap 'kill $(jobs -p) || true; skerry down || true' EXIT", *blocks])
     environment = {**os.environ, "HOME": str(home), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     log = tmp_path / "walk.log"
