@@ -48,8 +48,8 @@ def compress(
     before the one that the data names: a name from `compress.metrics.METRICS` or a function of (outputs, y).
 
     `out` appears whole at the end or not at all; an earlier result there is replaced, what else was put into it
-    meanwhile stays. Until then the best so far lies in
-    the hidden folder `.OUT.work` beside it, which stays when the run is interrupted: with `resume` the next one goes on there.
+    meanwhile stays. Until then the best so far lies in the hidden folder `.OUT.work` beside it, which stays when the run is
+    interrupted: with `resume` the next one goes on there.
 
     Returns the report even when the budget was missed (`report.verdict == "not_reached"`, `report.reached()` raises):
     the best model found is in `out` all the same.

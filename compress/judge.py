@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import platform
-import statistics
 from collections.abc import Sequence
 
 from compress import Goal, ladder, measure, model
@@ -20,6 +19,7 @@ from skills.errors import SkerryError
 from skills.profile import Profile
 
 ROUNDING = 1e-9  # points: what sums of floats may be apart
+NEAR = 1.5  # times the budget: what lost no more, and may have lost less than the budget by its interval, ends no walk
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -127,35 +127,21 @@ def look(emitted: Emitted, report: Part, original: Original, more: Sequence[tupl
 
 
 def finalists(families: Sequence[Sequence[Judged]], max_drop: float) -> list[Judged]:
-    """Return the last candidate of each family that is within the budget, itself and as its neighbours say. Pure.
+    """Return the last candidate of each family within the budget, before the first that went clearly over it. Pure.
 
-    Each family is ordered from the safest to the boldest before the report part is looked at. One that is over the budget by
-    its whole interval ends it. Of those before it a bolder one loses no less, but for chance: what `growing` makes of their
-    drops has to be within the budget, too, and the drop on all parts of the data together: a small report part alone flatters
-    the boldest, and a single unlucky one says little of those behind it.
+    Each family is ordered from the safest to the boldest before the report part is looked at. One that is over by less than
+    half of the budget, and may be within by its interval, ends nothing; but nothing behind it is `proven`. Within is what is
+    so on the report part and on all parts of the data together: a small report part alone flatters the boldest.
     """
+
+    def near(one: Judged) -> bool:
+        return one.drop.points <= NEAR * max_drop and one.drop.lo <= max_drop
+
     found = []
     for family in families:
-        asked = list(itertools.takewhile(lambda one: one.drop.lo <= max_drop, family))
-        likely = growing([one.drop.points for one in asked])
-        found += [
-            one
-            for one, drop in zip(asked, likely, strict=True)
-            if drop <= max_drop + ROUNDING and one.drop.points <= max_drop and not doubted(one, max_drop)
-        ][-1:]
+        asked = itertools.takewhile(near, family)
+        found += [one for one in asked if one.drop.points <= max_drop and not doubted(one, max_drop)][-1:]
     return found
-
-
-def growing(drops: Sequence[float]) -> list[float]:
-    """Return the numbers that never fall and are nearest to `drops` in squares: isotonic regression. Pure.
-
-    By its min-max formula (Barlow, Bartholomew, Bremner and Brunk 1972). Drops are means over the same inputs: they weigh alike.
-    """
-    count = len(drops)
-    return [
-        max(min(statistics.fmean(drops[start:end]) for end in range(at + 1, count + 1)) for start in range(at + 1))
-        for at in range(count)
-    ]
 
 
 def doubted(one: Judged, max_drop: float) -> bool:

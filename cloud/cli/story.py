@@ -27,7 +27,7 @@ def demo(
     ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave that folder there at the end.")] = False,
 ) -> None:
-    """Tell the whole story on this machine, in about four minutes on two cores, with numbers measured here.
+    """Tell the whole story on this machine, in less than five minutes, with numbers measured here.
 
     Trains and compresses a model, builds and signs a skill, starts a controller, a broker and three agents, brings the
     skill to them, asks them, updates, breaks and tampers with it, splits a photo classifier between device and cloud

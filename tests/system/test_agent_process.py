@@ -343,7 +343,7 @@ class Fleet:
 
     def until_online(self, wanted: bool) -> None:
         """Wait for the only device to be shown as connected, or as gone, at once: far below the broker's keepalive."""
-        end = time.monotonic() + 25
+        end = time.monotonic() + 8
         while self.call("GET", "/v1/devices")[0]["online"] is not wanted:
             assert time.monotonic() < end
 
@@ -435,8 +435,10 @@ def test_a_real_device_takes_releases_answers_refuses_returns_and_boots_offline(
 
     assert board.stop(signal.SIGKILL) == -9
     supervise.stop(controller.data)
+    start = time.monotonic()
     board.start()
     assert board.ask([[1, 2, 3, 4]])["model_version"] == "1.0.0"
+    assert time.monotonic() - start < 10
     assert board.stop(signal.SIGINT) == 130
     assert "Traceback" not in (board.data / "agent.log").read_text()
     assert json.loads(board.call("status", "--json").stdout)["running"] is False

@@ -11,13 +11,6 @@ import pytest
 SKERRY = [sys.executable, "-P", "-c", "from cloud.cli import main; main()"]
 
 
-# What depends on how fast the machine is and what else it does: there the demo itself says so, and ends with 3.
-MEASURED = {
-    "at least 6× smaller", "at least 1.2× faster", "the verdict stands as measured, on every link",
-    "with private photos splitting is the right answer",
-}  # fmt: skip
-
-
 @pytest.mark.timeout(900)
 def test_the_story_holds_and_leaves_nothing_but_its_folder(tmp_path: Path) -> None:
     home, scratch, data = tmp_path / "h", tmp_path / "t", tmp_path / "story"
@@ -27,13 +20,12 @@ def test_the_story_holds_and_leaves_nothing_but_its_folder(tmp_path: Path) -> No
     done = subprocess.run(
         [*SKERRY, "demo", "--keep", "--data", str(data)], capture_output=True, env=environment, timeout=880, check=False
     )
-    assert done.returncode in (0, 3), done.stdout.decode()[-3000:] + done.stderr.decode()[-3000:]
+    assert done.returncode == 0, done.stdout.decode()[-3000:] + done.stderr.decode()[-3000:]
     assert b"\x1b" not in done.stdout + done.stderr  # no control codes where no terminal is
     story = json.loads((data / "demo.json").read_text())
-    broken = {claim["text"] for claim in story["claims"] if not claim["holds"]}
-    assert broken <= MEASURED, broken
-    assert (done.returncode == 3) is bool(broken)
+    assert all(claim["holds"] for claim in story["claims"])
     assert story["together"]["sent"] == story["together"]["answered"]
+    assert story["seconds"]["all"] < 300
     assert not list(home.iterdir())
     assert not list(scratch.iterdir())
     assert not _processes_on(data)

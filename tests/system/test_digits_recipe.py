@@ -30,11 +30,9 @@ def test_the_compressed_digits_keep_the_promises_of_the_demo(built_digits: tuple
     assert told["accuracy"] > 0.97
     assert report["drop"] <= 1.0
     assert report["verdict"] != "not_reached"
-    # On a machine so slow or busy that the recipe's 45 s end first, what was found until then counts.
-    ended = ("The time ended before the search", "The time ended before training")
-    cut_short = any(line.startswith(ended) for line in report["warnings"])
-    assert report["ratio_file"] >= (3 if cut_short else LEAST_RATIO)
-    assert report["speedup"] >= (0.9 if cut_short else LEAST_SPEEDUP)
+    assert report["ratio_file"] >= LEAST_RATIO
+    # Timed while the rest of the suite may be running: the full promise is held in bench/.
+    assert report["speedup"] >= LEAST_SPEEDUP
 
 
 @pytest.mark.parametrize("file", ["digits-int8.onnx", "digits-int8.tflite", "digits-fp32.onnx"])
